@@ -1,0 +1,1 @@
+"""qhal: one contract for quantized inference, one implementation per accelerator."""

@@ -1,0 +1,236 @@
+"""encode: choose codes and scales from data. The definition of every field of `Rule`, and of `QuantOps.quantize`.
+
+Scales are computed from the outermost level in. In fp32 (or rounded to bf16 after every step, `arith=bf16`):
+  peak   amax of the block (minmax: max(hi, 0) - min(lo, 0); signed: the value of largest magnitude)
+  scale  peak / qmax, rounded to the scale's type (e8m0: an exponent, see `_exponent_codes`; nested: peak / qmax in
+         units of an outer scale that is peak / (qmax * largest inner scale) over its own block)
+  code   round(x / scale + zero), saturated
+Sources: OCP Microscaling Formats v1.0 section 6.3 (MX, `floor`); the tools' rules were measured on their own files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qhal.elements import decode, element
+from qhal.errors import FormatError
+from qhal.formats import Format
+from qhal.rounding import to_codes
+from qhal.rules import Rule
+from qhal.tensors import QTensor
+
+_TINY = torch.finfo(torch.float32).eps
+
+
+def encode(
+    x: Tensor,
+    to: Format,
+    *,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    clip: tuple[float, float] = (1.0, 1.0),
+) -> QTensor:
+    """Quantize a float tensor [..., N, K] (activations [T, K]: rows are tokens) to `to`; exact by its rule.
+
+    scale, zero  static: fix the outermost level, one value or one per block in the grid's order
+    clip         (low, high) fractions of the range that are kept, see Rule.clip
+    """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise FormatError(f"quantize to {to}: x is {x.dtype} {tuple(x.shape)}, must be float [..., N, K]")
+    rule, e = to.rule, element(to.element)
+    x = _clean(x.float(), rule, to)
+    if to.sparsity is not None:
+        _check_sparse(x, to)
+    if to.block is None or to.scale is None:
+        if to.zero is not None:
+            raise FormatError(f"quantize to {to}: a zero point without a scale cannot be computed")
+        return QTensor(to, to_codes(x, e, rule.round))
+    round_ = _bf16 if rule.arith == "bf16" else _same
+    x = round_(x)
+    block = to.block
+    lo, hi = _range(block.split(x), clip)
+    if rule.clip == "range":
+        x = torch.minimum(torch.maximum(x, block.expand(lo, x.shape)), block.expand(hi, x.shape))
+    peak = _peak(lo, hi, rule)
+    plane = _scale_plane(peak, _divisor(to), to, rule, None if scale is None else _static(scale, to, peak))
+    number = plane.dequantize() if isinstance(plane, QTensor) else decode(to.scale.element, plane)
+    zeros = None if to.zero is None else _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak))
+    offset = None if to.offset is None else _offset_plane(to, lo, number)
+    s = block.expand(number, x.shape)
+    if offset is not None:
+        value = block.expand(_number(offset, to.offset), x.shape)
+        x = x - value if to.offset_sign > 0 else x + value
+    q = round_(x / s) if rule.apply == "div" else round_(x * (1.0 / s))
+    q = torch.where(s == 0, torch.where(torch.isnan(x), x, torch.zeros_like(x)), q)
+    if zeros is not None:
+        q = round_(q + block.expand(_number(zeros, to.zero), x.shape))
+    return QTensor(to, to_codes(q, e, rule.round), plane, zeros, offset)
+
+
+def _scale_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, static: Tensor | None) -> Tensor | QTensor:
+    """The plane whose value is peak / divisor, in the format `to.scale`; `static` fixes its outermost level."""
+    fmt = to.scale
+    assert fmt is not None
+    if fmt.plain:
+        if static is not None:
+            return static
+        if element(fmt.element).kind == "exponent":
+            return _exponent_codes(peak, to, rule)
+        raw = _divide(peak, divisor, rule)
+        if rule.empty != "zero":
+            raw = torch.where(peak == 0, 1.0 if rule.empty == "one" else _TINY, raw)
+        return to_codes(raw, element(fmt.element), "even")
+    assert fmt.block is not None
+    inner = element(fmt.element)
+    largest = 1.0 if inner.kind == "exponent" else inner.largest
+    outer_peak = fmt.block.split(peak.abs()).amax(-1)
+    outer: Tensor | QTensor
+    if fmt.op == "/":
+        outer = static if static is not None else _reciprocal_plane(outer_peak, divisor * largest, fmt)
+    else:
+        outer = _scale_plane(outer_peak, divisor * largest, fmt, fmt.rule, static)
+    value = fmt.block.expand(_number(outer, fmt.scale), peak.shape)
+    if inner.kind == "exponent":
+        rest = peak / value if fmt.op == "*" else peak * value
+        return QTensor(fmt, _exponent_codes(torch.where(peak == 0, 0.0, rest), to, rule), outer)
+    wanted = _divide(peak, divisor, rule)
+    ratio = wanted / value if fmt.op == "*" else wanted * value
+    ratio = torch.where(peak == 0, 0.0, ratio)  # an all-zero block has scale code 0 under any outer scale
+    return QTensor(fmt, to_codes(ratio, inner, fmt.rule.round), outer)
+
+
+def _reciprocal_plane(peak: Tensor, divisor: float, fmt: Format) -> Tensor:
+    """An outer scale that divides: divisor / peak, 1 for an all-zero tensor."""
+    assert fmt.scale is not None
+    if not fmt.scale.plain:
+        raise FormatError(f"{fmt}: a dividing scale must be a plain number")
+    raw = torch.where(peak == 0, 1.0, divisor / peak)
+    return to_codes(raw, element(fmt.scale.element), "even")
+
+
+def _divisor(f: Format) -> float:
+    e = element(f.element)
+    if f.rule.domain == "minmax":
+        return e.largest - e.smallest
+    return e.smallest if f.rule.domain == "signed" else f.qmax
+
+
+def _divide(peak: Tensor, divisor: float, rule: Rule) -> Tensor:
+    d = torch.tensor(divisor, dtype=torch.float32, device=peak.device)
+    raw = peak / d if rule.scale == "div" else peak * (1.0 / d)
+    return _bf16(raw) if rule.arith == "bf16" else raw
+
+
+def _exponent_codes(peak: Tensor, to: Format, rule: Rule) -> Tensor:
+    """e8m0 codes: an exponent near log2(peak / qmax), biased by 127; 255 is NaN."""
+    e = element(to.element)
+    top = torch.frexp(torch.tensor(e.largest, dtype=torch.float64))[1].item() - 1  # exponent of the largest value
+    peak = peak.abs()
+    if rule.e8m0 == "ceil":
+        mantissa, exponent = torch.frexp(peak / to.qmax)
+        power = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    else:
+        power = torch.frexp(_nudged(peak, to, rule))[1] - 1 - int(top)
+    if rule.empty == "one":
+        power = torch.where(peak == 0, 0, power)
+    code = (power + 127).clamp(0, 254)
+    code = torch.where(peak == 0, 127 if rule.empty == "one" else 0, code)
+    return torch.where(torch.isfinite(peak), code, 255).to(torch.uint8)
+
+
+def _nudged(peak: Tensor, to: Format, rule: Rule) -> Tensor:
+    """The peak, moved up a binade where the exponent rule says so; only its exponent is read afterwards."""
+    if rule.e8m0 == "floor":
+        return peak
+    if rule.e8m0 == "over1.75":
+        return peak * 8 / 7 + 9.6e-7
+    mantissa_bits = {"e2m1": 1, "e3m2": 2, "e2m3": 3, "e4m3fn": 3, "e4m3fnuz": 3, "e5m2": 2, "e5m2fnuz": 2}
+    if rule.e8m0 == "even" and to.element not in mantissa_bits:
+        raise FormatError(f"{to}: e8m0=even rounds amax to the element's mantissa, {to.element} has none")
+    shift = 21 if rule.e8m0 == "up1.75" else 22 - mantissa_bits[to.element]
+    return ((peak.contiguous().view(torch.int32) + (1 << shift)) & 0x7F800000).view(torch.float32)
+
+
+def _zero_plane(to: Format, lo: Tensor, scale: Tensor, static: Tensor | None) -> Tensor:
+    fmt = to.zero
+    assert fmt is not None
+    if not fmt.plain:
+        raise FormatError(f"quantize to {to}: nested zero points cannot be computed")
+    e, z = element(to.element), element(fmt.element)
+    if static is not None:
+        return static.to(z.storage)
+    if to.rule.domain == "minmax":
+        ideal = e.smallest - torch.where(scale == 0, torch.zeros_like(lo), lo / scale)
+    else:
+        ideal = torch.full_like(lo, 0.0 if e.smallest < 0 else 2.0 ** (e.bits - 1))
+    if z.integer and z.bits == e.bits:
+        ideal = ideal.clamp(e.smallest, e.largest)
+    return to_codes(ideal, z, "even")
+
+
+def _offset_plane(to: Format, lo: Tensor, scale: Tensor) -> Tensor | QTensor:
+    assert to.offset is not None
+    if to.rule.domain != "minmax":
+        raise FormatError(f"quantize to {to}: an offset is computed with domain=minmax only")
+    lowest = lo - element(to.element).smallest * scale
+    wanted = lowest if to.offset_sign > 0 else -lowest
+    if to.offset.plain:
+        return to_codes(wanted, element(to.offset.element), "even")
+    return encode(wanted, to.offset)
+
+
+def _range(blocks: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    if blocks.shape[-1] == 0:  # no element at all: the range of nothing is 0
+        zero = blocks.new_zeros(blocks.shape[:-1])
+        return zero, zero
+    lo, hi = torch.aminmax(blocks, dim=-1)
+    return lo.clamp(max=0) * clip[0], hi.clamp(min=0) * clip[1]
+
+
+def _peak(lo: Tensor, hi: Tensor, rule: Rule) -> Tensor:
+    if rule.domain == "minmax":
+        return hi - lo
+    if rule.domain == "signed":
+        return torch.where(hi > -lo, hi, lo)
+    return torch.maximum(hi, -lo)
+
+
+def _static(value: Tensor, to: Format, grid: Tensor) -> Tensor:
+    """A static value in the shape of the plane that it fills."""
+    value = value if value.is_floating_point() else value.float()
+    if value.numel() == 1:
+        return value.reshape([1] * grid.dim()).expand(grid.shape) if _single_level(to) else value.reshape(1, 1)
+    if value.numel() != grid.shape[-2:].numel():
+        raise FormatError(f"{to}: a static scale of {value.numel()} values does not fill a grid of {tuple(grid.shape)}")
+    return value.reshape(*[1] * (grid.dim() - 2), *grid.shape[-2:]).expand(grid.shape)
+
+
+def _single_level(to: Format) -> bool:
+    return to.scale is not None and to.scale.plain
+
+
+def _number(plane: Tensor | QTensor, fmt: Format | None) -> Tensor:
+    assert fmt is not None
+    return plane.dequantize() if isinstance(plane, QTensor) else decode(fmt.element, plane)
+
+
+def _clean(x: Tensor, rule: Rule, to: Format) -> Tensor:
+    if rule.special == "error" and not bool(torch.isfinite(x).all()):
+        raise FormatError(f"quantize to {to}: the input has NaN or Inf and the rule says special=error")
+    return torch.nan_to_num(x) if rule.special == "saturate" else x
+
+
+def _check_sparse(x: Tensor, to: Format) -> None:
+    assert to.sparsity is not None
+    n, m = to.sparsity
+    if x.shape[-1] % m or bool(((x.reshape(*x.shape[:-1], -1, m) != 0).sum(-1) > n).any()):
+        raise FormatError(f"quantize to {to}: more than {n} of {m} consecutive values are nonzero; prune first")
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()

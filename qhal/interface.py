@@ -1,0 +1,322 @@
+"""QuantOps: the one interface between quantized checkpoints and accelerators. The docstrings are the contract.
+
+Axes: T tokens, N output features, K input features, E experts, B sequences, H query heads, G key-value heads, D head
+dim, R latent dim, P rope dim, L pages, S slots in a page. Codes and scales are row-major; the last axis of a weight and
+of an activation is the one that a product contracts. `docs/interface.md` is generated from this file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qhal.caches import AttentionBatch, KVCache, Limits, Plane, canonical_planes
+from qhal.codebooks import CodebookTensor
+from qhal.contract import check_class
+from qhal.errors import UnsupportedError
+from qhal.formats import Format
+from qhal.groups import Groups, Indexed
+from qhal.prepared import Prepared, PreparedExperts, PreparedLinear
+from qhal.requests import (
+    AttentionRequest,
+    GemmRequest,
+    GroupedRequest,
+    HadamardRequest,
+    KVRequest,
+    Request,
+    Support,
+    VQRequest,
+)
+from qhal.rotations import Rotation
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+
+INTERFACE_VERSION = (0, 1)
+"""(major, minor). Before 1.0 both must match; from 1.0 on it is append-only and N and N-1 are accepted."""
+
+Collective = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What travels between ranks, and how it is summed.
+
+    format        e.g. "int8.g128*fp16", "e4m3fn.g128*fp32", "e2m1.g32*e8m0"
+    order         sequential | parity (even and odd elements of 64 form two groups)
+    spikes        extremes per group kept in 16 bits
+    planes        bit splitting: (4, 2) sends 6-bit codes as two planes
+    accumulate    the sum's type; ranks are summed in rank order
+    quantize_own  a rank's own part is quantized too, so that all ranks see the same numbers
+    requantize    the reduced result is quantized again before it travels
+    version       exchanged first; ranks that differ all raise the same CommError
+    """
+
+    format: Format
+    order: str = "sequential"
+    spikes: int = 0
+    planes: tuple[int, ...] = ()
+    accumulate: str = "fp32"
+    quantize_own: bool = True
+    requantize: bool = True
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Bytes in use now, the peak since start, and the total of the device (0 if unknown)."""
+
+    used: int
+    peak: int
+    total: int
+
+
+class QuantOps(ABC):
+    """Quantized operations on one device.
+
+    Rules for every call. Functions of tensors, never of modules. Inputs are never changed. `x` may have any row stride;
+    its last stride is 1. `out` is written and returned; without it the result may be a view of a larger buffer. Steady
+    state: no host sync, no compilation, no measuring, no allocation outside the caching allocator. Zero rows are legal.
+    What `supports` refuses raises UnsupportedError with that Support; nothing falls back. Every NaN in an operand gives
+    NaN in the results that depend on it; +0 and -0 are equal unless an operation says otherwise.
+
+    Subclassing checks the class body against this one (`qhal.contract`): unknown public names and changed signatures
+    are one InterfaceError.
+    """
+
+    name: ClassVar[str] = ""
+    """The backend's name in plans and reports."""
+    interface: ClassVar[tuple[int, int]] = INTERFACE_VERSION
+    """The interface version that this class was written against."""
+    fusions: ClassVar[frozenset[str]] = frozenset()
+    """Composites ("linear", "experts") that are overridden by a fusion of equal class."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_class(cls, QuantOps)
+
+    # ---- device
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where results live and where inputs must live."""
+
+    def synchronize(self) -> None:  # noqa: B027 - a device whose calls are synchronous has nothing to wait for
+        """Wait until everything that was asked for is done. The default does nothing: calls are synchronous."""
+
+    def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """Run `fn` once and record it; the result replays it with the same addresses and returns the same tensors.
+
+        Unsupported by default: Support.graph says which operations may stand inside.
+        """
+        raise UnsupportedError(Support("unsupported", f"{self.name} has no graph capture; call the function itself"))
+
+    def memory_stats(self) -> MemoryStats:
+        """Bytes in use on this device by this process."""
+        return MemoryStats(0, 0, 0)
+
+    # ---- verbs
+
+    @abstractmethod
+    def supports(self, request: Request) -> Support:
+        """What would happen. Total (never raises), pure, the same on every rank, and needs no device."""
+
+    def quantize(
+        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
+    ) -> QTensor:
+        """[..., K] to codes and scales, bit-exact by the format's Rule (`qhal.encoding` is the definition).
+
+        A Format (or an Operand without scale) computes scales from the data; an Operand's scale fixes the outermost
+        level. Scales are computed in fp32 unless the rule says bf16: amax over the block, divided by qmax (`scale=rcp`:
+        times its reciprocal), rounded once to the scale's type. Codes: x / scale, rounded half to even, saturated to
+        the element's range. All-zero blocks get scale 1 (`empty`). NaN and Inf propagate (`special`).
+        for_: scales come in the layout that weight's kernel reads; same values.
+        """
+        raise self._refusal("quantize")
+
+    def prepare(
+        self,
+        w: QTensor | CodebookTensor | Tensor | Sequence[Rotation],
+        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
+        *,
+        inputs: Sequence[Operand] = (),
+        operand: Operand | None = None,
+        bias: Tensor | None = None,
+        into: Prepared | None = None,
+    ) -> Prepared:
+        """Re-lay a weight [N, K] (experts [E, N, K]) for the device; fold, compile, choose kernels for all request.m.
+
+        inputs   how a plain x is quantized, by the index that `gemm(input=)` takes
+        operand  the weight is rounded to this before the product
+        bias     float32 [N] (experts [E, N]), added once, in fp32, before the result is rounded
+        into     new values at the old addresses, for refits under live graphs; a changed host scale is refused there
+
+        Peak memory is one copy above the result. UnsupportedError if `supports(request)` refuses.
+        """
+        raise self._refusal("prepare")
+
+    def restore(self, thing: Prepared | KVCache | QTensor) -> QTensor | CodebookTensor | Tensor | KVCache:
+        """The canonical form: restore(prepare(w)) equals w in every plane, bit for bit.
+
+        Only a float code for -0 may come back as +0.
+        """
+        raise self._refusal("restore")
+
+    # ---- operations
+
+    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, N] = Q(x) @ W.T + bias, W by its dequantization.
+
+        A plain x is quantized with inputs[input] exactly as `quantize` would, or not at all if there are none; a
+        QTensor is used as it is, and then request.out must be given. Bias and output dtype are the request's (None: the
+        dtype of x). The sum's order is free within the numerics class; the result is rounded once (half to even) and
+        overflows to Inf of the output dtype.
+        """
+        raise self._refusal("gemm")
+
+    def grouped_gemm(
+        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
+    ) -> Tensor | QTensor:
+        """`gemm` per expert; the forms of x and of the result are those of Offsets, Masked and Indexed.
+
+        With request.activation the result is act(gate) * up in fp32, rounded once; with request.quantize it is a
+        QTensor for the next product. Row order does not change a row's bits. An expert without rows is legal. Reads no
+        count on the host.
+        """
+        raise self._refusal("grouped_gemm")
+
+    def quant_kv(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Quantize k [T, G, D] and v [T, G, Dv] (MLA: latent [T, R], rope [T, P]) and write them into the paged cache.
+
+        slots int32 or int64 [T] = page * S + position; -1 is skipped. Codes and computed scales are bit-exact as in
+        `quantize`. A computed scale never spans tokens: formats whose dynamic blocks do are refused. k and v are not
+        changed; nothing else of the cache is.
+        """
+        raise self._refusal("quant_kv")
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        *,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """q [T, H, D] -> [T, H, Dv] over the cache; MLA: q [T, H, R+P], absorbed, latent first -> [T, H, R].
+
+        Head h reads key-value head h // (H // G). s = scale * q.k, soft-capped c * tanh(s / c) if asked; causal masks
+        align bottom right; window w keeps the last w keys, the query's own included. p = softmax(s) with the maximum
+        subtracted; `sinks` float32 [H] join the denominator only. Q.K and P.V run in request.q and request.p.
+        lse float32 [T, H], natural log, is written if given. A row without keys gives zeros and lse -inf. Entries past
+        a length or in unused pages, NaN included, do not leak.
+        """
+        raise self._refusal("attention")
+
+    def hadamard(
+        self,
+        x: Tensor,
+        rotation: Prepared | Sequence[Rotation],
+        *,
+        quantize: Operand | None = None,
+        for_: Prepared | None = None,
+        out: Tensor | QTensor | None = None,
+    ) -> Tensor | QTensor:
+        """[..., n] -> the chain applied left to right in fp32, rounded once to the dtype of x.
+
+        quantize: the rounded result is quantized in the same pass, with the bits of the two-step form.
+        """
+        raise self._refusal("hadamard")
+
+    def vq_decode(self, w: Prepared, *, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """Dense rows [n, K] of a codebook weight, summed in fp32 in codebook order, rounded once to request.out."""
+        raise self._refusal("vq_decode")
+
+    def comm_quant(
+        self,
+        x: Tensor,
+        collective: Collective,
+        codec: Codec,
+        group: Any,
+        *,
+        splits: Sequence[int] | None = None,
+        decode: bool = True,
+        out: Tensor | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """A collective over a torch.distributed group whose wire format is `codec`. Every rank ends bit-identical.
+
+        Sums are of the dequantized codes of every rank, in rank order, in codec.accumulate. decode=False leaves
+        all_gather and all_to_all as a QTensor: scales travel with their rows. splits: host counts; None is equal parts,
+        and then nothing is read back. Ranks that disagree on shape, codec or version all raise the same CommError.
+        """
+        raise self._refusal("comm_quant")
+
+    # ---- made once, outside capture
+
+    def kv_planes(
+        self, request: KVRequest, *, attention: Sequence[AttentionRequest] = ()
+    ) -> tuple[str, tuple[Plane, ...]]:
+        """The layout and every plane of a cache that those attentions can read. Needs no device."""
+        return "canonical", canonical_planes(request)
+
+    def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
+        """Buffers and workspace for one AttentionRequest; see AttentionBatch."""
+        raise self._refusal("attention_batch")
+
+    # ---- composites: these bodies are the definition; a fusion of equal class is declared in `fusions`
+
+    def linear(self, x: Tensor, layer: PreparedLinear, *, decode: bool = False, out: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, N]: rotate_out(gemm(Q(rotate_in(x))) + low_rank(rotate_in(x))) + bias.
+
+        Every step rounds to the dtype of x; the low-rank branch and the late bias are added in fp32 and rounded once.
+        """
+        index = layer.decode_index if decode else 0
+        if layer.direct:
+            return self.gemm(x, layer.weight, input=index, out=out)
+        turned = x if layer.rotate_in is None else self.hadamard(x, layer.rotate_in)
+        assert isinstance(turned, Tensor)
+        y = self.gemm(turned, layer.weight, input=index)
+        if layer.low_rank is not None:
+            down, up = layer.low_rank
+            branch = (turned.float() @ down.float().T) @ up.float().T
+            y = (y.float() + branch).to(y.dtype)
+        if layer.rotate_out is not None:
+            back = self.hadamard(y, layer.rotate_out)
+            assert isinstance(back, Tensor)
+            y = back
+        if layer.bias is not None:
+            y = (y.float() + layer.bias).to(y.dtype)
+        return y if out is None else out.copy_(y)
+
+    def experts(self, x: Tensor, layer: PreparedExperts, groups: Groups, *, out: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, K]: the first product with its activation (and quantization), the second, then the weights.
+
+        With Indexed groups the first product expands tokens to pairs and the second sums them with their weights.
+        """
+        hidden = self.grouped_gemm(x, layer.gate_up, _pairs_in(groups))
+        y = self.grouped_gemm(hidden, layer.down, _pairs_out(groups))
+        assert isinstance(y, Tensor)
+        return y if out is None else out.copy_(y)
+
+    def _refusal(self, operation: str) -> UnsupportedError:
+        reason = (
+            f"{self.name or type(self).__name__} has no {operation} yet; `qhal plan` lists what this backend executes"
+        )
+        return UnsupportedError(Support("not_implemented", reason), operation)
+
+
+def _pairs_in(groups: Groups) -> Groups:
+    """The groups of the first product: tokens in, one row per (token, expert) pair out."""
+    return Indexed(groups.ids, None, False, groups.cache) if isinstance(groups, Indexed) else groups
+
+
+def _pairs_out(groups: Groups) -> Groups:
+    """The groups of the second product: pairs in, weighted tokens out."""
+    return Indexed(groups.ids, groups.weights, True, groups.cache) if isinstance(groups, Indexed) else groups

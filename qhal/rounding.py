@@ -1,0 +1,71 @@
+"""Rounding a real number to an element's code: half to even (or away from zero), saturating, NaN kept where it exists.
+
+Exact by construction: inputs are fp32, midpoints between neighbouring codes are representable, comparisons are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qhal.elements import Element, decode, values
+from qhal.errors import FormatError
+
+
+def to_codes(q: Tensor, e: Element, mode: str = "even", table: Tensor | None = None) -> Tensor:
+    """The code of element `e` nearest to each float32 in `q`, in `e.storage`; out of range saturates.
+
+    NaN becomes the NaN of a float8 or wide float, and code 0 elsewhere (the caller's scale is NaN then).
+    """
+    if e.integer:
+        rounded = torch.round(q) if mode == "even" else _away(q)
+        return torch.nan_to_num(rounded.clamp(e.smallest, e.largest), nan=0.0).to(e.storage)
+    if e.kind == "float":
+        if mode == "even" or e.wide:
+            clamped = q if e.wide else q.clamp(e.smallest, e.largest)  # NaN passes a clamp
+            return clamped.to(e.storage)
+        return _float8_away(q, e)
+    if e.kind == "mini":
+        return _mini(q, e, mode)
+    if e.kind == "lut":
+        lut = table if table is not None else values(e.name)
+        if lut is None:
+            raise FormatError(f"{e.name} needs a table to round to; none was given")
+        order = torch.argsort(lut)
+        ranked = lut[order].to(q.device)
+        upper = torch.bucketize(q, (ranked[1:] + ranked[:-1]) / 2)
+        return order.to(q.device)[upper].to(e.storage)
+    raise FormatError(f"{e.name} holds exponents: it is a scale's type, not an element to round values to")
+
+
+def _away(q: Tensor) -> Tensor:
+    whole = torch.floor(q.abs())  # the fraction below is exact, so a value just under a tie stays under it
+    return torch.copysign(whole + (q.abs() - whole >= 0.5), q)
+
+
+def _mini(q: Tensor, e: Element, mode: str) -> Tensor:
+    magnitudes = values(e.name)
+    assert magnitudes is not None
+    grid = magnitudes[: 1 << (e.bits - 1)].to(q.device)  # ascending: a code is its rank
+    code = _nearest(q.abs().clamp(max=e.largest), grid, mode)
+    code = code + (torch.signbit(q).long() << (e.bits - 1))
+    return torch.where(torch.isnan(q), 0, code).to(e.storage)
+
+
+def _float8_away(q: Tensor, e: Element) -> Tensor:
+    codes = torch.arange(128, dtype=torch.uint8, device=q.device).view(e.storage)
+    grid = decode(e.name, codes)
+    grid = grid[torch.isfinite(grid)]
+    magnitude = _nearest(q.abs().clamp(max=e.largest), grid, "away").to(torch.uint8).view(e.storage)
+    signed = torch.copysign(decode(e.name, magnitude), q)
+    return torch.where(torch.isnan(q), q, signed).to(e.storage)
+
+
+def _nearest(magnitude: Tensor, grid: Tensor, mode: str) -> Tensor:
+    """Index of the nearest grid value; a tie goes to the even index, or upwards."""
+    middle = (grid[1:] + grid[:-1]) / 2
+    low = torch.bucketize(magnitude, middle)  # a tie counts as below
+    high = torch.bucketize(magnitude, middle, right=True)  # a tie counts as above
+    if mode == "away":
+        return high
+    return torch.where(low % 2 == 0, low, high)

@@ -1,0 +1,271 @@
+"""Specs: what a checkpoint says a layer is. Values without any device, and without code of any checkpoint format.
+
+A spec holds tensors; its `.format` (`qhal/layer_formats.py`) is the frozen summary without them, which is all that
+planning needs. Integer biases, correction sums and re-ordered scales that files carry are a device's folding of these
+fields: a reader checks such a plane against the spec, counts it as consumed and drops it; `prepare` makes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qhal import rotations
+from qhal.codebooks import CodebookTensor
+from qhal.elements import dtype_name
+from qhal.errors import ShardError
+from qhal.formats import Format
+from qhal.layer_formats import Activation, ExpertsFormat, KVFormat, LinearFormat
+from qhal.rotations import Rotation
+from qhal.sharding import bounds
+from qhal.tensors import QTensor
+
+Weight = QTensor | CodebookTensor | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """How one operand of a product is quantized. A given `scale` fixes the outermost level; finer levels are computed.
+
+    scale  static scale, one value [1] or per feature; kept on the host too, so no kernel argument costs a sync
+    zero   static zero point of the same shape
+    clip   (low, high): the fractions of the range that are kept, see Rule.clip
+    """
+
+    format: Format
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    clip: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale is given rather than computed from the data."""
+        return self.scale is not None
+
+    def equal(self, other: Operand | None) -> bool:
+        """Same format, scale, zero and clip."""
+        if other is None or (self.format, self.clip) != (other.format, other.clip):
+            return False
+        return all(
+            (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+            for a, b in ((self.scale, other.scale), (self.zero, other.zero))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSpec:
+    """y = rotate_out( Q(x') @ W.T + low_rank(x') ) + bias, with x' = rotate_in(x).
+
+    weight        QTensor or CodebookTensor [N, K] (or stacked [E, N, K]), or a plain float tensor
+    input         how x' is quantized; None: it stays in its own dtype
+    decode_input  used when every sequence of the step decodes one token; None: the same as `input`
+    operand       the weight is rounded to this before the product (int4 stored, fp8 multiplied)
+    low_rank      (down [r, K], up [N, r]); reads x' before Q
+    bias          float32 [N], in real units, added once
+    name          the module's name in its checkpoint
+    """
+
+    weight: Weight
+    input: Operand | None = None
+    decode_input: Operand | None = None
+    operand: Operand | None = None
+    rotate_in: tuple[Rotation, ...] = ()
+    rotate_out: tuple[Rotation, ...] = ()
+    low_rank: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+    name: str = ""
+
+    @property
+    def format(self) -> LinearFormat:
+        """The frozen summary that plans and requests are made from."""
+        w = self.weight
+        return LinearFormat(
+            name=self.name,
+            n=w.shape[-2],
+            k=w.shape[-1],
+            weight=Format(dtype_name(w.dtype)) if isinstance(w, Tensor) else w.format,
+            input=None if self.input is None else self.input.format,
+            static_input=self.input is not None and self.input.static,
+            decode_input=None if self.decode_input is None else self.decode_input.format,
+            operand=None if self.operand is None else self.operand.format,
+            rotate_in=rotations.kinds(self.rotate_in),
+            rotate_out=rotations.kinds(self.rotate_out),
+            low_rank=0 if self.low_rank is None else self.low_rank[0].shape[0],
+            bias=self.bias is not None,
+            group_index=isinstance(w, QTensor) and w.group_index is not None,
+        )
+
+    def stored(self) -> Tensor:
+        """float32 weight as stored, in its rotated or scaled basis."""
+        return self.weight.float() if isinstance(self.weight, Tensor) else self.weight.dequantize()
+
+    def effective(self) -> Tensor:
+        """float32 [N, K]: the weight with every online rotation, scale and low-rank branch folded in.
+
+        y = x @ effective().T + bias before activation quantization. The folding is done in float64 and rounded once.
+        """
+        w = self.stored()
+        if not (self.rotate_in or self.rotate_out or self.low_rank):
+            return w
+        total = w.double()
+        if self.low_rank is not None:
+            total = total + self.low_rank[1].double() @ self.low_rank[0].double()
+        n, k = w.shape[-2:]
+        if self.rotate_in:
+            total = total @ rotations.matrix(self.rotate_in, k).T
+        if self.rotate_out:
+            total = rotations.matrix(self.rotate_out, n).T @ total
+        return total.float()
+
+    def shard(self, dim: int, rank: int, world: int) -> LinearSpec:
+        """Column-parallel (dim 0) or row-parallel (dim 1) part; under dim 1 the bias stays on rank 0 only.
+
+        ShardError where a block of the weight or a rotation straddles the cut.
+        """
+        n, k = self.weight.shape[-2:]
+        size = (n, k)[dim]
+        start, stop = bounds(size, rank, world, f"{self.name}: {'rows' if dim == 0 else 'columns'}")
+        weight = (
+            self.weight.narrow(dim, start, stop - start)
+            if isinstance(self.weight, Tensor)
+            else (self.weight.shard(dim, rank, world))
+        )
+        low_rank = self.low_rank
+        if low_rank is not None:
+            down, up = low_rank
+            low_rank = (down, up[start:stop]) if dim == 0 else (down[:, start:stop], up)
+        bias = self.bias
+        if bias is not None:
+            bias = bias[start:stop] if dim == 0 else (bias if rank == 0 else None)
+        rotate_in, rotate_out = self.rotate_in, self.rotate_out
+        if dim == 1 and rotate_out:
+            raise ShardError(f"{self.name}: an output rotation must follow the sum over ranks; columns cannot be cut")
+        if dim == 0:
+            rotate_out = tuple(rotations.narrow(r, size, start, stop) for r in rotate_out)
+        else:
+            rotate_in = tuple(rotations.narrow(r, size, start, stop) for r in rotate_in)
+        return replace(
+            self,
+            weight=weight,
+            low_rank=low_rank,
+            bias=bias,
+            input=self.input if dim == 0 else _cut_operand(self.input, size, start, stop),
+            rotate_in=rotate_in,
+            rotate_out=rotate_out,
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[LinearSpec]) -> LinearSpec:
+        """Fuse projections that read the same input (q, k, v; gate, up); ShardError if their input sides differ."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        names = [p.name for p in parts]
+        for what, same in (
+            ("input quantization", all(_same_operand(p.input, first.input) for p in parts)),
+            ("decode input", all(_same_operand(p.decode_input, first.decode_input) for p in parts)),
+            ("weight operand", all(_same_operand(p.operand, first.operand) for p in parts)),
+            ("input rotation", all(rotations.same(p.rotate_in, first.rotate_in) for p in parts)),
+        ):
+            if not same:
+                raise ShardError(f"cannot fuse {names}: their {what} differs")
+        if any(p.rotate_out or p.low_rank for p in parts):
+            raise ShardError(f"cannot fuse {names}: an output rotation or low-rank branch belongs to one projection")
+        weights = [p.weight for p in parts]
+        joined: Weight
+        if all(isinstance(w, QTensor) for w in weights):
+            joined = QTensor.concat([w for w in weights if isinstance(w, QTensor)], 0)
+        elif all(isinstance(w, Tensor) for w in weights):
+            joined = torch.cat([w for w in weights if isinstance(w, Tensor)], -2)
+        else:
+            joined = CodebookTensor.concat([w for w in weights if isinstance(w, CodebookTensor)], 0)
+        bias = None
+        if any(p.bias is not None for p in parts):
+            bias = torch.cat([p.bias if p.bias is not None else torch.zeros(p.weight.shape[-2]) for p in parts])
+        return replace(first, weight=joined, bias=bias, name="+".join(names))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsSpec:
+    """y = sum over chosen experts of weight_e * down_e( act(gate_e(x)) * up_e(x) ).
+
+    gate_up     weight [E, 2I, K], gate rows first then up (readers de-interleave); ungated: [E, I, K]
+    down        weight [E, K, I]
+    """
+
+    gate_up: LinearSpec
+    down: LinearSpec
+    activation: Activation = Activation()  # noqa: RUF009 - frozen value
+    name: str = ""
+
+    @property
+    def format(self) -> ExpertsFormat:
+        """The frozen summary that plans and requests are made from."""
+        gate_up, down = self.gate_up.format, self.down.format
+        return ExpertsFormat(self.name, self.gate_up.weight.shape[0], gate_up, down, self.activation)
+
+    def experts(self, first: int, count: int) -> ExpertsSpec:
+        """Experts first:first+count, for expert parallelism."""
+        parts = []
+        for spec in (self.gate_up, self.down):
+            if not isinstance(spec.weight, QTensor):
+                raise ShardError(f"{spec.name}: only QTensor expert weights can be selected")
+            bias = None if spec.bias is None else spec.bias[first : first + count]
+            parts.append(replace(spec, weight=spec.weight.select(first, count), bias=bias))
+        return replace(self, gate_up=parts[0], down=parts[1])
+
+    def shard(self, rank: int, world: int) -> ExpertsSpec:
+        """Tensor-parallel part: gate and up by rows (each half by itself), down by columns."""
+        inner = self.down.weight.shape[-1]
+        start, stop = bounds(inner, rank, world, f"{self.name}: intermediate features")
+        w = self.gate_up.weight
+        if not isinstance(w, QTensor):
+            raise ShardError(f"{self.name}: only QTensor expert weights can be cut")
+        halves = [w.narrow(0, start, stop)]
+        if self.activation.gated:
+            halves.append(w.narrow(0, inner + start, inner + stop))
+        bias = self.gate_up.bias
+        if bias is not None:
+            cuts = [bias[..., start:stop]] + (
+                [bias[..., inner + start : inner + stop]] if self.activation.gated else []
+            )
+            bias = torch.cat(cuts, -1)
+        gate_up = replace(self.gate_up, weight=QTensor.concat(halves, 0), bias=bias)
+        return replace(self, gate_up=gate_up, down=self.down.shard(1, rank, world))
+
+
+@dataclass(frozen=True, eq=False)
+class KVSpec:
+    """How a cache is quantized. MLA: k is the latent row, v the rope key. q, p: None keeps their own dtype."""
+
+    k: Operand
+    v: Operand
+    q: Operand | None = None
+    p: Operand | None = None
+    kind: Literal["mha", "mla"] = "mha"
+    heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
+    name: str = ""
+
+    @property
+    def format(self) -> KVFormat:
+        """The frozen summary."""
+        q, p = (None if o is None else o.format for o in (self.q, self.p))
+        return KVFormat(self.kind, self.k.format, self.v.format, q, p, self.heads, self.k_dim, self.v_dim, self.name)
+
+
+def _same_operand(a: Operand | None, b: Operand | None) -> bool:
+    return a is b or (a is not None and a.equal(b))
+
+
+def _cut_operand(o: Operand | None, size: int, start: int, stop: int) -> Operand | None:
+    """Static per-feature scales of a row-parallel input follow their features."""
+    if o is None or o.scale is None or o.scale.numel() != size or size == 1:
+        return o
+    zero = o.zero if o.zero is None or o.zero.numel() == 1 else o.zero[..., start:stop]
+    return replace(o, scale=o.scale[..., start:stop], zero=zero)
