@@ -1,0 +1,31 @@
+"""The NVIDIA backend of qhal (distribution qhal-cuda).
+
+Importing this package imports no device library: `backend()` only describes it (`qhal.selection`).
+"""
+
+from __future__ import annotations
+
+from qhal.interface import QuantOps
+from qhal.selection import BackendInfo, Device
+
+
+def backend() -> BackendInfo:
+    """The light description that the entry point `qhal.backends` gives."""
+    from qhal_cuda.probe import probe
+
+    return BackendInfo("cuda", (0, 1), order=10, probe=probe, load=_load, offline=_offline)
+
+
+def _load(device: Device) -> QuantOps:
+    from qhal_cuda.ops import CudaOps
+
+    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}")
+
+
+def _offline(arch: str) -> QuantOps:
+    from qhal_cuda.ops import CudaOps
+
+    return CudaOps(arch, "meta")
+
+
+_TORCH_DEVICE = "cuda"

@@ -1,0 +1,31 @@
+"""The Ascend NPU backend of qhal (distribution qhal-npu).
+
+Importing this package imports no device library: `backend()` only describes it (`qhal.selection`).
+"""
+
+from __future__ import annotations
+
+from qhal.interface import QuantOps
+from qhal.selection import BackendInfo, Device
+
+
+def backend() -> BackendInfo:
+    """The light description that the entry point `qhal.backends` gives."""
+    from qhal_npu.probe import probe
+
+    return BackendInfo("npu", (0, 1), order=30, probe=probe, load=_load, offline=_offline)
+
+
+def _load(device: Device) -> QuantOps:
+    from qhal_npu.ops import NpuOps
+
+    return NpuOps(device.arch, f"{_TORCH_DEVICE}:{device.index}")
+
+
+def _offline(arch: str) -> QuantOps:
+    from qhal_npu.ops import NpuOps
+
+    return NpuOps(arch, "meta")
+
+
+_TORCH_DEVICE = "npu"
