@@ -113,6 +113,8 @@ def _divisor(f: Format) -> float:
     e = element(f.element)
     if f.rule.domain == "minmax":
         return e.largest - e.smallest
+    if f.rule.domain == "amax" and f.qmax == 0:
+        raise FormatError(f"quantize to {f}: {f.element} has no positive code; use domain=signed")
     return e.smallest if f.rule.domain == "signed" else f.qmax
 
 
@@ -131,7 +133,8 @@ def _exponent_codes(peak: Tensor, to: Format, rule: Rule) -> Tensor:
         mantissa, exponent = torch.frexp(peak / to.qmax)
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
     else:
-        power = torch.frexp(_nudged(peak, to, rule))[1] - 1 - int(top)
+        bits = _nudged(peak, to, rule).contiguous().view(torch.int32)
+        power = (bits >> 23) - 127 - int(top)  # a peak moved past the largest float32 has the exponent of infinity
     if rule.empty == "one":
         power = torch.where(peak == 0, 0, power)
     code = (power + 127).clamp(0, 254)
@@ -144,12 +147,12 @@ def _nudged(peak: Tensor, to: Format, rule: Rule) -> Tensor:
     if rule.e8m0 == "floor":
         return peak
     if rule.e8m0 == "over1.75":
-        return peak * 8 / 7 + 9.6e-7
+        return peak / 7 * 8 + 9.6e-7  # this order cannot overflow early and rounds the same
     mantissa_bits = {"e2m1": 1, "e3m2": 2, "e2m3": 3, "e4m3fn": 3, "e4m3fnuz": 3, "e5m2": 2, "e5m2fnuz": 2}
     if rule.e8m0 == "even" and to.element not in mantissa_bits:
         raise FormatError(f"{to}: e8m0=even rounds amax to the element's mantissa, {to.element} has none")
     shift = 21 if rule.e8m0 == "up1.75" else 22 - mantissa_bits[to.element]
-    return ((peak.contiguous().view(torch.int32) + (1 << shift)) & 0x7F800000).view(torch.float32)
+    return (peak.contiguous().view(torch.int32) + (1 << shift)).view(torch.float32)
 
 
 def _zero_plane(to: Format, lo: Tensor, scale: Tensor, static: Tensor | None) -> Tensor:
@@ -200,7 +203,8 @@ def _static(value: Tensor, to: Format, grid: Tensor) -> Tensor:
     """A static value in the shape of the plane that it fills."""
     value = value if value.is_floating_point() else value.float()
     if value.numel() == 1:
-        return value.reshape([1] * grid.dim()).expand(grid.shape) if _single_level(to) else value.reshape(1, 1)
+        one = value.reshape([1] * grid.dim())
+        return one.expand(grid.shape) if _single_level(to) else one
     if value.numel() != grid.shape[-2:].numel():
         raise FormatError(f"{to}: a static scale of {value.numel()} values does not fill a grid of {tuple(grid.shape)}")
     return value.reshape(*[1] * (grid.dim() - 2), *grid.shape[-2:]).expand(grid.shape)

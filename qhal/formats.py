@@ -51,6 +51,10 @@ class Format:
                 raise FormatError(f"sparsity {n}:{m}: the first number must be positive and below the second")
         if self.rule.qmax is not None and self.rule.qmax == e.largest:
             object.__setattr__(self, "rule", replace(self.rule, qmax=None))  # one arithmetic, one name
+        if self.scale is None:
+            object.__setattr__(self, "op", "*")  # without a scale there is nothing to divide by
+        if self.offset is None:
+            object.__setattr__(self, "offset_sign", 1)
 
     @staticmethod
     def parse(text: str) -> Format:

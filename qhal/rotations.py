@@ -146,7 +146,7 @@ class Kronecker:
 
     def inverse(self) -> Kronecker:
         """Inverse of both factors, in float64."""
-        return Kronecker(*(None if m is None else torch.linalg.inv(m.double()) for m in (self.left, self.right)))
+        return Kronecker(*(None if m is None else _inverted(m) for m in (self.left, self.right)))
 
     def matrix(self, n: int) -> Tensor:
         """float64 [n, n]."""
@@ -175,7 +175,7 @@ class Dense:
 
     def inverse(self) -> Dense:
         """The inverse matrix, in float64."""
-        return Dense(torch.linalg.inv(self.block.double()))
+        return Dense(_inverted(self.block))
 
     def matrix(self, n: int) -> Tensor:
         """float64 [n, n], block diagonal."""
@@ -216,6 +216,10 @@ def narrow(r: Rotation, size: int, start: int, stop: int) -> Rotation:
     if start % period or stop % period:
         raise ShardError(f"feature {start} or {stop} lies inside a {type(r).__name__} rotation of {period} features")
     return r
+
+
+def _inverted(m: Tensor) -> Tensor:
+    return torch.linalg.inv(m.double()).contiguous()  # the solver's result is column-major
 
 
 def _repeat(block: Tensor, times: int) -> Tensor:

@@ -46,7 +46,7 @@ def _away(q: Tensor) -> Tensor:
 def _mini(q: Tensor, e: Element, mode: str) -> Tensor:
     magnitudes = values(e.name)
     assert magnitudes is not None
-    grid = magnitudes[: 1 << (e.bits - 1)].to(q.device)  # ascending: a code is its rank
+    grid = magnitudes[: 1 << (e.bits - 1)].to(q.device)  # in rising order: a code is its rank
     code = _nearest(q.abs().clamp(max=e.largest), grid, mode)
     code = code + (torch.signbit(q).long() << (e.bits - 1))
     return torch.where(torch.isnan(q), 0, code).to(e.storage)

@@ -1,0 +1,52 @@
+# make demo   the main job: quantize a real model, run it, compare      make test   lint, types, tests, conformance
+# make dev    just the environment in .venv                             make lint   style, types, import rules
+PYTHON ?= python3
+VENV ?= .venv
+# any torch >= 2.11 works; for CPU-only wheels see README "Install"
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/rocm -e backends/npu
+SOURCES := qhal schemes conformance engines cli backends tests benchmarks examples docs
+PYTEST_WORKERS ?= 2
+
+.PHONY: help dev demo test lint format conformance docs bench clean
+help:
+	@head -2 Makefile | sed 's/^# //'
+
+dev: $(VENV)/.installed
+# one command line for all of ours: none of them is fetched from the index
+$(VENV)/.installed: pyproject.toml requirements-dev.txt $(wildcard backends/*/pyproject.toml)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qhal needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	sed 1d requirements-dev.txt > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(DISTRIBUTIONS)
+	@touch $@
+
+demo: dev
+	$(BIN)/python examples/demo/demo.py
+
+lint: dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	PYTHONPATH= $(BIN)/lint-imports
+
+format: dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+conformance: dev
+	OMP_NUM_THREADS=1 $(BIN)/qhal conformance run --backend cpu_reference --level 0 --out build/conformance
+
+test: lint conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+docs: dev
+	$(BIN)/python docs/generate.py
+
+bench: dev
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,55 @@
+"""`qhal generate`: text from a quantized checkpoint through an engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qhal.errors import CheckpointError
+from qhal_cli.output import Json, emit, stderr
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder with config.json and a tokenizer.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue, or the question to ask.")],
+    backend: Annotated[str, typer.Option(help="auto, a backend's name, or name:index.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 64,
+    policy: Annotated[str, typer.Option(help="exact, error or allow; see `qhal plan`.")] = "error",
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
+    json: Json = False,
+) -> None:
+    """Select, plan, load and generate, as an engine would; the text streams as it is made.
+
+    Examples:
+      qhal generate build/demo/int4 --prompt "What is the capital of France?"
+      qhal generate CKPT --prompt "Hello" --backend cpu_reference --json
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint} is no checkpoint folder: it has no config.json")
+    from qhal_engines import transformers as engine
+    from qhal_engines.generation import chat_prompt
+    from qhal_engines.generation import generate as run
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    engine.install(backend, policy)  # type: ignore[arg-type] - it checks the policy itself
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    text = prompt if raw else chat_prompt(tokenizer, prompt)
+    result = run(model, tokenizer, text, max_new_tokens, on_token=None if json else _show)
+    plan = getattr(model, "qhal_plan", None)
+    if json:
+        emit(asdict(result) | {"plan": None if plan is None else plan.digest})
+        return
+    typer.echo()
+    ran = "no plan: the checkpoint is not quantized" if plan is None else f"plan {plan.digest} on {plan.backend}"
+    stderr.print(f"{len(result.token_ids)} tokens, {result.decode_tokens_per_s:.1f} tokens/s after the first, {ran}")
+
+
+def _show(piece: str) -> None:
+    typer.echo(piece, nl=False)
