@@ -84,7 +84,8 @@ def _scale_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, static: T
     assert fmt.block is not None
     inner = element(fmt.element)
     largest = 1.0 if inner.kind == "exponent" else inner.largest
-    outer_peak = fmt.block.split(peak.abs()).amax(-1)
+    blocks = fmt.block.split(peak.abs())
+    outer_peak = blocks.amax(-1) if blocks.shape[-1] else blocks.new_zeros(blocks.shape[:-1])
     outer: Tensor | QTensor
     if fmt.op == "/":
         outer = static if static is not None else _reciprocal_plane(outer_peak, divisor * largest, fmt)

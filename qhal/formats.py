@@ -19,7 +19,7 @@ from qhal.grammar import read
 from qhal.rules import Rule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Format:
     """How a tensor's numbers are stored: value = (code - zero) * scale + offset, `*` or `/` and `+` or `-` as stated.
 
@@ -78,6 +78,9 @@ class Format:
             text += f"%{self.sparsity[0]}:{self.sparsity[1]}"
         rule = str(self.rule)
         return f"{text}@{rule}" if rule else text
+
+    def __repr__(self) -> str:
+        return f"Format({str(self)!r})"
 
     @property
     def plain(self) -> bool:

@@ -219,7 +219,8 @@ def narrow(r: Rotation, size: int, start: int, stop: int) -> Rotation:
 
 
 def _inverted(m: Tensor) -> Tensor:
-    return torch.linalg.inv(m.double()).contiguous()  # the solver's result is column-major
+    inverse: Tensor = torch.linalg.inv(m.double())
+    return inverse.contiguous()  # the solver's result is column-major
 
 
 def _repeat(block: Tensor, times: int) -> Tensor:

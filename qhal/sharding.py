@@ -56,9 +56,11 @@ def narrow(t: QTensor, dim: int, start: int, stop: int) -> QTensor:
         return replace(t, **changed, group_index=t.group_index[start:stop].contiguous())
     for name in _PLANES:
         plane = getattr(t, name)
-        if plane is None or tuple(plane.shape[-2:]) == (1, 1):
-            continue
+        if plane is None or (name != "scale" and tuple(plane.shape[-2:]) == (1, 1)):
+            continue  # one zero point or offset for the whole tensor
         assert t.format.block is not None
+        if dim == 0 and t.group_index is not None and plane.shape[-2] == 1:
+            continue  # one row of groups serves every row
         first, last, grid_dim = _grid_range(t.format.block, (n, k), dim, start, stop, f"{t.format} ({name})")
         changed[name] = plane if last < 0 else _cut_plane(plane, grid_dim, first, last)
     return replace(t, **changed)
@@ -99,6 +101,9 @@ def concat(parts: Sequence[QTensor], dim: int) -> QTensor:
         raise ShardError(f"{first.format}: shapes {[p.shape for p in parts]} do not join along dim {dim}")
     if not _all_equal([p.table for p in parts]):
         raise ShardError(f"{first.format}: parts with different tables cannot be fused")
+    sparsity = first.format.sparsity
+    if dim == 1 and sparsity is not None and any(p.shape[-1] % sparsity[1] for p in parts[:-1]):
+        raise ShardError(f"{first.format}: a seam inside a {sparsity[0]}:{sparsity[1]} run cannot be fused")
     codes = _join([p.codes for p in parts], dim)
     indexed = [p.group_index for p in parts]
     if any(g is not None for g in indexed):
@@ -136,7 +141,9 @@ def _concat_planes(parts: Sequence[QTensor], planes: list[P], name: str, dim: in
         rows = [_per_row(plane, part.shape[-2]) for plane, part in zip(planes, parts, strict=True)]
         return _join_planes(rows, 0), True
     if block.kind == "flat":
-        flat_ok = dim == 0 and all(p.shape[-2] * p.shape[-1] % block.cols == 0 for p in parts[:-1])
+        flat_ok = (dim == 0 or parts[0].shape[-2] == 1) and all(
+            p.shape[-2] * p.shape[-1] % block.cols == 0 for p in parts[:-1]
+        )
         if not flat_ok:
             raise ShardError(f"{fmt}: a seam inside a flat block of {block.cols} cannot be fused")
         return _join_planes(planes, 1), False
@@ -163,11 +170,15 @@ def _concat_indexed(parts: Sequence[QTensor], codes: Tensor, dim: int) -> QTenso
         return replace(first, codes=codes, group_index=torch.cat(index))
     if not _all_equal(index):
         raise ShardError(f"{first.format}: parts have different group indices and cannot share their input columns")
+    for name, group in planes.items():
+        planes[name] = [_per_row(plane, p.shape[-2]) for plane, p in zip(group, parts, strict=True)]
     return replace(first, codes=codes, **{name: _join_planes(group, 0) for name, group in planes.items()})
 
 
 def stack(parts: Sequence[QTensor]) -> QTensor:
     """Equal formats and shapes on a new leading axis."""
+    if not parts:
+        raise ShardError("nothing to stack: no parts were given")
     first = parts[0]
     if any(p.format != first.format or p.shape != first.shape for p in parts):
         raise ShardError(f"cannot stack {sorted({f'{p.format} {p.shape}' for p in parts})}")
@@ -243,10 +254,18 @@ def _per_row(plane: P, rows: int) -> P:
     return replace(plane, codes=_per_row(plane.codes, rows))
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bit pattern (NaN equals the same NaN, -0 differs from +0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+
+
 def _all_equal(planes: Sequence[object]) -> bool:
     first = planes[0]
     if first is None or any(p is None for p in planes):
         return all(p is None for p in planes)
     if isinstance(first, Tensor):
-        return all(isinstance(p, Tensor) and p.shape == first.shape and torch.equal(p, first) for p in planes[1:])
+        return all(isinstance(p, Tensor) and same_bits(p, first) for p in planes[1:])
     return all(first.equal(p) for p in planes[1:])  # type: ignore[attr-defined]

@@ -130,7 +130,7 @@ class LinearSpec:
         size = (n, k)[dim]
         start, stop = bounds(size, rank, world, f"{self.name}: {'rows' if dim == 0 else 'columns'}")
         weight = (
-            self.weight.narrow(dim, start, stop - start)
+            self.weight.narrow(dim - 2, start, stop - start)
             if isinstance(self.weight, Tensor)
             else (self.weight.shard(dim, rank, world))
         )
@@ -140,7 +140,7 @@ class LinearSpec:
             low_rank = (down, up[start:stop]) if dim == 0 else (down[:, start:stop], up)
         bias = self.bias
         if bias is not None:
-            bias = bias[start:stop] if dim == 0 else (bias if rank == 0 else None)
+            bias = bias[..., start:stop] if dim == 0 else (bias if rank == 0 else None)
         rotate_in, rotate_out = self.rotate_in, self.rotate_out
         if dim == 1 and rotate_out:
             raise ShardError(f"{self.name}: an output rotation must follow the sum over ranks; columns cannot be cut")
@@ -181,8 +181,10 @@ class LinearSpec:
             joined = QTensor.concat([w for w in weights if isinstance(w, QTensor)], 0)
         elif all(isinstance(w, Tensor) for w in weights):
             joined = torch.cat([w for w in weights if isinstance(w, Tensor)], -2)
-        else:
+        elif all(isinstance(w, CodebookTensor) for w in weights):
             joined = CodebookTensor.concat([w for w in weights if isinstance(w, CodebookTensor)], 0)
+        else:
+            raise ShardError(f"cannot fuse {names}: some weights are quantized and some are not")
         bias = None
         if any(p.bias is not None for p in parts):
             bias = torch.cat([p.bias if p.bias is not None else torch.zeros(p.weight.shape[-2]) for p in parts])

@@ -16,6 +16,7 @@ from qhal import sharding
 from qhal.elements import decode, element, values
 from qhal.errors import FormatError
 from qhal.formats import Format
+from qhal.sharding import same_bits as same_bits  # bit equality of planes belongs to tensors; sharding compares planes
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +79,9 @@ class QTensor:
     def _per_element(self, plane: Tensor | QTensor, fmt: Format | None) -> Tensor:
         assert fmt is not None
         number = plane.dequantize() if isinstance(plane, QTensor) else decode(fmt.element, plane)
-        if self.group_index is not None and number.shape[-1] > 1:
-            return number.index_select(-1, self.group_index.long()).expand(self.shape)
+        if self.group_index is not None:
+            picked = number.index_select(-1, self.group_index.long()) if number.shape[-1] > 1 else number
+            return picked.expand(self.shape)
         if self.format.block is None or number.shape[-2:].numel() == 1:
             return number.expand(self.shape)
         return self.format.block.expand(number, self.shape)
@@ -145,14 +147,6 @@ class QTensor:
     def permute_rows(self, index: Tensor) -> QTensor:
         """Rows in the order of `index` [N]: exact for tensor, row, col, g<k>; ShardError for tiles and flat blocks."""
         return sharding.permute_rows(self, index)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bit pattern (NaN equals the same NaN, -0 differs from +0)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(view), b.contiguous().view(view))
 
 
 def _check(t: QTensor) -> None:

@@ -34,7 +34,7 @@ def generate(
     from qhal_engines.generation import generate as run
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    engine.install(backend, policy)  # type: ignore[arg-type] - it checks the policy itself
+    engine.install(backend, policy)  # type: ignore[arg-type]  # it checks the policy itself
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
