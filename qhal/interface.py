@@ -213,7 +213,8 @@ class QuantOps(ABC):
 
         Head h reads key-value head h // (H // G). s = scale * q.k, soft-capped c * tanh(s / c) if asked; causal masks
         align bottom right; window w keeps the last w keys, the query's own included. p = softmax(s) with the maximum
-        subtracted; `sinks` float32 [H] join the denominator only. Q.K and P.V run in request.q and request.p.
+        subtracted; `sinks` float32 [H] join the denominator (and so the lse) only. Q is quantized to request.q;
+        exp(s - max) is rounded to request.p before P.V, its sum is not.
         lse float32 [T, H], natural log, is written if given. A row without keys gives zeros and lse -inf. Entries past
         a length or in unused pages, NaN included, do not leak.
         """

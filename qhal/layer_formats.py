@@ -13,14 +13,16 @@ from qhal.formats import Format
 class Activation:
     """The function between the two products of an expert (or of an MLP).
 
-    name   silu | gelu | gelu_tanh | relu2 | swiglu (the clamped form: gate*sigmoid(alpha*gate), limits on both sides)
-    gated  act(gate) * up, gate rows first; otherwise act(up)
+    name   silu | gelu (erf) | gelu_tanh | relu2 (relu squared) | swiglu: g * sigmoid(alpha * g), g = min(gate, limit)
+    gated  act(gate) * up, gate rows first; otherwise act(up). swiglu: u = clamp(up, -limit, limit) + shift takes up's
+           place (shift is 1 in gpt-oss)
     """
 
     name: Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglu"] = "silu"
     gated: bool = True
     alpha: float = 1.0
     limit: float | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)

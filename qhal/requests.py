@@ -12,10 +12,15 @@ from typing import Literal
 import torch
 
 from qhal.codebooks import CodebookFormat
-from qhal.elements import dtype_name, element
+from qhal.elements import ELEMENTS, element
 from qhal.formats import Format
 from qhal.layer_formats import Activation
 from qhal.rules import Rule
+
+
+def _shown(dtype: torch.dtype) -> str:
+    """A dtype in a request's text: its element name, or torch's own for one that no format has (it will be refused)."""
+    return next((name for name, e in ELEMENTS.items() if e.kind == "float" and e.storage == dtype), str(dtype))
 
 
 class NumericsClass(IntEnum):
@@ -62,7 +67,7 @@ class GemmRequest:
 
     def __str__(self) -> str:
         x = "|".join(dict.fromkeys(str(f) for f in self.x))
-        out = "as x" if self.out is None else dtype_name(self.out)
+        out = "as x" if self.out is None else _shown(self.out)
         extra = "".join(f" {flag}" for flag in ("bias", "group_index", "graph") if getattr(self, flag))
         operand = f" as {self.operand}" if self.operand else ""
         return f"gemm x={x} w={self.w}{operand} n={self.n} k={self.k} out={out}{extra}"
@@ -136,7 +141,7 @@ class QuantizeRequest:
     layout: str = "canonical"
 
     def __str__(self) -> str:
-        return f"quantize {dtype_name(self.x)} to {self.format}{' static' if self.static else ''}"
+        return f"quantize {_shown(self.x)} to {self.format}{' static' if self.static else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +155,7 @@ class HadamardRequest:
 
     def __str__(self) -> str:
         chain = ", ".join("(" + " ".join(str(part) for part in kind) + ")" for kind in self.kinds)
-        return f"hadamard [{chain}] n={self.n} x={dtype_name(self.x)}" + (
-            f" to {self.quantize}" if self.quantize else ""
-        )
+        return f"hadamard [{chain}] n={self.n} x={_shown(self.x)}" + (f" to {self.quantize}" if self.quantize else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ class VQRequest:
     out: torch.dtype
 
     def __str__(self) -> str:
-        return f"vq_decode {self.w} n={self.n} k={self.k} out={dtype_name(self.out)}"
+        return f"vq_decode {self.w} n={self.n} k={self.k} out={_shown(self.out)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class CommRequest:
     numel: int
 
     def __str__(self) -> str:
-        return f"{self.collective} {dtype_name(self.x)} as {self.codec} world={self.world} numel={self.numel}"
+        return f"{self.collective} {_shown(self.x)} as {self.codec} world={self.world} numel={self.numel}"
 
 
 Request = (
@@ -245,6 +248,13 @@ def minimum_class(request: Request) -> NumericsClass:
         return NumericsClass.EXACT
     return NumericsClass.FP32_ACC
 
+
+def _name(dtype: torch.dtype) -> str:
+    """A dtype for people: "bf16"; one that is no element keeps torch's name, since printing must never fail."""
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+_NAMES = {e.storage: e.name for e in ELEMENTS.values() if e.kind == "float"}
 
 Level = Literal["full", "conditional", "not_implemented", "unsupported"]
 

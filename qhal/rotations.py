@@ -151,6 +151,8 @@ class Kronecker:
     def matrix(self, n: int) -> Tensor:
         """float64 [n, n]."""
         known = math.prod(m.shape[0] for m in (self.left, self.right) if m is not None)
+        if self.left is not None and self.right is not None and n != known:
+            raise FormatError(f"Kronecker of {self.left.shape[0]} x {self.right.shape[0]} does not fit {n} features")
         _fits(self, n, known)
         eye = torch.eye(n // known, dtype=torch.float64)
         left = self.left.double() if self.left is not None else eye

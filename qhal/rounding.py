@@ -64,8 +64,7 @@ def _float8_away(q: Tensor, e: Element) -> Tensor:
 def _nearest(magnitude: Tensor, grid: Tensor, mode: str) -> Tensor:
     """Index of the nearest grid value; a tie goes to the even index, or upwards."""
     middle = (grid[1:] + grid[:-1]) / 2
-    low = torch.bucketize(magnitude, middle)  # a tie counts as below
-    high = torch.bucketize(magnitude, middle, right=True)  # a tie counts as above
-    if mode == "away":
-        return high
-    return torch.where(low % 2 == 0, low, high)
+    # `bucketize` leaves a tie below; a boundary one step lower lifts it above, which is exact for fp32 inputs
+    lifted = torch.nextafter(middle, torch.zeros_like(middle))
+    odd = torch.arange(middle.numel(), device=grid.device) % 2 == 1
+    return torch.bucketize(magnitude, lifted if mode == "away" else torch.where(odd, lifted, middle))

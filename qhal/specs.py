@@ -17,7 +17,7 @@ from torch import Tensor
 from qhal import rotations
 from qhal.codebooks import CodebookTensor
 from qhal.elements import dtype_name
-from qhal.errors import ShardError
+from qhal.errors import FormatError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import Activation, ExpertsFormat, KVFormat, LinearFormat
 from qhal.rotations import Rotation
@@ -78,6 +78,10 @@ class LinearSpec:
     low_rank: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.decode_input is not None and self.input is None:
+            raise FormatError(f"{self.name}: a decode_input without an input would leave prefill unquantized")
 
     @property
     def format(self) -> LinearFormat:

@@ -1,0 +1,173 @@
+"""attention: one sequence after the other over its pages, all heads at once, in float64.
+
+s = scale * q.k, soft-capped; p = exp(s - max); o = (sum of p * v) / (sum of p, and of exp(sink - max)); one rounding.
+q is rounded to request.q and every exp(s - max) to request.p before the product with v, as kernels do; their sum is of
+the unrounded ones. Keys and values are the dequantizations of their codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qhal.caches import AttentionBatch, KVCache, Limits
+from qhal.elements import WIDE, element
+from qhal.encoding import encode
+from qhal.errors import BatchError, FormatError
+from qhal.requests import AttentionRequest, KVRequest
+from qhal_cpu_reference.kv import read
+from qhal_cpu_reference.rounding import round_once
+
+
+class CpuBatch(AttentionBatch):
+    """Lengths and pages of one step, copied into buffers that keep their addresses."""
+
+    def __init__(self, request: AttentionRequest, limits: Limits) -> None:
+        self.request, self.limits, self.sequences = request, limits, 0
+        self.query_lens = torch.zeros(limits.batch, dtype=torch.int32)
+        self.kv_bounds = torch.zeros(limits.batch, dtype=torch.int32)
+        self.page_table = torch.zeros(limits.batch, limits.pages, dtype=torch.int64)
+        self._device_lens: Tensor | None = None
+
+    def plan(
+        self, query_lens: Tensor, kv_lens: Tensor, page_table: Tensor, *, kv_lens_device: Tensor | None = None
+    ) -> None:
+        """Checks everything against the limits, then copies."""
+        count, limits, page = query_lens.numel(), self.limits, self.request.kv.page
+        for name, t in (("kv_lens", kv_lens), ("kv_lens_device", kv_lens_device)):
+            if t is not None and (t.dim() != 1 or t.numel() != count):
+                raise BatchError(f"{name} has shape {tuple(t.shape)}, query_lens has {count} sequences")
+        if page_table.dim() != 2 or page_table.shape[0] < count:
+            raise BatchError(f"page_table has shape {tuple(page_table.shape)}, must be [{count}, pages]")
+        if count > limits.batch:
+            raise BatchError(f"{count} sequences, the batch was made for {limits.batch}")
+        if count and (int(query_lens.min()) < 0 or int(kv_lens.min()) < 0):
+            raise BatchError(f"negative lengths: query {query_lens.tolist()}, kv {kv_lens.tolist()}")
+        if int(query_lens.sum()) > limits.tokens:
+            raise BatchError(f"{int(query_lens.sum())} query tokens, the batch was made for {limits.tokens}")
+        if self.request.phase == "decode" and count and int(query_lens.max()) > 1:
+            raise BatchError(f"phase is decode, but a sequence has {int(query_lens.max())} query tokens")
+        need = -(-int(kv_lens.max()) // page) if count else 0
+        if need > min(limits.pages, page_table.shape[1]):
+            raise BatchError(
+                f"a sequence of {int(kv_lens.max())} tokens needs {need} pages of {page}; "
+                f"the batch was made for {limits.pages}, the page table has {page_table.shape[1]}"
+            )
+        self.sequences = count
+        self.query_lens[:count] = query_lens
+        self.kv_bounds[:count] = kv_lens
+        self.page_table[:count, :need] = page_table[:count, :need].to(torch.int64)
+        self._device_lens = kv_lens_device
+
+    def rows(self, pages: int) -> list[tuple[int, int, Tensor]]:
+        """(query length, key length, pages) of every sequence; BatchError for pages outside the cache."""
+        found = []
+        for b in range(self.sequences):
+            bound = int(self.kv_bounds[b])
+            length = bound if self._device_lens is None else int(self._device_lens[b])
+            if not 0 <= length <= bound:
+                raise BatchError(f"sequence {b}: kv_lens_device says {length}, the bound on the host was {bound}")
+            table = self.page_table[b, : -(-length // self.request.kv.page)]
+            if table.numel() and (int(table.min()) < 0 or int(table.max()) >= pages):
+                raise BatchError(f"sequence {b}: pages {table.tolist()}; the cache has 0 to {pages - 1}")
+            found.append((int(self.query_lens[b]), length, table))
+        return found
+
+
+def attend(
+    q: Tensor, cache: KVCache, batch: CpuBatch, sinks: Tensor | None, out: Tensor | None, lse: Tensor | None
+) -> Tensor:
+    """See QuantOps.attention. `sinks` join the denominator, so they are part of lse."""
+    request, kv = batch.request, batch.request.kv
+    if not same_cache(cache.request, kv):
+        raise FormatError(f"the cache is {cache.request}, the batch was made for {kv}")
+    rows = batch.rows(cache.pages)
+    tokens = sum(length for length, _, _ in rows)
+    mla = kv.kind == "mla"
+    dim, wide = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
+    _check(q, request, sinks, tokens, dim)
+    result = _buffer(out, (tokens, request.heads, wide), request.out, "out")
+    logs = None if lse is None else _buffer(lse, (tokens, request.heads), torch.float32, "lse")
+    q = encode(q.detach().reshape(tokens * request.heads, dim), request.q).dequantize().reshape(q.shape)
+    at = 0
+    for queries, length, pages in rows:
+        k, v = read(cache, 0, pages, length), read(cache, 1, pages, length)
+        if mla:  # one key-value head: keys are latent and rope together, values are the latent rows
+            k, v = torch.cat([k, v], -1), k
+        o, log = one_sequence(q[at : at + queries].double(), k.double(), v.double(), request, sinks)
+        result[at : at + queries] = round_once(o, request.out)
+        if logs is not None:
+            logs[at : at + queries] = log
+        at += queries
+    return result
+
+
+def one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q [t, H, D], k [L, G, D], v [L, G, Dv], all float64 -> o [t, H, Dv] and the natural log of the denominator."""
+    (t, heads, dim), (length, groups, _) = q.shape, k.shape
+    if length == 0:
+        return q.new_zeros(t, heads, v.shape[-1]), q.new_full((t, heads), -torch.inf)
+    share = heads // groups  # head h reads key-value head h // share
+    s = torch.einsum("tgjd,lgd->gjtl", q.reshape(t, groups, share, dim), k) * request.scale
+    if request.softcap is not None:
+        s = request.softcap * torch.tanh(s / request.softcap)
+    seen = visible(t, length, request)
+    s = torch.where(seen, s, -torch.inf)
+    top = s.amax(-1, keepdim=True)
+    sink = None if sinks is None else sinks.double().reshape(groups, share, 1, 1)
+    if sink is not None:
+        top = torch.maximum(top, sink)
+    e = torch.exp(s - top)
+    total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    p_dtype = element(request.p.element).storage
+    p = e if p_dtype == torch.float32 else round_once(e, p_dtype).double()
+    o = _weighted(p, v, seen) / total.permute(2, 0, 1, 3)
+    o = torch.where(seen.any(-1)[:, None, None, None], o, 0.0)  # a row that sees no key is 0 / 0 until here
+    log = torch.where(seen.any(-1)[:, None, None], (top + torch.log(total)).squeeze(-1).permute(2, 0, 1), -torch.inf)
+    return o.reshape(t, heads, v.shape[-1]), log.reshape(t, heads)
+
+
+def visible(t: int, length: int, request: AttentionRequest) -> Tensor:
+    """bool [t, L]: the last query stands at the last key (bottom right); a window ends with the query's own key."""
+    position = torch.arange(length - t, length)[:, None]
+    key = torch.arange(length)[None, :]
+    seen = key <= position if request.causal else torch.ones(t, length, dtype=torch.bool)
+    return seen if request.window is None else seen & (key > position - request.window)
+
+
+def _weighted(p: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Sum over visible keys of p [G, J, t, L] * v [L, G, Dv] -> [t, G, J, Dv]. A hidden NaN or Inf stays hidden."""
+    if bool(torch.isfinite(v).all()):
+        return torch.einsum("gjtl,lgd->tgjd", p, v)
+    rows = [torch.einsum("gjl,lgd->gjd", p[:, :, i, see], v[see]) for i, see in enumerate(seen)]
+    return torch.stack(rows) if rows else v.new_zeros(0, v.shape[1], p.shape[1], v.shape[2])
+
+
+def same_cache(a: KVRequest, b: KVRequest) -> bool:
+    """Whether two requests describe the same planes; rules decide only how new codes are chosen."""
+    sizes = [(r.kind, r.k.storage, r.v.storage, r.heads, r.k_dim, r.v_dim, r.page) for r in (a, b)]
+    return sizes[0] == sizes[1]
+
+
+def _check(q: Tensor, request: AttentionRequest, sinks: Tensor | None, tokens: int, dim: int) -> None:
+    if q.dtype not in WIDE.values() or q.dim() != 3 or tuple(q.shape[1:]) != (request.heads, dim):
+        found = f"{q.dtype} {tuple(q.shape)}"
+        raise FormatError(f"attention: q is {found}, must be bf16, fp16 or fp32 [T, {request.heads}, {dim}]")
+    if q.shape[0] != tokens:
+        raise BatchError(f"attention: q has {q.shape[0]} tokens, the batch was planned with {tokens}")
+    if (sinks is not None) != request.sinks:
+        raise FormatError(f"attention: sinks {'given' if sinks is not None else 'missing'}, request: {request.sinks}")
+    if sinks is not None and (sinks.dtype != torch.float32 or tuple(sinks.shape) != (request.heads,)):
+        raise FormatError(f"attention: sinks are {sinks.dtype} {tuple(sinks.shape)}, must be fp32 [{request.heads}]")
+
+
+def _buffer(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+    if given is None:
+        return torch.empty(shape, dtype=dtype)
+    if (tuple(given.shape), given.dtype) != (shape, dtype):
+        raise FormatError(f"attention: {name} is {given.dtype} {tuple(given.shape)}, must be {dtype} {shape}")
+    return given

@@ -1,0 +1,107 @@
+"""hadamard: every kind of rotation, applied in float64 and rounded once at the end of the chain.
+
+float64 stands above the contract's fp32: the result is the correctly rounded one up to 2^-50 of the row's magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from qhal.elements import WIDE
+from qhal.errors import FormatError
+from qhal.rotations import TABLES, Dense, Diagonal, Hadamard, Kronecker, Permutation, Rotation
+from qhal_cpu_reference.rounding import round_once
+
+
+def rotate(x: Tensor, chain: Sequence[Rotation]) -> Tensor:
+    """[..., n] -> x @ R1 @ R2 ..., in the dtype of x. FormatError for a rotation that does not fit n features."""
+    if not isinstance(x, Tensor) or x.dtype not in WIDE.values() or x.dim() < 1:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise FormatError(f"hadamard: x is {found}, must be bf16, fp16 or fp32 [..., n]")
+    y = x.detach().double()
+    for r in chain:
+        y = _apply(y, r)
+    return round_once(y, x.dtype)
+
+
+def misfits(kind: tuple[object, ...], n: int) -> Iterator[str]:
+    """Why a rotation of this kind cannot be applied to n features; nothing if it can."""
+    name, *rest = kind
+    sizes = [s for s in rest if isinstance(s, int) and not isinstance(s, bool)]
+    if name in ("diagonal", "permutation"):
+        fits = sizes == [n]
+    elif name == "hadamard":
+        order, k = sizes
+        fits = order > 0 and n % order == 0 and k > 0 and order % k == 0 and (order // k) & (order // k - 1) == 0
+        if k > 1 and rest[2] not in TABLES:
+            yield f"no Hadamard table {rest[2]!r} of order {k}; known tables: {', '.join(TABLES) or 'none yet'}"
+    elif name == "kronecker":
+        left, right = sizes
+        known = max(left, 1) * max(right, 1)
+        fits = n % known == 0 and (known == n or not (left and right))
+    elif name == "dense":
+        fits = sizes[0] > 0 and n % sizes[0] == 0
+    else:
+        yield f"unknown rotation {kind}"
+        return
+    if not fits:
+        yield f"rotation {kind} does not fit {n} features"
+
+
+def _apply(x: Tensor, r: Rotation) -> Tensor:
+    n = x.shape[-1]
+    if isinstance(r, Diagonal | Permutation):
+        size = r.values.numel() if isinstance(r, Diagonal) else r.index.numel()
+        if size != n:
+            raise FormatError(f"{type(r).__name__} of size {size} does not fit {n} features")
+        return x * r.values.double().reshape(-1) if isinstance(r, Diagonal) else x[..., r.index.long().reshape(-1)]
+    if isinstance(r, Hadamard):
+        return _hadamard(_blocks(x, r, r.n), r).reshape(x.shape)
+    if isinstance(r, Dense):
+        return (_blocks(x, r, r.block.shape[0]) @ r.block.double()).reshape(x.shape)
+    return _kronecker(x, r)
+
+
+def _hadamard(x: Tensor, r: Hadamard) -> Tensor:
+    """x [..., n] viewed [k, n/k]: Sylvester butterflies along the last axis, the order-k table along the first."""
+    y = x.reshape(*x.shape[:-1], r.k, r.n // r.k)
+    step = 1
+    while step < y.shape[-1]:  # natural order: H(2m) = [[H(m), H(m)], [H(m), -H(m)]]
+        pairs = y.reshape(*y.shape[:-1], y.shape[-1] // (2 * step), 2, step)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack([a + b, a - b], -2).reshape(y.shape)
+        step *= 2
+    if r.k > 1:
+        # the table as `Rotation.matrix` orients it; times sqrt(k) its entries are +1 and -1 again
+        table = (Hadamard(r.k, r.k, r.table, r.transpose).matrix(r.k) * math.sqrt(r.k)).round()
+        y = table.T @ y
+    return (y / math.sqrt(r.n)).reshape(x.shape)
+
+
+def _kronecker(x: Tensor, r: Kronecker) -> Tensor:
+    """x viewed [l, r]: left^T @ X @ right; a missing factor is the identity of the remaining size."""
+    n = x.shape[-1]
+    left, right = (None if m is None else m.double() for m in (r.left, r.right))
+    known = (1 if left is None else left.shape[0]) * (1 if right is None else right.shape[0])
+    whole = left is not None and right is not None
+    if n % known or (whole and n != known):
+        raise FormatError(f"Kronecker of size {known} does not fit {n} features")
+    if left is None and right is None:
+        return x
+    columns = right.shape[0] if right is not None else n // known
+    y = x.reshape(*x.shape[:-1], n // columns, columns)
+    if left is not None:
+        y = left.T @ y
+    if right is not None:
+        y = y @ right
+    return y.reshape(x.shape)
+
+
+def _blocks(x: Tensor, r: Rotation, size: int) -> Tensor:
+    if x.shape[-1] % size:
+        raise FormatError(f"{type(r).__name__} of size {size} does not fit {x.shape[-1]} features")
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)

@@ -1,0 +1,259 @@
+"""What `prepare` makes here: a weight in compact form, and where a request accepts it a decoded copy to multiply by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qhal.elements import dtype_name, element
+from qhal.encoding import encode
+from qhal.errors import FormatError
+from qhal.formats import Format
+from qhal.prepared import Prepared
+from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support, VQRequest
+from qhal.rotations import Dense, Diagonal, Kronecker, Permutation, Rotation, kinds
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_cpu_reference.storage import Stored, canonical, decode_into, expert, keep, planes
+
+NAME = "cpu_reference"
+Run = Callable[["Tensor | QTensor", int, "Tensor | None"], Tensor]
+
+
+@dataclass(eq=False, kw_only=True)
+class PreparedWeight(Prepared):
+    """A weight [N, K] or stacked experts [E, N, K].
+
+    stored      the canonical weight in the compact layout: what `restore` gives back
+    multiplied  the value that products use: `stored`, or `stored` rounded to the operand's format
+    copy        `multiplied` decoded to the dtype of the activations; None where products are exact
+    bias        float32 [N] or [E, N]
+    bias_copy   the bias in the dtype of `copy`
+    run         the product with everything bound, see `gemm.bind`
+    """
+
+    stored: Stored
+    multiplied: Stored
+    copy: Tensor | None = None
+    bias: Tensor | None = None
+    bias_copy: Tensor | None = None
+    run: Run | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor it keeps, by name."""
+        found = {f"weight.{name}": t for name, t in planes(self.stored).items()}
+        if self.multiplied is not self.stored:
+            found.update({f"operand.{name}": t for name, t in planes(self.multiplied).items()})
+        for name in ("copy", "bias", "bias_copy"):
+            t = getattr(self, name)
+            if t is not None and t is not self.stored:
+                found[name] = t
+        for i, o in enumerate(self.inputs):
+            found.update({f"input.{i}.{n}": t for n in ("scale", "zero") if (t := getattr(o, n)) is not None})
+        return found
+
+
+@dataclass(eq=False, kw_only=True)
+class PreparedRotation(Prepared):
+    """A chain of rotations with tensors of its own."""
+
+    chain: tuple[Rotation, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor it keeps, by name."""
+        named = ((f"{i}.{k}", v) for i, r in enumerate(self.chain) for k, v in vars(r).items())
+        return {name: v for name, v in named if isinstance(v, Tensor)}
+
+
+def build_weight(
+    w: Stored,
+    request: GemmRequest | GroupedRequest | VQRequest,
+    support: Support,
+    *,
+    copy_dtype: torch.dtype | None,
+    inputs: Sequence[Operand],
+    operand: Operand | None,
+    bias: Tensor | None,
+) -> PreparedWeight:
+    """Check everything against the request, then keep it. copy_dtype: of the decoded copy, None for no copy."""
+    check(w, request, inputs, operand, bias)
+    stored = keep(w)
+    multiplied = stored if operand is None else round_to_operand(stored, operand)
+    copy = None
+    if copy_dtype is not None:
+        same = isinstance(stored, Tensor) and stored.dtype == copy_dtype
+        copy = stored if same else decode_into(multiplied, torch.empty(w.shape, dtype=copy_dtype))
+    own = None if bias is None else bias.detach().to(torch.float32, copy=True)
+    return PreparedWeight(
+        NAME,
+        request,
+        support,
+        inputs=tuple(_keep_operand(o) for o in inputs),
+        stored=stored,
+        multiplied=multiplied,
+        copy=copy if isinstance(copy, Tensor) else None,
+        bias=own,
+        bias_copy=None if own is None or copy_dtype is None else own.to(copy_dtype, copy=True),
+    )
+
+
+def refit(
+    into: PreparedWeight,
+    w: Stored,
+    request: GemmRequest | GroupedRequest | VQRequest,
+    *,
+    inputs: Sequence[Operand],
+    operand: Operand | None,
+    bias: Tensor | None,
+) -> PreparedWeight:
+    """New values at the old addresses. Everything is checked before the first byte is written."""
+    if into.request != request:
+        raise FormatError(f"into= was prepared for {into.request}, not for {request}; prepare a new weight")
+    check(w, request, inputs, operand, bias)
+    fresh = keep(w)
+    updates = _pairs(planes(into.stored), planes(fresh), "weight")
+    multiplied = fresh
+    if operand is not None:
+        multiplied = round_to_operand(fresh, operand)
+        updates += _pairs(planes(into.multiplied), planes(multiplied), "operand")
+    if into.copy is not None and into.copy is not into.stored:
+        updates.append((into.copy, decode_into(multiplied, torch.empty_like(into.copy))))
+    if len(inputs) != len(into.inputs):
+        raise FormatError(f"into= has {len(into.inputs)} inputs, {len(inputs)} were given; prepare a new weight")
+    for i, (old, new) in enumerate(zip(into.inputs, inputs, strict=True)):
+        updates += _input_pairs(old, new, i)
+    if into.bias is not None and bias is not None:
+        updates.append((into.bias, bias))
+        if into.bias_copy is not None:
+            updates.append((into.bias_copy, bias))
+    for old_tensor, new_tensor in updates:
+        old_tensor.copy_(new_tensor)
+    return into
+
+
+def build_rotation(
+    chain: Sequence[Rotation], request: HadamardRequest, support: Support, into: Prepared | None
+) -> PreparedRotation:
+    """Keep a chain, or write its values into an older one of the same kinds."""
+    if kinds(chain) != request.kinds:
+        raise FormatError(f"the chain is {kinds(chain)}, the request says {request.kinds}")
+    if into is None:
+        own = tuple(_keep_rotation(r) for r in chain)
+        return PreparedRotation(NAME, request, support, chain=own)
+    if not isinstance(into, PreparedRotation) or into.request != request:
+        raise FormatError(f"into= was prepared for {into.request}, not for {request}; prepare a new chain")
+    fresh = PreparedRotation(NAME, request, support, chain=tuple(chain))
+    for old, new in _pairs(into.tensors(), fresh.tensors(), "rotation"):
+        old.copy_(new)
+    return into
+
+
+def round_to_operand(w: Stored, operand: Operand) -> Stored:
+    """The weight rounded to the operand's format by `qhal.encoding`; every expert by itself."""
+
+    def one(part: Stored) -> QTensor:
+        whole = canonical(part)
+        value = whole.float() if isinstance(whole, Tensor) else whole.dequantize()
+        return encode(value, operand.format, scale=operand.scale, zero=operand.zero, clip=operand.clip)
+
+    if len(w.shape) == 2:
+        return keep(one(w))
+    singles = [one(expert(w, e)) for e in range(w.shape[0])]
+    return keep(QTensor.stack(singles))
+
+
+def check(
+    w: Stored,
+    request: GemmRequest | GroupedRequest | VQRequest,
+    inputs: Sequence[Operand],
+    operand: Operand | None,
+    bias: Tensor | None,
+) -> None:
+    """FormatError if what is given is not what the request describes."""
+    gemm = request.gemm if isinstance(request, GroupedRequest) else request
+    given = Format(dtype_name(w.dtype)) if isinstance(w, Tensor) else w.format
+    asked = gemm.w
+    matches = given.storage == asked.storage if isinstance(given, Format) and isinstance(asked, Format) else None
+    if not (given == asked if matches is None else matches):
+        raise FormatError(f"the weight is {given}, the request says {asked}")
+    shape = (request.experts, gemm.n, gemm.k) if isinstance(request, GroupedRequest) else (gemm.n, gemm.k)
+    if tuple(w.shape) != shape:
+        raise FormatError(f"the weight is {tuple(w.shape)}, the request says {shape}")
+    if isinstance(w, QTensor) and w.layout != "canonical":
+        raise FormatError(f"the weight has layout {w.layout!r}; prepare reads canonical tensors, see restore")
+    if w.device.type != "cpu":
+        raise FormatError(f"the weight is on {w.device}; this backend reads tensors on the cpu")
+    if isinstance(gemm, VQRequest):
+        return
+    indexed = isinstance(w, QTensor) and w.group_index is not None
+    if indexed != gemm.group_index:
+        raise FormatError(f"the weight has {'a' if indexed else 'no'} group_index, the request says {gemm.group_index}")
+    if (bias is not None) != gemm.bias:
+        raise FormatError(f"a bias was {'given' if bias is not None else 'not given'}, the request says {gemm.bias}")
+    if bias is not None and (tuple(bias.shape) != shape[:-1] or not bias.is_floating_point()):
+        raise FormatError(f"the bias is {bias.dtype} {tuple(bias.shape)}, must be float32 {shape[:-1]}")
+    if (None if operand is None else operand.format) != gemm.operand:
+        raise FormatError(f"the operand is {operand and operand.format}, the request says {gemm.operand}")
+    formats = tuple(o.format for o in inputs)
+    if inputs and formats != gemm.x:
+        raise FormatError(f"inputs are {[str(f) for f in formats]}, the request says {[str(f) for f in gemm.x]}")
+
+
+def quantized_inputs(request: GemmRequest) -> bool:
+    """Whether the weight meets activations that are quantized."""
+    return not all(f.plain and element(f.element).wide for f in request.x)
+
+
+def _pairs(old: dict[str, Tensor], new: dict[str, Tensor], what: str) -> list[tuple[Tensor, Tensor]]:
+    if old.keys() != new.keys():
+        raise FormatError(f"into= {what}: planes are {sorted(new)}, were {sorted(old)}; prepare a new one")
+    for name, t in old.items():
+        if (t.shape, t.dtype) != (new[name].shape, new[name].dtype):
+            found = f"{new[name].dtype} {tuple(new[name].shape)}"
+            raise FormatError(f"into= {what}.{name}: is {found}, was {t.dtype} {tuple(t.shape)}; prepare a new one")
+    return [(t, new[name]) for name, t in old.items()]
+
+
+def _input_pairs(old: Operand, new: Operand, index: int) -> list[tuple[Tensor, Tensor]]:
+    if (old.format, old.clip) != (new.format, new.clip):
+        raise FormatError(f"into= input {index}: is {new.format}, was {old.format}; prepare a new weight")
+    found: list[tuple[Tensor, Tensor]] = []
+    for name in ("scale", "zero"):
+        a, b = getattr(old, name), getattr(new, name)
+        if (a is None) != (b is None):
+            raise FormatError(f"into= input {index}: its static {name} appeared or vanished; prepare a new weight")
+        if a is None or b is None:
+            continue
+        if a.numel() == 1 and not torch.equal(a, b.reshape(a.shape).to(a.dtype)):
+            raise FormatError(f"into= input {index}: the static {name} changed; it is a host number, so prepare again")
+        found += _pairs({name: a}, {name: b}, f"input {index}")
+    return found
+
+
+def _keep_operand(o: Operand) -> Operand:
+    return replace(
+        o, scale=None if o.scale is None else o.scale.clone(), zero=None if o.zero is None else o.zero.clone()
+    )
+
+
+def _keep_rotation(r: Rotation) -> Rotation:
+    if isinstance(r, Diagonal):
+        return Diagonal(r.values.clone())
+    if isinstance(r, Permutation):
+        return Permutation(r.index.clone())
+    if isinstance(r, Dense):
+        return Dense(r.block.clone())
+    if isinstance(r, Kronecker):
+        return Kronecker(*(None if m is None else m.clone() for m in (r.left, r.right)))
+    return r
+
+
+def as_weight(w: object) -> PreparedWeight:
+    """`w` if this backend prepared it; FormatError otherwise."""
+    if isinstance(w, PreparedWeight):
+        return w
+    owner = getattr(w, "backend", type(w).__name__)
+    raise FormatError(f"this weight was prepared by {owner!r}, {NAME} reads only its own; prepare it with these ops")

@@ -1,0 +1,175 @@
+"""How this backend keeps a canonical weight: codes of 4 bits and fewer two to a byte, everything else as it is.
+
+Layout "nibble": byte j of a row holds the codes of columns 2j (low half) and 2j + 1 (high half). Signed codes keep four
+bits of their two's complement. Weights with an odd number of columns stay canonical. Decoding goes a few rows at a
+time, so that a large weight never exists twice in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qhal.codebooks import CodebookTensor
+from qhal.elements import Element, element
+from qhal.errors import FormatError, ShardError
+from qhal.tensors import QTensor
+
+Stored = QTensor | CodebookTensor | Tensor
+NIBBLE = "nibble"
+_PART = 1 << 22  # elements that are decoded at a time: 16 MB of float32
+
+
+def keep(w: Stored) -> Stored:
+    """A copy of a canonical weight that belongs to us, in the compact layout. FormatError where codes are no codes."""
+    if isinstance(w, Tensor):
+        return w.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(w, CodebookTensor):
+        return _keep_codebooks(w)
+    check_values(w)
+    own = _each(w, lambda t: t.clone(memory_format=torch.contiguous_format))
+    if w.layout == "canonical" and element(w.format.element).bits <= 4 and w.codes.shape[-1] % 2 == 0:
+        return replace(own, codes=_pack(own.codes), layout=NIBBLE)
+    return own
+
+
+def canonical(w: Stored) -> Stored:
+    """The canonical form of what `keep` made; bits are those that went in. Nibbles are unpacked, the rest is shared."""
+    if isinstance(w, QTensor) and w.layout == NIBBLE:
+        return replace(w, codes=_unpack(w.codes, element(w.format.element)), layout="canonical")
+    return w
+
+
+def copied(w: Stored) -> Stored:
+    """The canonical form, in tensors of its own."""
+    back = canonical(w)
+    if isinstance(back, Tensor):
+        return back.clone()
+    if isinstance(back, CodebookTensor):
+        return _keep_codebooks(back)
+    return _each(back, Tensor.clone)
+
+
+def planes(w: Stored) -> dict[str, Tensor]:
+    """Every tensor of a kept weight by dotted name; a plain weight is "values"."""
+    return {"values": w} if isinstance(w, Tensor) else w.planes()
+
+
+def parts(w: Stored) -> Iterator[Tensor]:
+    """The float32 value of a kept weight [N, K], a few rows at a time, in order."""
+    if isinstance(w, CodebookTensor):
+        yield w.dequantize()
+        return
+    rows, columns = w.shape[-2], w.shape[-1]
+    if isinstance(w, QTensor) and w.layout == NIBBLE:
+        columns *= 2
+    step = max(_PART // max(columns, 1), 1)
+    if isinstance(w, Tensor):
+        for start in range(0, max(rows, 1), step):
+            yield w[start : start + step].float()
+        return
+    for part in _row_parts(w, rows, step):
+        whole = canonical(part)
+        assert isinstance(whole, QTensor)
+        yield whole.dequantize()
+
+
+def expert(w: Stored, index: int) -> Stored:
+    """Expert `index` of a stacked weight [E, N, K], as [N, K] (views)."""
+    if isinstance(w, Tensor):
+        return w[index]
+    if isinstance(w, CodebookTensor):
+        raise FormatError("codebook weights cannot be stacked; prepare one per expert")
+    return _each(w.select(index, 1), lambda t: t[0], shared=False)
+
+
+def decode_into(w: Stored, out: Tensor) -> Tensor:
+    """Write the value of a kept weight, rounded once to the dtype of `out`, into `out` of its canonical shape."""
+    if out.dim() == 3:
+        for index in range(out.shape[0]):
+            decode_into(expert(w, index), out[index])
+        return out
+    row = 0
+    for value in parts(w):
+        target = out[row : row + value.shape[0]]
+        target.copy_(value)
+        if out.dtype == torch.float16 and bool((torch.isinf(target) & torch.isfinite(value)).any()):
+            raise FormatError(
+                f"a weight of magnitude {value.abs().nan_to_num(0, 0, 0).amax():.6g} overflows fp16; "
+                "use bf16 activations, or ask for numerics=NumericsClass.EXACT"
+            )
+        row += value.shape[0]
+    return out
+
+
+def check_values(w: QTensor) -> None:
+    """FormatError for codes outside their element and for group indices outside the scale's groups."""
+    e = element(w.format.element)
+    if w.codes.numel() and e.bits < 8:
+        lo, hi = (int(v) for v in torch.aminmax(w.codes))
+        low, high = (int(e.smallest), int(e.largest)) if e.integer else (0, (1 << e.bits) - 1)
+        if lo < low or hi > high:
+            raise FormatError(f"{w.format}: codes reach from {lo} to {hi}; {e.name} has {low} to {high}")
+    if w.group_index is not None and w.scale is not None and w.group_index.numel():
+        lo, hi = (int(v) for v in torch.aminmax(w.group_index))
+        if lo < 0 or hi >= w.scale.shape[-1] > 1:
+            raise FormatError(f"{w.format}: group_index reaches from {lo} to {hi}; the scale has {w.scale.shape[-1]}")
+
+
+def _row_parts(w: QTensor, rows: int, step: int) -> list[QTensor]:
+    block = w.format.block
+    if block is not None and block.kind == "flat":  # a block may straddle rows
+        return [w]
+    step = -(-step // block.rows) * block.rows if block is not None else step
+    if step >= rows:
+        return [w]
+    try:
+        return [w.narrow(0, start, min(start + step, rows)) for start in range(0, rows, step)]
+    except ShardError:  # a nested scale has blocks of its own; then the weight is decoded in one piece
+        return [w]
+
+
+def _each(w: QTensor, change: Callable[[Tensor], Tensor], *, shared: bool = True) -> QTensor:
+    """The same tensor with every plane changed; shared=False leaves the table and group_index: they have no [E]."""
+
+    def inner(plane: Tensor | QTensor | None) -> Tensor | QTensor | None:
+        if isinstance(plane, QTensor):
+            return _each(plane, change, shared=shared)
+        return None if plane is None else change(plane)
+
+    def common(t: Tensor | None) -> Tensor | None:
+        return change(t) if shared and t is not None else t
+
+    return replace(
+        w,
+        codes=change(w.codes),
+        scale=inner(w.scale),
+        zero=inner(w.zero),
+        offset=inner(w.offset),
+        table=common(w.table),
+        group_index=common(w.group_index),
+    )
+
+
+def _keep_codebooks(w: CodebookTensor) -> CodebookTensor:
+    segments = tuple(
+        replace(s, codes=s.codes.clone(), tables=tuple(t.clone() if isinstance(t, Tensor) else t for t in s.tables))
+        for s in w.segments
+    )
+    scale, permutation, column_scale, column_bias = (
+        None if t is None else t.clone() for t in (w.scale, w.permutation, w.column_scale, w.column_bias)
+    )
+    return CodebookTensor(w.shape, segments, scale, permutation, column_scale, column_bias)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    low, high = codes[..., 0::2].to(torch.uint8) & 15, codes[..., 1::2].to(torch.uint8) & 15
+    return low | (high << 4)
+
+
+def _unpack(packed: Tensor, e: Element) -> Tensor:
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return ((codes ^ 8).to(torch.int8) - 8) if e.kind == "int" else codes

@@ -1,0 +1,93 @@
+"""Scheme and SchemeMapping: what one checkpoint format must answer. Data only: no kernel and no device is in sight.
+
+A format is one file: a class that derives from SchemeMapping, and an object with `open`. `describe` works from the
+configuration and the tensor index; only `read` looks at values, and only at those of one module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from qhal.layer_formats import KVFormat, LinearFormat
+from qhal.specs import KVSpec, LinearSpec
+from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.source import TensorIndex
+
+
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint that is legal, but probably not what its author meant."""
+
+
+class SchemeMapping(ABC):
+    """One opened checkpoint: which modules are quantized and how each one's tensors become a spec.
+
+    config    the model's and the quantization configuration
+    index     names, dtypes and shapes of every tensor
+    modules   quantized modules in the order of the file
+    excluded  Linear modules that stay plain: name -> the rule that excludes it
+    """
+
+    def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
+        self.config = config
+        self.index = index
+
+    @property
+    @abstractmethod
+    def modules(self) -> Sequence[str]:
+        """Quantized modules, in the order of the file."""
+
+    @property
+    @abstractmethod
+    def excluded(self) -> Mapping[str, str]:
+        """Linear modules with a plain weight: module -> the named rule that keeps it plain."""
+
+    @abstractmethod
+    def describe(self, module: str) -> LinearFormat:
+        """The format of a quantized module from the configuration and the index; reads no data."""
+
+    @abstractmethod
+    def read(self, module: str) -> LinearSpec:
+        """The spec of a quantized module, its values checked; its `.format` equals `describe(module)`."""
+
+    @abstractmethod
+    def tensors(self, module: str) -> Sequence[str]:
+        """Every tensor that `read(module)` accounts for."""
+
+    @property
+    def kv_layers(self) -> Mapping[int, str]:
+        """Layers with a quantized cache: layer number -> attention module."""
+        return {}
+
+    def kv_format(self, layer: int) -> KVFormat | None:
+        """The cache format of a layer, from the configuration and the index."""
+        return None
+
+    def kv(self, layer: int) -> KVSpec | None:
+        """How the cache of a layer is quantized; None: it is not."""
+        return None
+
+    def kv_tensors(self, layer: int) -> Sequence[str]:
+        """Every tensor that `kv(layer)` accounts for."""
+        return ()
+
+
+@runtime_checkable
+class Scheme(Protocol):
+    """A checkpoint format, registered by the entry point that names its quant_method."""
+
+    def open(self, config: CheckpointConfig, index: TensorIndex) -> SchemeMapping:
+        """Match the configuration with the tensors; CheckpointError for anything that does not fit."""
+
+
+@dataclass(frozen=True)
+class MappingScheme:
+    """The usual scheme: opening is constructing a SchemeMapping."""
+
+    mapping: type[SchemeMapping]
+
+    def open(self, config: CheckpointConfig, index: TensorIndex) -> SchemeMapping:
+        """Construct the mapping, which matches the configuration with the tensors."""
+        return self.mapping(config, index)

@@ -1,0 +1,64 @@
+"""Checks of values that a reader makes before it hands tensors on: scales, group indices, codes.
+
+A NaN scale turns into text that looks almost right; here it is one error that names the file and the tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qhal_schemes.source import TensorIndex
+
+
+def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = False) -> None:
+    """Scales must be finite and, unless a format rounds small ones to zero, not zero. E8M0 bytes: 255 is NaN."""
+    if values.dtype == torch.uint8 or values.dtype == torch.float8_e8m0fnu:
+        nan = int((values.view(torch.uint8) == 255).sum())
+        if nan:
+            raise index.bad(name, "exponents below 255 (NaN)", f"{nan} of {values.numel()} are 255")
+        return
+    numbers = values.float() if values.dtype.itemsize == 1 else values
+    if bool(torch.isfinite(numbers).all()) and (zero_ok or bool((numbers != 0).all())):
+        return
+    nan, inf = int(torch.isnan(numbers).sum()), int(torch.isinf(numbers).sum())
+    zero = int((numbers == 0).sum())
+    expected = "finite scales" if zero_ok else "finite scales that are not zero"
+    raise index.bad(name, expected, f"{nan} NaN, {inf} Inf, {zero} zero of {numbers.numel()}")
+
+
+def finite(index: TensorIndex, name: str, values: Tensor) -> None:
+    """Biases and rotation matrices must be finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise index.bad(name, "finite values", f"{int((~torch.isfinite(values)).sum())} NaN or Inf")
+
+
+def float8_codes(index: TensorIndex, name: str, codes: Tensor) -> None:
+    """e4m3fn codes must not be NaN (0x7F, 0xFF)."""
+    nan = codes.view(torch.uint8).bitwise_and(0x7F).eq(0x7F)
+    if bool(nan.any()):
+        raise index.bad(name, "FP8 codes that are numbers", f"{int(nan.sum())} NaN of {codes.numel()}")
+
+
+def code_range(index: TensorIndex, name: str, codes: Tensor, bits: int) -> None:
+    """int8 storage of narrower signed codes: every value must fit `bits`."""
+    if bits == 8 or codes.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(codes))
+    limit = 1 << (bits - 1)
+    if low < -limit or high >= limit:
+        raise index.bad(name, f"int{bits} values {-limit}..{limit - 1}", f"values {low}..{high}")
+
+
+def group_index(index: TensorIndex, name: str, values: Tensor, groups: int) -> None:
+    """A group index names groups of the scale: 0 <= value < groups."""
+    if values.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(values))
+    if low < 0 or high >= groups:
+        raise index.bad(name, f"group numbers 0..{groups - 1}", f"values {low}..{high}")
+
+
+def sequential(values: Tensor, size: int) -> bool:
+    """Whether a group index is the trivial one: column k in group k // size."""
+    return torch.equal(values.long(), torch.arange(values.numel()) // size)

@@ -1,0 +1,149 @@
+"""CheckpointConfig: the model's configuration and, found and named, the part that says how it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qhal.errors import CheckpointError
+from qhal_schemes.source import load_json
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointConfig:
+    """What the JSON files of a checkpoint say.
+
+    model         config.json
+    quantization  the quantization section, empty for a checkpoint without one
+    method        its quant_method, "" without one
+    file          the file that the section came from, for error messages
+    """
+
+    folder: Path
+    model: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    method: str
+    file: str
+
+    @staticmethod
+    def read(folder: Path) -> CheckpointConfig:
+        """Read config.json and find the quantization section in it or in a file beside it."""
+        if not folder.is_dir():
+            what = "is a file, expected a checkpoint folder" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{folder}: {what}")
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: config.json is missing")
+        model = load_json(path)
+        section, method, file = _section(folder, model)
+        return CheckpointConfig(folder, model, section, method, file)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of the model's activations; bfloat16 where the configuration names none."""
+        name = self.value("dtype", self.value("torch_dtype"))
+        if name is None:
+            return torch.bfloat16
+        dtype = _DTYPES.get(str(name).removeprefix("torch."))
+        if dtype is None:
+            raise CheckpointError(f"{self.folder / 'config.json'}: dtype {name!r}: known are {', '.join(_DTYPES)}")
+        return dtype
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head shares the embedding, so that the file has no lm_head."""
+        return bool(self.value("tie_word_embeddings", True))
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A value of config.json, or of its text_config where a multimodal model keeps the decoder's values."""
+        text = self.model.get("text_config")
+        for place in (self.model, text if isinstance(text, dict) else {}):
+            if place.get(key) is not None:
+                return place[key]
+        return default
+
+    def bad(self, key: str, expected: str, found: object) -> CheckpointError:
+        """The error about a value of the quantization section."""
+        return CheckpointError(f"{self.folder / self.file}: {key}: expected {expected}, found {found!r}")
+
+    def integer(self, key: str, allowed: Sequence[int] | None = None, default: int | None = None) -> int:
+        """An integer of the quantization section, one of `allowed` or positive."""
+        return integer(self, self.quantization, key, allowed, default)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """A truth value of the quantization section."""
+        value = self.quantization.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.bad(key, "true or false", value)
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of module names or patterns of the quantization section; null is an empty list."""
+        return names(self, self.quantization, key)
+
+
+def integer(
+    config: CheckpointConfig,
+    section: Mapping[str, Any],
+    key: str,
+    allowed: Sequence[int] | None = None,
+    default: int | None = None,
+    path: str = "",
+) -> int:
+    """An integer of `section`, one of `allowed` or positive; `path` names the section in the error."""
+    value = section.get(key, default)
+    expected = f"one of {', '.join(map(str, allowed))}" if allowed is not None else "a positive integer"
+    if type(value) is not int or (value not in allowed if allowed is not None else value < 1):
+        raise config.bad(f"{path}{key}", expected, value)
+    return value
+
+
+def names(config: CheckpointConfig, section: Mapping[str, Any], key: str, path: str = "") -> tuple[str, ...]:
+    """A list of strings of `section`."""
+    value = section.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise config.bad(f"{path}{key}", "a list of names", value)
+    return tuple(value)
+
+
+def _section(folder: Path, model: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
+    text = model.get("text_config")
+    for place in (model, text if isinstance(text, dict) else {}):
+        for key, default in (("quantization_config", None), ("compression_config", "compressed-tensors")):
+            if place.get(key) is not None:
+                return _named(folder, "config.json", place[key], key, default)
+    for file in ("quantize_config.json", "quant_config.json"):
+        path = folder / file
+        if path.is_file():
+            section = load_json(path)
+            old_awq = file == "quant_config.json" or str(section.get("version", "")).lower().startswith("gem")
+            return _named(folder, file, section, "", "awq" if old_awq else "gptq")
+    return {}, "", "config.json"
+
+
+def _named(
+    folder: Path, file: str, section: object, key: str, default: str | None
+) -> tuple[Mapping[str, Any], str, str]:
+    where = f"{folder / file}: {key}" if key else f"{folder / file}"
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{where}: expected an object, found {type(section).__name__}")
+    method = section.get("quant_method", default)
+    if not isinstance(method, str) or not method:
+        raise CheckpointError(f"{where}: quant_method: expected the name of a method, found {method!r}")
+    return section, method, file

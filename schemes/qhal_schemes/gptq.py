@@ -1,0 +1,221 @@
+"""GPTQ: codes packed along K, zero points along N, groups named by g_idx; format v1 stores zero points minus one.
+
+qweight int32 [K*bits/32, N], qzeros int32 [G, N*bits/32], scales [G, N], g_idx int32 [K], optional bias [N]:
+W[n, k] = (q - zero[g_idx[k]]) * scale[g_idx[k]]. Both packings are dense bit streams. Sources: AutoGPTQ and GPTQModel,
+checkpoints written by GPTQModel 7.7.
+
+Some files name one zero-point format and hold the other. Where that is certain (sym, and every zero point one off the
+middle) reading is refused; `"qhal_zero_format": "v1"` or `"v2"` in the quantization section decides it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from qhal.errors import CheckpointError
+from qhal.formats import Format
+from qhal.layer_formats import LinearFormat
+from qhal.specs import LinearSpec
+from qhal.tensors import QTensor
+from qhal_schemes import checks
+from qhal_schemes.base import MappingScheme, SchemeMapping
+from qhal_schemes.config import CheckpointConfig, integer
+from qhal_schemes.matching import PathPatterns
+from qhal_schemes.modules import ModuleTable
+from qhal_schemes.packing import unpack, words, wrap
+from qhal_schemes.plain import ELEMENT_OF, BlockRules
+from qhal_schemes.source import WIDE, TensorIndex
+
+_BITS = (2, 3, 4, 8)
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_WORD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""What version 1 subtracts from a whole word of zero points; a zero point of 0 borrows from its neighbour."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one module is quantized. group_size -1: one group of all K columns."""
+
+    bits: int
+    group_size: int
+    desc_act: bool
+    sym: bool
+
+
+class GPTQMapping(SchemeMapping):
+    """A GPTQ checkpoint: the settings, overridden per module by `dynamic`."""
+
+    def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
+        super().__init__(config, index)
+        section = config.quantization
+        self._v1 = _zero_format(config)
+        self._default = self._settings(section, None, "")
+        self._dynamic = self._overrides(section.get("dynamic"))
+        table = ModuleTable(index)
+        self._modules = {m: self._of(m) for m in table.having(_PARTS)}
+        for module, settings in self._modules.items():
+            if settings is None:
+                raise CheckpointError(
+                    f"{index.folder}: {module} is skipped by a `-:` rule of `dynamic`, but the file holds it quantized"
+                )
+        if not self._modules:
+            raise CheckpointError(f"{index.folder}: quant_method gptq, but no module has a qweight")
+        skipped = PathPatterns("modules_to_not_convert", config.names("modules_to_not_convert"))
+        rules = BlockRules(config, self._modules, skipped, self._skipped)
+        self._excluded = rules.exclude(table.plain_linears())
+        skipped.warn_unused(list(table))
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """Modules with packed weights."""
+        return tuple(self._modules)
+
+    @property
+    def excluded(self) -> Mapping[str, str]:
+        """Plain modules: heads, routers, other towers, `dynamic` skips."""
+        return self._excluded
+
+    def tensors(self, module: str) -> Sequence[str]:
+        """qweight, qzeros, scales, g_idx and a bias if there is one."""
+        names = [f"{module}.{part}" for part in _PARTS]
+        return [*names, f"{module}.bias"] if f"{module}.bias" in self.index else names
+
+    def describe(self, module: str) -> LinearFormat:
+        """The format, from shapes and dtypes alone."""
+        s = self._modules[module]
+        assert s is not None
+        columns = self.index.expect(f"{module}.g_idx", ("I32",), (None,)).shape[0]
+        packed = self.index.expect(f"{module}.qweight", ("I32",), (words(columns, s.bits), None))
+        rows = packed.shape[1]
+        if columns * s.bits % 32 or rows * s.bits % 32:
+            raise self.index.bad(
+                f"{module}.qweight", f"K and N that fill whole words of {s.bits}-bit codes", f"N={rows}, K={columns}"
+            )
+        size = columns if s.group_size == -1 else s.group_size
+        groups = -(-columns // size)
+        scale = self.index.expect(f"{module}.scales", tuple(WIDE), (groups, rows))
+        self.index.expect(f"{module}.qzeros", ("I32",), (groups, words(rows, s.bits)))
+        bias = f"{module}.bias" in self.index
+        if bias:
+            self.index.expect(f"{module}.bias", tuple(WIDE), (rows,))
+        return LinearFormat(
+            name=module,
+            n=rows,
+            k=columns,
+            weight=_format(s.bits, s.group_size, ELEMENT_OF[scale.dtype]),
+            bias=bias,
+            group_index=s.desc_act and groups > 1,
+        )
+
+    def read(self, module: str) -> LinearSpec:
+        """Unpack codes and zero points; g_idx becomes group_index where the file is in activation order."""
+        f, s = self.describe(module), self._modules[module]
+        assert s is not None and isinstance(f.weight, Format)
+        t = self.index.read_all(self.tensors(module))
+        scale, g_idx = t[f"{module}.scales"], t[f"{module}.g_idx"]
+        checks.scales(self.index, f"{module}.scales", scale)
+        checks.group_index(self.index, f"{module}.g_idx", g_idx, scale.shape[0])
+        size = f.k if s.group_size == -1 else s.group_size
+        if not f.group_index and not checks.sequential(g_idx, size):
+            raise self.index.bad(
+                f"{module}.g_idx", f"column k in group k // {size}, as desc_act is false", "another order"
+            )
+        bias = t.get(f"{module}.bias")
+        if bias is not None:
+            checks.finite(self.index, f"{module}.bias", bias)
+        weight = QTensor(
+            format=f.weight,
+            codes=unpack(t[f"{module}.qweight"].t().contiguous(), s.bits, f.k),
+            scale=scale.t().contiguous(),
+            zero=self._zeros(module, t[f"{module}.qzeros"], s, f.n).t().contiguous(),
+            group_index=g_idx.contiguous() if f.group_index else None,
+        )
+        return LinearSpec(weight, bias=None if bias is None else bias.float(), name=module)
+
+    def _zeros(self, module: str, stored: Tensor, s: Settings, rows: int) -> Tensor:
+        """uint8 zero points [G, N]. Version 1 is undone per word (2, 4, 8 bits) or per field (3 bits)."""
+        raw = unpack(stored, s.bits, rows)
+        zeros = unpack(wrap(stored.long() + _WORD[s.bits]), s.bits, rows) if self._v1 and s.bits in _WORD else raw
+        if self._v1 and s.bits not in _WORD:
+            zeros = (raw + 1) & ((1 << s.bits) - 1)
+        middle = 1 << (s.bits - 1)
+        other = middle + 1 if self._v1 else middle - 1
+        if s.sym and "qhal_zero_format" not in self.config.quantization and bool((zeros == other).all()):
+            raise CheckpointError(
+                f"{self.index.folder}: {module}.qzeros: sym is true, so every zero point must be {middle}; read as "
+                f"{'gptq (v1)' if self._v1 else 'gptq_v2'} all are {other}, read as "
+                f"{'gptq_v2' if self._v1 else 'gptq (v1)'} all are {middle}. The file probably names the wrong format: "
+                f'set "qhal_zero_format": "{"v2" if self._v1 else "v1"}" (or, to keep the reading as it is, '
+                f'"{"v1" if self._v1 else "v2"}") in the quantization section of {self.config.file}'
+            )
+        return zeros
+
+    def _settings(self, section: Mapping[str, Any], base: Settings | None, path: str) -> Settings:
+        bits = integer(self.config, section, "bits", _BITS, base.bits if base else None, path)
+        size = section.get("group_size", base.group_size if base else None)
+        if size != -1 or type(size) is not int:
+            size = integer(self.config, {"group_size": size}, "group_size", path=path)
+        flags = []
+        for key, default in (("desc_act", base.desc_act if base else False), ("sym", base.sym if base else True)):
+            value = section.get(key, default)
+            if not isinstance(value, bool):
+                raise self.config.bad(f"{path}{key}", "true or false", value)
+            flags.append(value)
+        return Settings(bits, size, *flags)
+
+    def _overrides(self, section: object) -> list[tuple[str, re.Pattern[str], Settings | None]]:
+        """(rule as written, pattern, settings or None to skip), in order: the first that matches wins."""
+        if section is None:
+            return []
+        if not isinstance(section, dict):
+            raise self.config.bad("dynamic", "an object of patterns", section)
+        rules = []
+        for rule, values in section.items():
+            skip, pattern = rule.startswith("-:"), rule.removeprefix("-:").removeprefix("+:")
+            if not isinstance(values, dict):
+                raise self.config.bad(f"dynamic[{rule!r}]", "an object of settings", values)
+            try:
+                compiled = re.compile(pattern)
+            except (re.error, RecursionError) as bad:
+                raise self.config.bad(f"dynamic[{rule!r}]", "a regular expression", str(bad)) from None
+            settings = None if skip else self._settings(values, self._default, f"dynamic[{rule!r}].")
+            rules.append((rule, compiled, settings))
+        return rules
+
+    def _of(self, module: str) -> Settings | None:
+        return next((s for _, pattern, s in self._dynamic if pattern.match(module)), self._default)
+
+    def _skipped(self, module: str) -> str | None:
+        """The `-:` rule that leaves a module plain, if there is one."""
+        rule = next(((r, s) for r, pattern, s in self._dynamic if pattern.match(module)), None)
+        return f"dynamic {rule[0]!r}" if rule is not None and rule[1] is None else None
+
+
+@lru_cache(maxsize=256)
+def _format(bits: int, group_size: int, scale: str) -> Format:
+    block = "row" if group_size == -1 else f"g{group_size}"
+    return Format.parse(f"uint{bits}-uint{bits}.{block}*{scale}")
+
+
+def _zero_format(config: CheckpointConfig) -> bool:
+    """Whether zero points are stored minus one (version 1)."""
+    section = config.quantization
+    name = section.get("checkpoint_format") or section.get("format") or "gptq"
+    if section.get("is_marlin_format") is True or name not in ("gptq", "gptq_v2"):
+        raise CheckpointError(
+            f"unsupported: {config.folder / config.file}: GPTQ format {name!r}; gptq and gptq_v2 can be read, "
+            f"gptq_p (planar) and marlin layouts are planned"
+        )
+    override = section.get("qhal_zero_format", "v1" if name == "gptq" else "v2")
+    if override not in ("v1", "v2"):
+        raise config.bad("qhal_zero_format", "v1 or v2", override)
+    return bool(override == "v1")
+
+
+scheme = MappingScheme(GPTQMapping)

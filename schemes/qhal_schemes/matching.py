@@ -1,0 +1,128 @@
+"""Matching: which modules a configuration means by a name, a pattern or a class, and never by a mere substring.
+
+Rules of compressed-tensors (utils/match.py): `re:` patterns are anchored at the start of the full name; anything else
+is the exact name of a module or the name of its class. A fused name (`qkv_proj`) stands for its parts and vice versa.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+
+from qhal.errors import CheckpointError
+from qhal_schemes.base import CheckpointWarning
+
+FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv": ("q", "k", "v"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+}
+"""Fused modules of engines and models, and the projections they join, in order."""
+
+_ALIAS = {part: fused for fused, parts in FUSED.items() for part in parts}
+LINEAR, EMBEDDING = "Linear", "Embedding"
+_LINEAR_CLASSES = frozenset({LINEAR, "LinearBase", "torch.nn.Linear", "torch.nn.modules.linear.Linear"})
+_EMBEDDINGS = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def module_class(name: str) -> str:
+    """The class of a module with a 2-D weight, by its name: a file does not store classes."""
+    leaf = name.rpartition(".")[2]
+    return EMBEDDING if "embed" in leaf or leaf in _EMBEDDINGS else LINEAR
+
+
+def is_router(name: str) -> bool:
+    """Whether a module picks experts; several models do this with a class of their own, not with a Linear."""
+    return name.rpartition(".")[2] in _ROUTERS
+
+
+def fused_parts(name: str) -> tuple[str, ...]:
+    """The full names of the projections that a fused name stands for; () if it is none."""
+    head, dot, leaf = name.rpartition(".")
+    return tuple(f"{head}{dot}{part}" for part in FUSED.get(leaf, ()))
+
+
+class Patterns:
+    """A list of names and `re:` patterns of a configuration; remembers which of them matched something."""
+
+    def __init__(self, what: str, patterns: Sequence[str]) -> None:
+        self.what = what
+        self.patterns = tuple(patterns)
+        self.used: set[str] = set()
+        self._exact = {p for p in self.patterns if not p.startswith("re:")}
+        self._regex: list[tuple[str, re.Pattern[str]]] = []
+        for p in self.patterns:
+            if p.startswith("re:"):
+                try:
+                    self._regex.append((p, re.compile(p[3:])))
+                except (re.error, RecursionError) as bad:
+                    raise CheckpointError(f"{what}: {p!r} is no regular expression: {bad}") from None
+
+    def find(self, name: str, kind: str = LINEAR) -> str | None:
+        """The pattern that matches a module (exact name, then regex, then class), or None."""
+        found = self._find_name(name)
+        if found is None:
+            parts = fused_parts(name)
+            hits = [self._find_name(part) for part in parts]
+            if any(hits) and not all(hits):
+                names = ", ".join(p for p, hit in zip(parts, hits, strict=True) if hit is None)
+                raise CheckpointError(f"{self.what}: {name} is fused, but {names} is not matched like its other parts")
+            found = hits[0] if hits else None
+        if found is None:
+            classes = _LINEAR_CLASSES if kind == LINEAR else {kind}
+            found = next((p for p in self.patterns if p in classes), None)
+        if found is not None:
+            self.used.add(found)
+        return found
+
+    def _find_name(self, name: str) -> str | None:
+        head, dot, leaf = name.rpartition(".")
+        alias = f"{head}{dot}{_ALIAS[leaf]}" if leaf in _ALIAS else name
+        for candidate in (name, alias):
+            if candidate in self._exact:
+                return candidate
+        return next((p for p, r in self._regex if r.match(name) or (alias != name and r.match(alias))), None)
+
+    def unused(self) -> tuple[str, ...]:
+        """The patterns that matched nothing so far."""
+        return tuple(p for p in self.patterns if p not in self.used)
+
+    def partial(self, module: str) -> str:
+        """Text with the entries that are a mere part of a module's name, "" if there are none."""
+        parts = [repr(p) for p in self.patterns if p != module and p.removeprefix("re:") in module]
+        return f"; {', '.join(parts)} of {self.what} is only a part of its name" if parts else ""
+
+    def warn_unused(self, modules: Collection[str]) -> None:
+        """One CheckpointWarning for every pattern that matches no module, with the names it may have meant."""
+        for pattern in self.unused():
+            warnings.warn(
+                f"{self.what}: {pattern!r} matches no module{near_text(pattern, modules)}",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+
+
+class PathPatterns(Patterns):
+    """Names that match a run of whole components of a module's path: `gate` is `mlp.gate`, never `mlp.gate_proj`."""
+
+    def _find_name(self, name: str) -> str | None:
+        path = f".{name}."
+        return next((p for p in self.patterns if f".{p}." in path), None)
+
+
+def near_text(name: str, modules: Iterable[str], limit: int = 3) -> str:
+    """Text with the module names that `name` is a substring of, or that are spelled alike; "" if there are none."""
+    modules = list(modules)
+    plain = name.removeprefix("re:")
+    inside = [m for m in modules if plain and plain in m]
+    if inside:
+        more = f" and {len(inside) - limit} more" if len(inside) > limit else ""
+        return f" (it is only a part of {', '.join(inside[:limit])}{more}; names must match whole)"
+    leaf = plain.rpartition(".")[2]
+    alike = [m for m in modules if m.rpartition(".")[2] == leaf][:500] or modules[:2000]
+    close = difflib.get_close_matches(plain, alike, limit, 0.6)
+    return f" (near: {', '.join(close)})" if close else ""

@@ -1,0 +1,131 @@
+"""Packing: small codes inside larger words, as files hold them, to one code per byte and back. Exact both ways.
+
+Every packing is little endian: code 0 sits in the lowest bits. Nothing here knows a format; memory stays near the size
+of the result, since fields are shifted out of words one position at a time.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""AWQ's gemm order: logical column j of a run of eight sits in nibble AWQ_NIBBLES[j] (AutoAWQ, WQLinear_GEMM)."""
+
+
+def words(count: int, bits: int, *, aligned: bool = False) -> int:
+    """int32 words that `count` codes take: one dense bit stream, or (aligned) whole codes in every word."""
+    return -(-count // (32 // bits)) if aligned else -(-count * bits // 32)
+
+
+def unpack(packed: Tensor, bits: int, count: int, *, aligned: bool = False) -> Tensor:
+    """Codes uint8 [..., count] from int32 [..., words(count, bits)]; 1 to 8 bits.
+
+    dense    one bit stream, codes straddle words (3, 5, 6, 7 bits: 32 codes in `bits` words)
+    aligned  32 // bits codes in every word, the top bits unused
+    """
+    per_run, run = _run(bits, aligned)
+    rest = -packed.shape[-1] % run
+    if rest:
+        packed = torch.nn.functional.pad(packed, (0, rest))
+    lead = packed.shape[:-1]
+    runs = packed.reshape(*lead, packed.shape[-1] // run, run)
+    codes = torch.empty(*runs.shape[:-1], per_run, dtype=torch.uint8, device=packed.device)
+    mask = (1 << bits) - 1
+    for j in range(per_run):
+        word, shift = divmod(j * bits, 32)
+        value = runs[..., word] >> shift  # arithmetic: the copies of the sign are masked away
+        inside = 32 - shift
+        if inside < bits:
+            value = (value & ((1 << inside) - 1)) | (runs[..., word + 1] << inside)
+        codes[..., j] = value & mask
+    return codes.reshape(*lead, -1)[..., :count].contiguous()
+
+
+def pack(codes: Tensor, bits: int, *, aligned: bool = False) -> Tensor:
+    """int32 [..., words(count, bits)] from codes [..., count]; the inverse of `unpack`. Unused bits are zero."""
+    count = codes.shape[-1]
+    per_run, run = _run(bits, aligned)
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -count % per_run))
+    lead = codes.shape[:-1]
+    runs = codes.reshape(*lead, codes.shape[-1] // per_run, per_run)
+    packed = torch.zeros(*runs.shape[:-1], run, dtype=torch.int64, device=codes.device)
+    mask = (1 << bits) - 1
+    for j in range(per_run):
+        word, shift = divmod(j * bits, 32)
+        value = runs[..., j].long() & mask
+        packed[..., word] |= (value << shift) & 0xFFFFFFFF
+        if 32 - shift < bits:
+            packed[..., word + 1] |= value >> (32 - shift)
+    return wrap(packed.reshape(*lead, -1)[..., : words(count, bits, aligned=aligned)])
+
+
+def wrap(values: Tensor) -> Tensor:
+    """int64 values modulo 2^32 as int32 bit patterns."""
+    low = values & 0xFFFFFFFF
+    return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32).contiguous()
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes from fields stored with an offset of 2^(bits-1): field - 2^(bits-1). Changes its argument."""
+    if bits == 8:
+        return codes.bitwise_xor_(0x80).view(torch.int8)
+    return codes.view(torch.int8).sub_(1 << (bits - 1))
+
+
+def unsigned(codes: Tensor, bits: int) -> Tensor:
+    """uint8 fields code + 2^(bits-1) from int8 codes; the inverse of `signed`."""
+    return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [..., 2n] from uint8 [..., n], even positions in the low nibble."""
+    codes = torch.empty(*packed.shape, 2, dtype=torch.uint8, device=packed.device)
+    codes[..., 0], codes[..., 1] = packed & 15, packed >> 4
+    return codes.flatten(-2)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., n] from codes [..., 2n]; the inverse of `unpack_nibbles`."""
+    return (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+
+
+def unpack_awq(packed: Tensor) -> Tensor:
+    """uint8 codes [N, K] from AWQ's int32 [K, N/8], nibbles in the order of AWQ_NIBBLES."""
+    codes = torch.empty(packed.shape[1] * 8, packed.shape[0], dtype=torch.uint8, device=packed.device)
+    for j, nibble in enumerate(AWQ_NIBBLES):
+        codes[j::8] = ((packed >> (4 * nibble)) & 15).t()
+    return codes
+
+
+def pack_awq(codes: Tensor) -> Tensor:
+    """AWQ's int32 [K, N/8] from codes [N, K]; the inverse of `unpack_awq`."""
+    packed = torch.zeros(codes.shape[1], codes.shape[0] // 8, dtype=torch.int64, device=codes.device)
+    for j, nibble in enumerate(AWQ_NIBBLES):
+        packed |= (codes[j::8].t().long() & 15) << (4 * nibble)
+    return wrap(packed)
+
+
+def unpack_six(packed: Tensor) -> Tensor:
+    """uint8 6-bit codes [..., 4n] from uint8 [..., 3n]: four codes in three bytes, little endian."""
+    triples = packed.unflatten(-1, (-1, 3)).to(torch.int32)
+    whole = triples[..., 0] | (triples[..., 1] << 8) | (triples[..., 2] << 16)
+    return torch.stack([((whole >> shift) & 63).to(torch.uint8) for shift in (0, 6, 12, 18)], -1).flatten(-2)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """bool [..., count] from uint8 [..., ceil(count / 8)], bit i of byte j is position 8j + i."""
+    bits = torch.stack([((packed >> i) & 1).bool() for i in range(8)], -1)
+    return bits.flatten(-2)[..., :count]
+
+
+def _run(bits: int, aligned: bool) -> tuple[int, int]:
+    """The pattern that repeats: codes and words."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{bits} bits: codes have 1 to 8 bits")
+    if aligned:
+        return 32 // bits, 1
+    shared = gcd(32, bits)
+    return 32 // shared, bits // shared

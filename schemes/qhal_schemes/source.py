@@ -1,0 +1,278 @@
+"""TensorIndex: what a folder of safetensors files holds, known from the headers alone, and read one tensor at a time.
+
+Headers are parsed here, not trusted: a length, an offset or a name that does not fit the file is one CheckpointError.
+Pickled weights are never opened. Specification of the file format: https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qhal.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
+}  # fmt: skip
+"""Every dtype name of a header that torch can hold."""
+
+WIDE = frozenset({"F32", "F16", "BF16"})
+"""Plain floats: a tensor of these holds numbers, not codes."""
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+_ONE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of the index: header values, the file that holds it and its bytes' place in that file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class TensorIndex(Mapping[str, TensorEntry]):
+    """Every tensor of a checkpoint by name, in the order of its files. Reading is lazy and per tensor."""
+
+    folder: Path
+    entries: dict[str, TensorEntry]
+    unread: tuple[str, ...] = ()
+    """weight files of the folder that this index does not name (pickles, copies in other layouts)"""
+
+    @staticmethod
+    def open(folder: Path) -> TensorIndex:
+        """Read and check the headers of `model.safetensors`, or of the shards that its index names."""
+        files, weight_map = _files(folder)
+        entries: dict[str, TensorEntry] = {}
+        for name in files:
+            for entry in read_header(_inside(folder, name), name):
+                if entry.name in entries:
+                    first = entries[entry.name].file
+                    raise CheckpointError(f"{folder}: tensor {entry.name} is duplicated, in {first} and in {name}")
+                entries[entry.name] = entry
+        if weight_map is not None:
+            _agree(folder, weight_map, entries)
+        others = [p.name for pattern in ("*.safetensors", *_PICKLED) for p in sorted(folder.glob(pattern))]
+        return TensorIndex(folder, entries, tuple(name for name in others if name not in files))
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; only its own bytes are read. CheckpointError if it is missing or the file changed."""
+        return self.read_all((name,))[name]
+
+    def read_all(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Several tensors, each file opened once."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            handles: dict[str, Any] = {}
+            for name in names:
+                if name not in self.entries:
+                    raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+                entry = self.entries[name]
+                try:
+                    if entry.file not in handles:
+                        opened = safe_open(_inside(self.folder, entry.file), "pt", device="cpu")
+                        handles[entry.file] = stack.enter_context(opened)
+                    tensor: Tensor = handles[entry.file].get_tensor(name)
+                except (SafetensorError, OSError, AttributeError) as bad:
+                    raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {bad}") from None
+                if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype]:
+                    raise CheckpointError(
+                        f"{self.folder / entry.file}: {name} changed since the checkpoint was opened: "
+                        f"expected {entry.dtype} {list(entry.shape)}, found {tensor.dtype} {list(tensor.shape)}"
+                    )
+                found[name] = tensor
+        return found
+
+    def read_ints(self, name: str) -> tuple[int, ...]:
+        """The values of an I64 or I32 tensor of at most 8 elements: a shape stored as a tensor counts as metadata."""
+        entry = self.entries[name]
+        if entry.dtype not in ("I64", "I32") or prod(entry.shape) > 8:
+            raise self.bad(name, "a shape (I64 [2])", f"{entry.dtype} {list(entry.shape)}")
+        try:
+            with (self.folder / entry.file).open("rb") as f:  # the index checked the path when it was opened
+                f.seek(entry.start)
+                raw = f.read(entry.nbytes)
+            return struct.unpack(f"<{prod(entry.shape)}{'q' if entry.dtype == 'I64' else 'i'}", raw)
+        except (OSError, struct.error) as bad:
+            raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {bad}") from None
+
+    def expect(self, name: str, dtypes: Sequence[str], shape: Sequence[int | None]) -> TensorEntry:
+        """The entry of a tensor that must be there with one of `dtypes` and this shape (None: any size)."""
+        entry = self.entries.get(name)
+        if entry is not None and entry.dtype in dtypes and _fits(entry.shape, shape):
+            return entry
+        wanted = f"{'|'.join(dtypes)} [{', '.join('*' if n is None else str(n) for n in shape)}]"
+        if entry is not None:
+            raise self.bad(name, wanted, f"{entry.dtype} {list(entry.shape)}")
+        module = name.rpartition(".")[0]
+        near = [n.rpartition(".")[2] for n in self.entries if n.rpartition(".")[0] == module]
+        raise CheckpointError(
+            f"{self.folder}: tensor {name} is missing, expected {wanted}; {module} has {', '.join(near) or 'none'}"
+        )
+
+    def bad(self, name: str, expected: str, found: str) -> CheckpointError:
+        """The error about a tensor: file, name, expected, found."""
+        file = self.entries[name].file if name in self.entries else ""
+        return CheckpointError(f"{self.folder / file}: {name}: expected {expected}, found {found}")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError for anything else, and for a key that occurs twice."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as bad:
+        raise CheckpointError(f"{path}: no valid JSON: {bad}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path, file: str) -> list[TensorEntry]:
+    """The entries of one safetensors file, in file order; every length and offset is checked against the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 0 < length <= min(size - 8, _HEADER_LIMIT):
+                raise CheckpointError(
+                    f"{path}: truncated or no safetensors file: {size} bytes, header of {length} bytes"
+                )
+            raw = f.read(length)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except OSError as bad:
+        raise CheckpointError(f"{path}: cannot be read: {bad.strerror}") from None
+    except (ValueError, RecursionError) as bad:
+        raise CheckpointError(f"{path}: corrupt safetensors header: {bad}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: corrupt safetensors header: expected an object")
+    header.pop("__metadata__", None)
+    entries = sorted((_entry(path, file, n, e, 8 + length) for n, e in header.items()), key=lambda e: (e.start, e.stop))
+    position = 8 + length
+    for entry in entries:
+        if entry.start != position:
+            raise CheckpointError(f"{path}: {entry.name}: corrupt offsets: starts at {entry.start}, not at {position}")
+        position = entry.stop
+    if position != size:
+        state = "truncated" if size < position else "longer than its header says"
+        raise CheckpointError(f"{path}: {state}: expected {position} bytes, found {size}")
+    return entries
+
+
+def _entry(path: Path, file: str, name: str, e: Any, base: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, stop) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: {name}: corrupt header entry {str(e)[:80]!r}") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise CheckpointError(f"{path}: {name}: corrupt header entry: shape {shape}, offsets {start}:{stop}")
+    if stop - start != prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(
+            f"{path}: {name}: {dtype} {list(shape)} needs {prod(shape) * DTYPES[dtype].itemsize} bytes, "
+            f"the header gives {stop - start}"
+        )
+    return TensorEntry(name, dtype, shape, file, base + start, base + stop)
+
+
+def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files to read and, for shards, the map from tensor to file."""
+    index = folder / _INDEX_FILE
+    if index.is_file():
+        weight_map = load_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
+        files = list(dict.fromkeys(weight_map.values()))
+        for name in files:
+            if not _inside(folder, name).is_file():
+                raise CheckpointError(f"{index}: names the file {name}, which is missing")
+        if (folder / _ONE_FILE).is_file() and _ONE_FILE not in files:
+            raise CheckpointError(f"{folder}: both {_ONE_FILE} and {_INDEX_FILE} are there; remove one set of weights")
+        return files, weight_map
+    if (folder / _ONE_FILE).is_file():
+        return [_ONE_FILE], None
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, None
+    if found:
+        raise CheckpointError(
+            f"{folder}: {len(found)} safetensors files but no {_INDEX_FILE}; found {', '.join(found)}"
+        )
+    pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: only pickled weights ({', '.join(pickled[:4])}), which can execute code and are never opened; "
+            f"convert them to safetensors where you trust them"
+        )
+    raise CheckpointError(f"{folder}: no weights: expected {_ONE_FILE} or {_INDEX_FILE}")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file that an index names; CheckpointError if it leaves the folder, by name or by a link."""
+    path = folder / name
+    if not name or Path(name).is_absolute() or "\\" in name or "\0" in name or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder}: file name {name!r} leads outside the checkpoint's folder")
+    allowed = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":  # the hub's cache links every file of a snapshot to its blobs
+        allowed.append(folder.absolute().parent.parent.resolve() / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise CheckpointError(f"{folder}: {name} is a link to {target}, outside the checkpoint's folder")
+    return path
+
+
+def _agree(folder: Path, weight_map: dict[str, str], entries: dict[str, TensorEntry]) -> None:
+    for name, file in weight_map.items():
+        entry = entries.get(name)
+        if entry is None or entry.file != file:
+            where = "no shard has it" if entry is None else f"{entry.file} has it"
+            raise CheckpointError(f"{folder / _INDEX_FILE}: tensor {name} is missing from {file}; {where}")
+    for name, entry in entries.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{folder / entry.file}: tensor {name} is extra: {_INDEX_FILE} does not list it")
+
+
+def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:
+    return len(found) == len(shape) and all(b is None or a == b for a, b in zip(found, shape, strict=True))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is duplicated")
+    return found

@@ -1,0 +1,90 @@
+"""Golden checkpoints: every case of the implemented families decodes to its tool's own numbers, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import qhal_schemes
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from qhal.encoding import encode
+
+GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
+FAMILIES = ("compressed_tensors", "awq", "gptq")
+
+
+def read_keys(path: Path) -> list[str]:
+    with safe_open(path, "pt") as f:
+        return list(f.keys())
+
+
+CASES = [f"{family}/{path.name}" for family in FAMILIES for path in sorted((GOLDEN / family).glob("*"))]
+KEYS = {c: {k.rpartition(".")[2] for k in read_keys(GOLDEN / c / "expected.safetensors")} for c in CASES}
+PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def sha256(w: torch.Tensor) -> str:
+    return hashlib.sha256(w.contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case_decodes_exactly(case: str) -> None:
+    folder = GOLDEN / case
+    provenance = json.loads((folder / "provenance.json").read_text())
+    precision = PRECISION[provenance["verify"]["best"]["peer_value_precision"]]
+    ckpt = qhal_schemes.open_checkpoint(folder / "checkpoint")
+    assert ckpt.modules(quantized=True)
+    compared = set()
+    with safe_open(folder / "expected.safetensors", "pt") as expected:
+        for key in expected.keys():  # noqa: SIM118 - not a dict
+            module = key.removesuffix(".weight")
+            if key.endswith(".weight"):
+                w = ckpt.stored(module).to(precision).float()
+                assert torch.equal(w, expected.get_tensor(key)), key
+                compared.add(module)
+    for key, digest in provenance["weight_sha256"].items():
+        w = ckpt.stored(key.removesuffix(".weight")).to(precision).float()
+        assert digest in (sha256(w), sha256(w + 0.0)), key
+        compared.add(key.removesuffix(".weight"))
+    assert set(ckpt.modules(quantized=True)) <= compared, "every quantized module was compared"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "input_qdq" in KEYS[c]])
+def test_inputs_are_quantized_as_by_the_tool(case: str) -> None:
+    """The tools compute scale, quotient and product in bf16; with that arithmetic every element is the tool's own."""
+    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    for module in (key.removesuffix(".input_qdq") for key in expected if key.endswith(".input_qdq")):
+        spec, x = ckpt.spec(module), expected[f"{module}.input"]
+        assert spec.input is not None
+        arith = "fp32" if spec.input.format.element == "e2m1" else "bf16"
+        fmt = replace(spec.input.format, rule=replace(spec.input.format.rule, arith=arith))
+        got = encode(x, fmt, scale=spec.input.scale, zero=spec.input.zero).dequantize()
+        assert torch.equal(got.bfloat16().float(), expected[f"{module}.input_qdq"]), module
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "output" in KEYS[c]])
+def test_outputs_follow_from_weight_input_and_bias(case: str) -> None:
+    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    outputs = [key.removesuffix(".output") for key in expected if key.endswith("_proj.output")]
+    assert outputs
+    for module in outputs:
+        spec = ckpt.spec(module)
+        x = expected.get(f"{module}.input_qdq", expected[f"{module}.input"])
+        y = x.double() @ spec.effective().double().T
+        if spec.bias is not None:
+            y = y + spec.bias.double()
+        peak = expected[f"{module}.output"].abs().max()
+        assert (y - expected[f"{module}.output"]).abs().max() / peak < 1e-2, module
+
+
+def test_some_case_of_every_family_is_present() -> None:
+    assert {case.partition("/")[0] for case in CASES} == set(FAMILIES)
