@@ -232,7 +232,8 @@ def test_checkpoint_without_quantization(write_checkpoint: Write) -> None:
     assert ckpt.excluded == {Q: "the checkpoint is not quantized"}
     assert torch.equal(ckpt.dequantize(Q), tensors[f"{Q}.weight"].float())
     assert torch.equal(ckpt.tensor("model.norm.weight"), tensors["model.norm.weight"])
-    assert ckpt.layer_formats() == [LinearFormat(Q, 8, 32, Format("bf16"), bias=True)]
+    assert ckpt.layer_formats() == []
+    assert ckpt.format(Q) == LinearFormat(Q, 8, 32, Format("bf16"), bias=True)
     assert ckpt.format(Q) == ckpt.spec(Q).format and ckpt.dtype == torch.bfloat16
     totals = ckpt.summary()["totals"]
     assert totals["tensors"] == 5 and totals["consumed"] + totals["plain"] + totals["extra"] == 5
