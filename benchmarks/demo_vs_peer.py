@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qhal_engines.measure import Worker
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from qhal.errors import QhalError
+from qhal_engines.measure import Worker
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "demo"
 PROMPT = "The sun rose over the sea and"
@@ -32,7 +32,7 @@ SPEEDS = ("decode_tokens_per_s", "decode_tokens_per_cpu_s")
 ROWS = (
     ("perplexity", "perplexity", "{:.4f}", 1.0),
     ("decode, tokens/s (median)", "decode_tokens_per_s", "{:.2f}", 1.0),
-    ("decode, tokens per CPU s (median)", "decode_tokens_per_cpu_s", "{:.2f}", 1.0),
+    ("decode, tokens/CPU s (median)", "decode_tokens_per_cpu_s", "{:.2f}", 1.0),
     ("prefill, tokens/s", "prefill_tokens_per_s", "{:.0f}", 1.0),
     ("load, s", "load_s", "{:.2f}", 1.0),
     ("load and first forward, s", "ready_s", "{:.2f}", 1.0),

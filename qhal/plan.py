@@ -32,7 +32,9 @@ Policy = Literal["exact", "error", "allow", "report"]
 class Model(Protocol):
     """Anything that can say what its layers are without reading weights: a qhal_schemes Checkpoint."""
 
-    dtype: torch.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's activations."""
 
     def layer_formats(self) -> Iterable[LayerFormat]:
         """The frozen summary of every quantized layer and cache, in model order."""

@@ -72,10 +72,13 @@ class PreparedLinear:
 
     def __call__(self, x: Tensor, *, decode: bool = False) -> Tensor:
         """[..., K] -> [..., N]. decode: every sequence of this step decodes one token (selects `decode_input`)."""
-        if x.dim() == 2:
+        shape = x.shape
+        if len(shape) == 2:
             return self.ops.linear(x, self, decode=decode)
-        y = self.ops.linear(x.reshape(-1, x.shape[-1]), self, decode=decode)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = self.ops.linear(x.reshape(-1, shape[-1]), self, decode=decode)
+        if len(shape) == 3:  # what engines call; building a general shape costs a microsecond
+            return y.view(shape[0], shape[1], y.shape[1])
+        return y.view(*shape[:-1], y.shape[-1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the layer, by dotted name."""

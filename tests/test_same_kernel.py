@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from qhal_schemes import Checkpoint, open_checkpoint
 
 import qhal
 from qhal import Format, GemmRequest, LinearSpec, QTensor
 from qhal.layers import gemm_request, prepare_linear
+from qhal_schemes import Checkpoint, open_checkpoint
 
 CASES = {
     "awq/autoawq_b4_g128_gemm": "uint4-uint4.g128*fp16",

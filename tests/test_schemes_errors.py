@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from qhal_schemes import CheckpointWarning, open_checkpoint
-from qhal_schemes.packing import pack, pack_awq, unsigned
 
 from qhal.errors import CheckpointError
+from qhal_schemes import CheckpointWarning, open_checkpoint
+from qhal_schemes.packing import pack, pack_awq, unsigned
 
 Write = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from qhal_schemes import open_checkpoint
-from qhal_schemes.packing import pack, unsigned
 
 from qhal.errors import CheckpointError
 from qhal.formats import Format
 from qhal.layer_formats import KVFormat
+from qhal_schemes import open_checkpoint
+from qhal_schemes.packing import pack, unsigned
 
 Write = Callable[..., Path]
 Q = "model.layers.0.self_attn.q_proj"

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import qhal_schemes
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import qhal_schemes
 from qhal.encoding import encode
 
 GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from qhal_schemes import open_checkpoint
-from qhal_schemes.packing import pack
 
 from qhal import QTensor
 from qhal.errors import CheckpointError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import ExpertsFormat, LinearFormat
 from qhal.rotations import sylvester
+from qhal_schemes import open_checkpoint
+from qhal_schemes.packing import pack
 
 Write = Callable[..., Path]
 Q = "model.layers.0.self_attn.q_proj"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from qhal_schemes import open_checkpoint
 from safetensors.torch import load_file
 
 import qhal
 from qhal.interface import QuantOps
+from qhal_schemes import open_checkpoint
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 INT4 = ("compressed_tensors/w4a16_g128_sym", "awq/autoawq_b4_g128_gemm", "gptq/b4_g128_sym_v1")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qhal_schemes import packing
 from qhal_schemes.gptq import _WORD
 

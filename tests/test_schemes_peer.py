@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from qhal_schemes import open_checkpoint
 
 compressed_tensors = pytest.importorskip("compressed_tensors")

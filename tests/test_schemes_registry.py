@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from qhal_schemes import known_methods, open_checkpoint
 
 from qhal.errors import CheckpointError
+from qhal_schemes import known_methods, open_checkpoint
 
 Write = Callable[..., Path]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from qhal_schemes import TensorIndex, open_checkpoint
 from safetensors.torch import save_file
 
 from qhal.errors import CheckpointError
+from qhal_schemes import TensorIndex, open_checkpoint
 
 Write = Callable[..., Path]
 TENSORS = {

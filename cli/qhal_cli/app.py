@@ -6,10 +6,10 @@ from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
-from qhal_conformance.commands import app as conformance
 
 import qhal
 from qhal_cli import checkpoints, machine, text
+from qhal_conformance.commands import app as conformance
 
 app = typer.Typer(
     name="qhal",

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
-from qhal_schemes.writing import write_safetensors
 
 import qhal
 from qhal.elements import WIDE
 from qhal.errors import FormatError, PlanError
 from qhal_cli.output import Json, console, emit, progress, size, table
+from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
+from qhal_schemes.writing import write_safetensors
 
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder: config.json and safetensors.")]
 

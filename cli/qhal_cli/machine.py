@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import typer
-from qhal_schemes import known_methods
 
 import qhal
 from qhal import selection
 from qhal.selection import Available, BackendInfo
 from qhal_cli.output import Json, console, emit, size, table
+from qhal_schemes import known_methods
 
 
 def devices(json: Json = False) -> None:

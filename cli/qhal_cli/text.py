@@ -29,10 +29,11 @@ def generate(
     """
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint folder: it has no config.json")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from qhal_engines import transformers as engine
     from qhal_engines.generation import chat_prompt
     from qhal_engines.generation import generate as run
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     engine.install(backend, policy)  # type: ignore[arg-type]  # it checks the policy itself
     try:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from qhal_cpu_reference.ops import CpuReference
 from torch import Tensor
 
 from qhal import Format, QTensor
 from qhal.elements import element, values
+from qhal_cpu_reference.ops import CpuReference
 
 WEIGHTS = (
     "int4.g32*bf16", "int4.g8*fp16", "int8.row*fp32", "int8.tensor*fp32", "int3.row*fp32", "int2.g16*bf16",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qhal_cpu_reference import storage
 
 from qhal import (
     Format,
@@ -17,6 +16,7 @@ from qhal import (
     Operand,
 )
 from qhal.tensors import same_bits
+from qhal_cpu_reference import storage
 
 NAMES = (
     "int4.g{g}*bf16", "int3.g{g}*fp16", "uint4-uint4.g{g}*fp16", "int4-int4.g{g}*bf16", "e2m1.g{g}*e8m0",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qhal_cuda import backend
-from qhal_cuda.probe import _visible
 
 import qhal
 from qhal.selection import Unavailable
+from qhal_cuda import backend
+from qhal_cuda.probe import _visible
 
 
 def test_probe_says_what_is_missing_and_what_to_do() -> None:

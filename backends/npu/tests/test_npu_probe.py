@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from qhal_npu import backend, probe
 
 import qhal
 from qhal.selection import Unavailable
+from qhal_npu import backend, probe
 
 
 def test_without_a_device_nothing_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from qhal_rocm import backend, probe
 
 import qhal
 from qhal.selection import Available, Unavailable
+from qhal_rocm import backend, probe
 
 
 def _machine(root: Path, versions: list[int]) -> None:
