@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -12,10 +11,13 @@ import typer
 import qhal
 from qhal.elements import WIDE
 from qhal.errors import FormatError, PlanError
+from qhal.plan import Policy
 from qhal_cli.output import Json, console, emit, progress, size, table
 from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
-from qhal_schemes.writing import write_safetensors
+from qhal_schemes.source import DTYPES
+from qhal_schemes.writing import AtomicFile, StreamingSafetensors, TensorLayout
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder: config.json and safetensors.")]
 
 
@@ -31,7 +33,7 @@ def inspect(checkpoint: Folder, json: Json = False) -> None:
         emit(record)
         return
     total = record["totals"]
-    console.print(f"[bold]{record['path']}[/bold]: {record['method']}, activations {record['dtype']}")
+    console.print(f"[bold]{record['path']}[/bold]: {record['method']}, activations {record['dtype']}", soft_wrap=True)
     rows = (
         (r["weight"], r["input"], r["modules"], f"{r['weights']:,}", size(r["bytes"]), _bits(r))
         for r in record["formats"]
@@ -76,14 +78,12 @@ def plan(
       qhal plan CKPT --backend cpu_reference
       qhal plan CKPT --backend NAME --arch ARCH --policy report --json
     """
+    if policy not in get_args(Policy):
+        raise typer.BadParameter(f"policy {policy!r}: choose one of {', '.join(get_args(Policy))}")
     ops = qhal.select(backend, arch=arch)
     chosen = None if dtype is None else _dtype(dtype)
     try:
         result = qhal.resolve(open_checkpoint(checkpoint), ops, policy=policy, world=world, dtype=chosen)  # type: ignore[arg-type]
-    except ValueError as error:
-        if isinstance(error, qhal.QhalError):
-            raise
-        raise typer.BadParameter(str(error)) from error
     except PlanError as error:
         if not json:
             raise
@@ -115,33 +115,57 @@ def dequantize(
       qhal dequantize CKPT --out stored.safetensors --dtype bfloat16 --stored
     """
     ckpt, chosen = open_checkpoint(checkpoint), _dtype(dtype)
-    names = [*ckpt.modules(quantized=True), *ckpt.account.plain]
-    shapes = {f"{m}.weight": _shape(ckpt, m) for m in ckpt.modules(quantized=True)}
-    with progress() as shown:
-        task = shown.add_task("dequantizing", total=len(names))
-
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    layout = _dense_layout(ckpt, chosen)
+    plain = {name: _plain_layout(ckpt, name, chosen) for name in ckpt.account.plain if name not in layout}
+    needed = sum(one.nbytes for one in (*layout.values(), *plain.values()))
+    with progress() as shown, AtomicFile(out, needed=needed) as file:
+        task = shown.add_task("dequantizing", total=len(ckpt.modules(quantized=True)) + len(plain))
+        with StreamingSafetensors(file.path, layout | plain) as target:
             for module in ckpt.modules(quantized=True):
-                yield f"{module}.weight", (ckpt.stored(module) if stored else ckpt.dequantize(module)).to(chosen)
+                spec = ckpt.spec(module)
+                target.write(f"{module}.weight", (spec.stored() if stored else spec.effective()).to(chosen))
+                if spec.bias is not None:
+                    target.write(f"{module}.bias", spec.bias.to(chosen))
                 shown.advance(task)
-
-        written = write_safetensors(out, shapes, chosen, tensors())
+            for name in plain:
+                value = ckpt.tensor(name)
+                target.write(name, value.to(chosen) if value.is_floating_point() else value)
+                shown.advance(task)
+    record = {
+        "out": str(out),
+        "tensors": len(layout) + len(plain),
+        "dequantized": len(layout),
+        "bytes": needed,
+        "dtype": str(chosen).removeprefix("torch."),
+        "stored": stored,
+    }
     if json:
-        emit({"out": str(out), "tensors": len(shapes), "bytes": written, "dtype": str(chosen), "stored": stored})
+        emit(record)
     else:
-        console.print(f"{out}: {len(shapes)} tensors, {size(written)}")
+        console.print(f"{out}: {len(layout)} weights dequantized, {len(plain)} tensors copied, {size(needed)}")
 
 
-def _shape(ckpt: Checkpoint, module: str) -> tuple[int, int]:
-    f = ckpt.format(module)
-    return f.n, f.k
+def _dense_layout(ckpt: Checkpoint, dtype: torch.dtype) -> dict[str, TensorLayout]:
+    """Weights and biases of the quantized modules, as plain floats."""
+    found = {}
+    for module in ckpt.modules(quantized=True):
+        f = ckpt.format(module)
+        found[f"{module}.weight"] = TensorLayout(_NAMES[dtype], (f.n, f.k))
+        if f.bias:
+            found[f"{module}.bias"] = TensorLayout(_NAMES[dtype], (f.n,))
+    return found
+
+
+def _plain_layout(ckpt: Checkpoint, name: str, dtype: torch.dtype) -> TensorLayout:
+    entry = ckpt.entry(name)
+    return TensorLayout(_NAMES[dtype] if DTYPES[entry.dtype].is_floating_point else entry.dtype, entry.shape)
 
 
 def quantize(
     source: Annotated[Path, typer.Argument(help="A checkpoint folder with float weights.")],
     format: Annotated[str, typer.Option(help="int4_g32, int8, fp8, or any format name: int4.g32*bf16@qmax=7.5")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave alone; repeatable.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Names or re: patterns to leave alone [lm_head].")] = None,
     json: Json = False,
 ) -> None:
     """Round to nearest into a standard compressed-tensors checkpoint: the bits of open_checkpoint(quantize=FORMAT).
@@ -156,12 +180,14 @@ def quantize(
         def advance(done: int, total: int, name: str) -> None:
             shown.update(task, completed=done, total=total, description=name)
 
-        extra = {} if ignore is None else {"ignore": tuple(ignore)}
-        summary = quantize_checkpoint(source, out, format, progress=advance, **extra)
+        summary = quantize_checkpoint(source, out, format, ignore=ignore or ("lm_head",), progress=advance)
     if json:
         emit(summary)
     else:
-        console.print(f"{out}: {summary}")
+        console.print(
+            f"{out}: {summary['modules']} modules as {summary['format']}, input {summary['input'] or 'not quantized'}, "
+            f"{size(summary['source_bytes'])} became {size(summary['bytes'])}"
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the thing asked failed, 2 wrong use.
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.metadata import packages_distributions
 
 
@@ -23,6 +24,7 @@ def main() -> None:
             f"  found: {where} (installed distributions that own it: {', '.join(owners) or 'none'})\n"
             "  do: pip uninstall -y qhal && pip install --force-reinstall --no-deps qhal-core"
         )
+    warnings.showwarning = _note
     try:
         app()
     except QhalError as error:
@@ -32,6 +34,11 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         _stop("interrupted; nothing was left half written", code=130)
+
+
+def _note(message: Warning | str, *_: object) -> None:
+    """A warning is a line for people, without the place in our code that raised it."""
+    print(f"qhal: note: {message}", file=sys.stderr)
 
 
 def _stop(message: str, code: int = 1) -> None:

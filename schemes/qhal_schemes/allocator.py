@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-INTERVAL = 1 << 20  # bytes loaded between two trims: each costs a few milliseconds
+INTERVAL = 32 << 20  # bytes loaded between two trims: each costs a few milliseconds
 
 
 def _find() -> Callable[[int], int] | None:

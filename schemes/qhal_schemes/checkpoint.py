@@ -24,7 +24,7 @@ from qhal_schemes.matching import fused_parts, near_text
 from qhal_schemes.modules import Account, account
 from qhal_schemes.plain import PlainMapping, describe_plain, read_plain
 from qhal_schemes.registry import load_scheme
-from qhal_schemes.source import TensorIndex
+from qhal_schemes.source import TensorEntry, TensorIndex
 from qhal_schemes.summary import summarize
 
 if TYPE_CHECKING:
@@ -144,9 +144,13 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the file as it is stored."""
+        return self._index.read(self.entry(name).name)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and place of one tensor of the file; reads no data."""
         if name not in self._index:
             raise CheckpointError(f"{self.path}: no tensor {name!r}{near_text(name, self._index)}")
-        return self._index.read(name)
+        return self._index[name]
 
     def spec(self, name: str) -> LinearSpec:
         """What the checkpoint says a Linear module is, its tensors read and checked."""

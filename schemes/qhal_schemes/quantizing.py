@@ -58,7 +58,7 @@ WORDS: dict[str, tuple[str, str | None]] = {
 
 _WORD = re.compile(r"(u?)int([2-8])_(?:g(\d+)|row|channel)")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_CHUNK = 1 << 20  # weights that are encoded at once; bounds the float32 temporaries
+_CHUNK = 1 << 19  # weights that are encoded at once; bounds the float32 temporaries
 
 
 def resolve_format(name: str | Format, dtype: torch.dtype) -> Layout:
@@ -153,8 +153,27 @@ def encode_weight(weight: Tensor, fmt: Format) -> QTensor:
         assert isinstance(outer, Tensor)
         scale = outer
     step = max(fmt.block.rows, _CHUNK // max(weight.shape[1], 1) // fmt.block.rows * fmt.block.rows)
-    parts = [encode(rows, fmt, scale=scale) for rows in weight.split(step)]
-    return parts[0] if len(parts) == 1 else QTensor.concat(parts, 0)
+    codes: Tensor | None = None
+    planes: dict[str, list[Tensor | QTensor]] = {"scale": [], "zero": []}
+    for start, rows in zip(range(0, weight.shape[0], step), weight.split(step), strict=True):
+        part = encode(rows, fmt, scale=scale)
+        if rows.shape == weight.shape:
+            return part
+        codes = torch.empty(weight.shape, dtype=part.codes.dtype) if codes is None else codes
+        codes[start : start + step] = part.codes
+        for name, found in planes.items():
+            plane = getattr(part, name)
+            if plane is not None:
+                found.append(plane)
+    assert codes is not None
+    return QTensor(fmt, codes, **{name: _join(found, fmt) for name, found in planes.items() if found})
+
+
+def _join(parts: Sequence[Tensor | QTensor], fmt: Format) -> Tensor | QTensor:
+    if fmt.block is not None and fmt.block.kind == "tensor":
+        return parts[0]  # static: the same in every part
+    nested = [p for p in parts if isinstance(p, QTensor)]
+    return QTensor.concat(nested, 0) if nested else torch.cat([p for p in parts if isinstance(p, Tensor)])
 
 
 def _tensor_wide(fmt: Format) -> bool:
@@ -167,7 +186,8 @@ def quantize_weight(index: TensorIndex, module: str, layout: Layout) -> QTensor:
     """Read and encode the weight of one module; CheckpointError naming the tensor for NaN, Inf or a scale overflow."""
     name = f"{module}.weight"
     weight = index.read(name)
-    checks.finite(index, name, weight)
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):  # a NaN shows in both; no temporaries
+        checks.finite(index, name, weight)
     q = encode_weight(weight, layout.weight)
     scale = q.scale
     if isinstance(scale, Tensor) and scale.is_floating_point():

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -60,14 +60,12 @@ class AtomicDirectory:
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> AtomicDirectory:
-        if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
-            what = "a folder that is not empty" if self.target.is_dir() else "a file"
-            raise CheckpointError(f"{self.target}: exists already and is {what}; name another one, or remove it first")
+        self._check_target()
         self._catch_signals()
         try:
             self._make_parents()
             self._check_space()
-            self.path.mkdir()
+            self._create()
         except BaseException as bad:
             self._undo()
             if isinstance(bad, OSError):
@@ -78,7 +76,7 @@ class AtomicDirectory:
     def __exit__(self, kind: type[BaseException] | None, bad: BaseException | None, _: TracebackType | None) -> None:
         if bad is None:
             try:
-                for file in self.path.rglob("*"):
+                for file in self._contents():
                     _sync(file)
                 self.path.replace(self.target)  # an empty target folder is replaced too
                 _sync(self.target.parent)
@@ -94,8 +92,22 @@ class AtomicDirectory:
         if isinstance(bad, OSError):
             raise self._error(bad) from bad
 
-    def _undo(self) -> None:
+    def _check_target(self) -> None:
+        if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
+            what = "a folder that is not empty" if self.target.is_dir() else "a file"
+            raise CheckpointError(f"{self.target}: exists already and is {what}; name another one, or remove it first")
+
+    def _create(self) -> None:
+        self.path.mkdir()
+
+    def _contents(self) -> Iterable[Path]:
+        return self.path.rglob("*")
+
+    def _remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _undo(self) -> None:
+        self._remove()
         for parent in reversed(self._made):
             if not any(parent.iterdir()):
                 parent.rmdir()
@@ -135,6 +147,26 @@ class AtomicDirectory:
         for number in self._handlers:
             signal.signal(number, signal.SIG_DFL)
         self._handlers.clear()
+
+
+class AtomicFile(AtomicDirectory):
+    """The same for one file: `path` is written inside the block and takes the target's name at its end.
+
+    An older file of that name is replaced, or stays as it was if the block fails; CheckpointError if it is a folder.
+    """
+
+    def _check_target(self) -> None:
+        if self.target.is_dir():
+            raise CheckpointError(f"{self.target}: is a folder; name a file")
+
+    def _create(self) -> None:
+        self.path.touch()
+
+    def _contents(self) -> Iterable[Path]:
+        return (self.path,)
+
+    def _remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 class StreamingSafetensors:

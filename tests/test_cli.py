@@ -1,0 +1,168 @@
+"""The command line: what it prints, its JSON, its exit codes (0 ok, 1 the thing asked failed, 2 wrong use)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qhal_schemes import open_checkpoint
+
+CASE = "compressed_tensors/w4a16_g128_sym"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`qhal ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "qhal_cli.entry", *arguments]
+    clean = {k: v for k, v in os.environ.items() if k != "QHAL_BACKEND"}
+    return subprocess.run(command, capture_output=True, text=True, env=clean | {"COLUMNS": "200"} | environment)
+
+
+def ok(*arguments: str) -> Any:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_devices_explain_every_backend() -> None:
+    record = ok("devices")
+    found = {r["name"]: r for r in record["backends"]}
+    assert {"cuda", "rocm", "npu", "cpu_reference"} <= set(found)
+    for r in found.values():
+        assert r["devices"] if r["usable"] else r["reason"] and r["hint"]
+    text = run("devices").stdout
+    for r in found.values():
+        assert r["name"] in text and r.get("hint", "") in text
+
+
+def test_a_wanted_backend_that_is_not_usable_fails_with_what_to_do() -> None:
+    done = run("devices", QHAL_BACKEND="npu")
+    assert done.returncode == 1
+    assert "QHAL_BACKEND=npu: not usable" in done.stdout
+    assert "do: " in done.stdout
+    assert run("devices", QHAL_BACKEND="nothing").returncode == 1
+    assert run("devices", QHAL_BACKEND="cpu_reference").returncode == 0
+
+
+def test_doctor() -> None:
+    checks = {c["check"]: c for c in ok("doctor")}
+    assert checks["backend cpu_reference"]["status"] == "ok"
+    assert "compressed-tensors" in checks["schemes"]["found"]
+
+
+def test_inspect(golden: Path) -> None:
+    folder = golden / CASE / "checkpoint"
+    record = ok("inspect", str(folder))
+    assert record["method"] == "compressed-tensors"
+    assert record["formats"][0]["weight"] == "int4.g128*bf16"
+    text = run("inspect", str(folder)).stdout
+    assert "int4.g128*bf16" in text and "lm_head" in text
+
+
+def test_plan_and_its_refusal(golden: Path) -> None:
+    folder = str(golden / CASE / "checkpoint")
+    record = ok("plan", folder, "--backend", "cpu_reference")
+    assert {e["status"] for e in record["entries"]} == {"ok"}
+    refused = run("plan", folder, "--backend", "rocm", "--arch", "gfx942")
+    assert refused.returncode == 1 and "refuses" in refused.stderr and "Traceback" not in refused.stderr
+    as_json = run("plan", folder, "--backend", "rocm", "--arch", "gfx942", "--json")
+    assert as_json.returncode == 1 and json.loads(as_json.stdout)["plan"]["entries"][0]["status"] == "refused"
+    told = run("plan", folder, "--backend", "rocm", "--arch", "gfx942", "--policy", "report")
+    assert told.returncode == 0 and "[refused]" in told.stdout
+
+
+@pytest.mark.parametrize("case", [CASE, "gptq/b4_g128_sym_desc_act_v1", "awq/autoawq_b4_g128_gemm"])
+def test_dequantize_writes_what_the_api_says(golden: Path, tmp_path: Path, case: str) -> None:
+    folder, out = golden / case / "checkpoint", tmp_path / "w.safetensors"
+    record = ok("dequantize", str(folder), "--out", str(out))
+    ckpt = open_checkpoint(folder)
+    with safe_open(out, "pt") as file:
+        names = set(file.keys())
+        for module in ckpt.modules(quantized=True):
+            assert torch.equal(file.get_tensor(f"{module}.weight"), ckpt.dequantize(module))
+        assert "model.embed_tokens.weight" in names or len(names) == len(ckpt.modules(quantized=True))
+    assert record["tensors"] == len(names)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_dequantize_rounds_once_and_replaces_an_older_file(golden: Path, tmp_path: Path) -> None:
+    folder, out = golden / CASE / "checkpoint", tmp_path / "w.safetensors"
+    out.write_text("old")
+    ok("dequantize", str(folder), "--out", str(out), "--dtype", "bfloat16", "--stored")
+    ckpt = open_checkpoint(folder)
+    module = ckpt.modules(quantized=True)[0]
+    with safe_open(out, "pt") as file:
+        assert torch.equal(file.get_tensor(f"{module}.weight"), ckpt.stored(module).to(torch.bfloat16))
+
+
+def test_a_failure_leaves_nothing_behind(write_checkpoint: Callable[..., Path], golden: Path, tmp_path: Path) -> None:
+    source = golden / CASE / "checkpoint"
+    with safe_open(source / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    broken = next(name for name in tensors if name.endswith("weight_scale"))
+    tensors[broken] = torch.full_like(tensors[broken], torch.nan)
+    config = json.loads((source / "config.json").read_text())
+    folder = write_checkpoint(tensors, config["quantization_config"], model={"num_hidden_layers": 1})
+    out = tmp_path / "out" / "w.safetensors"
+    done = run("dequantize", str(folder), "--out", str(out))
+    assert done.returncode == 1
+    assert broken in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists() and not out.parent.exists()
+
+
+def test_quantize_equals_quantizing_on_the_way_in(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator).to(torch.bfloat16)
+    source = write_checkpoint({"model.layers.0.mlp.up_proj.weight": weight}, model={"num_hidden_layers": 1})
+    out = tmp_path / "int4"
+    record = ok("quantize", str(source), "--format", "int4_g32", "--out", str(out))
+    assert record["modules"] == 1
+    name = "model.layers.0.mlp.up_proj"
+    written, online = open_checkpoint(out).spec(name), open_checkpoint(source, quantize="int4_g32").spec(name)
+    assert written.weight.equal(online.weight)  # type: ignore[union-attr,arg-type]
+    again = run("quantize", str(source), "--format", "int4_g32", "--out", str(out))
+    assert again.returncode == 1 and "exists already" in again.stderr
+    odd = run("quantize", str(source), "--format", "int4_g128", "--out", str(tmp_path / "odd"))
+    assert odd.returncode == 1 and name in odd.stderr and not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["bogus"], ["inspect"], ["plan", "x", "--policy", "maybe"], ["dequantize", "x"], ["devices", "--nope"]],
+)
+def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
+    assert run(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "/nowhere"], ["plan", "/nowhere"], ["generate", "/nowhere", "--prompt", "x"]]
+)
+def test_what_fails_exits_with_1_and_one_message(arguments: list[str]) -> None:
+    done = run(*arguments, "/nowhere")
+    assert done.returncode == 1
+    assert "/nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_has_examples_and_the_version_both_numbers() -> None:
+    for command in ("devices", "doctor", "inspect", "plan", "dequantize", "quantize", "generate"):
+        text = run(command, "--help").stdout
+        assert "Examples" in text, command
+    assert "interface 0.1" in run("--version").stdout
+
+
+def test_a_broken_subcommand_of_a_backend_is_named_and_the_rest_works(tmp_path: Path) -> None:
+    meta = tmp_path / "torn-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: torn\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[qhal.cli]\ntorn = torn_module:app\n")
+    done = run("--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0
+    assert "'torn'" in done.stderr and "No module named 'torn_module'" in done.stderr
