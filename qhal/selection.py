@@ -119,7 +119,7 @@ def select(spec: str = "auto", *, require: Collection[str] = (), arch: str | Non
     require  names of capabilities that the backend must have: operations such as "grouped_gemm", "attention"
     arch     an architecture name: the offline form, which answers `supports` with no device
 
-    "auto" prefers an accelerator and takes the reference with a warning where there is none. NoBackendError lists every
+    "auto" prefers an accelerator that executes something; where there is none it takes the reference, with a warning. NoBackendError lists every
     candidate, its reason and what to do.
     >>> select("cpu_reference").name
     'cpu_reference'
@@ -153,20 +153,33 @@ def select(spec: str = "auto", *, require: Collection[str] = (), arch: str | Non
     return _checked(info.load(device), info, require)
 
 
+OPERATIONS = ("gemm", "grouped_gemm", "quant_kv", "attention", "hadamard", "vq_decode", "comm_quant")
+"""The seven operations of the interface."""
+
+
+def operations(ops: QuantOps) -> tuple[str, ...]:
+    """The operations that a backend has a body for; which formats and shapes is `supports`' answer."""
+    return tuple(name for name in OPERATIONS if getattr(type(ops), name) is not getattr(QuantOps, name))
+
+
 def _auto(require: Collection[str]) -> QuantOps:
+    idle = []
     for info in backends().values():
         if isinstance(info, Broken) or info.name == REFERENCE:
             continue
         state = probe(info)
         if isinstance(state, Available) and state.devices:
-            return _checked(info.load(state.devices[0]), info, require)
+            ops = info.load(state.devices[0])
+            if operations(ops):
+                return _checked(ops, info, require)
+            idle.append(f"{info.name} finds {state.devices[0].arch}, but this version executes none of its operations")
     reference = backends().get(REFERENCE)
     if isinstance(reference, BackendInfo) and isinstance(state := probe(reference), Available):
         import warnings
 
+        why = "; ".join(idle) or "no accelerator is usable here"
         warnings.warn(
-            f"no accelerator is usable here, so {REFERENCE} runs on the processor: right, but slow. "
-            "`qhal devices` says why each backend is not usable",
+            f"{why}, so {REFERENCE} runs on the processor: right, but slow. `qhal devices` says more of each backend",
             stacklevel=3,
         )
         return _checked(reference.load(state.devices[0]), reference, require)

@@ -243,6 +243,7 @@ def test_transformers_loads_the_same_weights(source: Path, tmp_path: Path, name:
 def test_heads_routers_and_ignored_modules_stay_plain(tmp_path: Path) -> None:
     found = tensors(head=False)
     found["model.layers.0.mlp.gate.weight"] = torch.zeros(4, HIDDEN).bfloat16()
+    found["model.layers.0.mlp.none.weight"] = torch.zeros(0, HIDDEN).bfloat16()
     folder = write_source(tmp_path / "source", found, {**MODEL, "tie_word_embeddings": True})
     ignore = ("lm_head", "model.layers.1.mlp.down_proj", "re:.*self_attn.o_proj")
     with warnings.catch_warnings():
@@ -250,6 +251,7 @@ def test_heads_routers_and_ignored_modules_stay_plain(tmp_path: Path) -> None:
         summary = quantize_checkpoint(folder, tmp_path / "out", "int4_g32", ignore=ignore)
     assert summary["plain"] == {
         "model.layers.0.mlp.gate": "a router is not quantized",
+        "model.layers.0.mlp.none": "an empty weight",
         "model.layers.0.self_attn.o_proj": "ignore 're:.*self_attn.o_proj'",
         "model.layers.1.self_attn.o_proj": "ignore 're:.*self_attn.o_proj'",
         "model.layers.1.mlp.down_proj": "ignore 'model.layers.1.mlp.down_proj'",

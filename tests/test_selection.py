@@ -25,6 +25,9 @@ class Chip(qhal.QuantOps):
     def supports(self, request: qhal.Request) -> qhal.Support:
         return qhal.Support("unsupported", "a test chip")
 
+    def gemm(self, x, w, *, input=0, out=None):  # type: ignore[no-untyped-def]
+        return x
+
     def quantize(self, x, to, *, for_=None, out=None):  # type: ignore[no-untyped-def]
         return qhal.QTensor(qhal.Format.parse("fp32"), x)
 
@@ -60,6 +63,19 @@ def test_auto_takes_the_reference_with_a_word(installed: dict[str, BackendInfo |
     installed["chip"] = _info("chip", 50, lambda: Unavailable("no chip", "plug one in"))
     with pytest.warns(UserWarning, match="no accelerator"):
         qhal.select("auto")
+
+
+def test_auto_passes_over_a_backend_that_executes_nothing_and_says_so(
+    installed: dict[str, BackendInfo | Broken],
+) -> None:
+    class Shell(Chip):
+        gemm = qhal.QuantOps.gemm
+
+    installed["cpu_reference"] = _info("cpu_reference", 1000, _usable)
+    installed["shell"] = BackendInfo("shell", (0, 1), 50, _usable, lambda device: Shell(), lambda arch: Shell())
+    with pytest.warns(UserWarning, match="shell finds a0, but this version executes none"):
+        assert type(qhal.select("auto")) is Chip
+    assert type(qhal.select("shell")) is Shell
 
 
 def test_nothing_usable_lists_every_candidate(installed: dict[str, BackendInfo | Broken]) -> None:

@@ -24,7 +24,7 @@ def main() -> None:
             f"  found: {where} (installed distributions that own it: {', '.join(owners) or 'none'})\n"
             "  do: pip uninstall -y qhal && pip install --force-reinstall --no-deps qhal-core"
         )
-    warnings.showwarning = _note
+    warnings.showwarning = _note  # type: ignore[assignment]  # it takes what warnings passes, by position
     try:
         app()
     except QhalError as error:

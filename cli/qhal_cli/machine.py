@@ -36,7 +36,7 @@ def devices(json: Json = False) -> None:
     name = wanted.partition(":")[0] if wanted else None
     chosen = next((r for r in records if r["name"] == name), None)
     ok = wanted is None or (chosen is not None and chosen["usable"])
-    auto = next((r["name"] for r in records if r["usable"]), None)
+    auto = next((r["name"] for r in records if r["usable"] and r["operations"]), None)
     if json:
         emit({"backends": records, "environment": wanted, "auto": auto, "ok": ok})
     else:
@@ -58,13 +58,14 @@ def _record(name: str, info: BackendInfo | selection.Broken) -> dict[str, Any]:
     record: dict[str, Any] = {"name": name, "usable": isinstance(state, Available)}
     if isinstance(info, BackendInfo):
         record |= {"order": info.order, "interface": list(info.interface)}
-    if isinstance(state, Available):
+    if isinstance(state, Available) and isinstance(info, BackendInfo):
+        record["operations"] = list(selection.operations(info.load(state.devices[0])))
         record["devices"] = [
             {"id": f"{name}:{d.index}", "arch": d.arch, "memory": d.memory, "facts": dict(d.facts)}
             for d in state.devices
         ]
-    else:
-        record |= {"devices": [], "reason": state.reason, "hint": state.hint}
+    elif isinstance(state, selection.Unavailable):
+        record |= {"operations": [], "devices": [], "reason": state.reason, "hint": state.hint}
     return record
 
 
@@ -77,7 +78,8 @@ def _print(records: list[dict[str, Any]]) -> None:
             memory = f", {size(d['memory'])}" if d["memory"] else ""
             facts = ", ".join(f"{k} {v}" for k, v in d["facts"].items())
             lines.append(f"{d['id']} {d['arch']}{memory}" + (f" [dim]{facts}[/dim]" if facts else ""))
-        return r["name"], "[green]yes[/green]", "\n".join(lines)
+        lines.append(f"[dim]executes: {', '.join(r['operations']) or 'nothing in this version'}[/dim]")
+        return r["name"], "[green]yes[/green]" if r["operations"] else "[yellow]found[/yellow]", "\n".join(lines)
 
     table("Backends, in the order of auto", ("backend", "usable", "devices, or why not"), (cells(r) for r in records))
 

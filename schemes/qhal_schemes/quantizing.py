@@ -1,6 +1,7 @@
 """Quantizing a float checkpoint, module by module: into a checkpoint on disk, or on the way in. Same bits either way.
 
-Round to nearest, without calibration data; rules are those of compressed-tensors, whose files are written.
+Round to nearest in float32, without calibration data. Scales have the divisors and exponents of compressed-tensors,
+whose files are written (compressed_tensors/quantization/utils/helpers.py, calculate_qparams).
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def choose(config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore:
             left[module] = f"ignore {rule!r}"
         elif is_router(module):
             left[module] = "a router is not quantized"
+        elif 0 in index[f"{module}.weight"].shape:
+            left[module] = "an empty weight"
     modules = tuple(m for m in linears if m not in left)
     shared = ["lm_head"] if config.tied and "lm_head.weight" not in index else []
     for name in ("lm_head", *shared):
@@ -154,19 +157,20 @@ def encode_weight(weight: Tensor, fmt: Format) -> QTensor:
         scale = outer
     step = max(fmt.block.rows, _CHUNK // max(weight.shape[1], 1) // fmt.block.rows * fmt.block.rows)
     codes: Tensor | None = None
-    planes: dict[str, list[Tensor | QTensor]] = {"scale": [], "zero": []}
+    scales: list[Tensor | QTensor] = []
+    zeros: list[Tensor] = []
     for start, rows in zip(range(0, weight.shape[0], step), weight.split(step), strict=True):
         part = encode(rows, fmt, scale=scale)
         if rows.shape == weight.shape:
             return part
         codes = torch.empty(weight.shape, dtype=part.codes.dtype) if codes is None else codes
         codes[start : start + step] = part.codes
-        for name, found in planes.items():
-            plane = getattr(part, name)
-            if plane is not None:
-                found.append(plane)
+        if part.scale is not None:
+            scales.append(part.scale)
+        if isinstance(part.zero, Tensor):
+            zeros.append(part.zero)
     assert codes is not None
-    return QTensor(fmt, codes, **{name: _join(found, fmt) for name, found in planes.items() if found})
+    return QTensor(fmt, codes, scale=_join(scales, fmt), zero=torch.cat(zeros) if zeros else None)
 
 
 def _join(parts: Sequence[Tensor | QTensor], fmt: Format) -> Tensor | QTensor:
