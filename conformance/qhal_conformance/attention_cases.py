@@ -1,0 +1,60 @@
+"""Which attentions are asked: cache formats, batches of lengths around a page, and what is switched on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qhal_conformance.cases import Case
+
+ATTENTION_DATA: dict[str, str] = {
+    "normal": "near-normal q, k and v within the bound",
+    "uniform": "q = 0: every visible key weighs the same, the result is the mean of their values; masks and lengths "
+    "show as a wrong mean",
+    "dominant": "q is 64 times one visible key: the result is that key's value row; head groups, pages and positions "
+    "show as another row",
+    "positive": "values of one sign: lost keys and lost weight cannot cancel",
+    "relabel": "the same tokens in other pages: bit-equal",
+}
+"""In every set, unused pages and slots past a length hold NaN, and unused entries of the page table point there."""
+
+Phase = Literal["prefill", "decode", "mixed"]
+LENS: dict[int, tuple[Phase, tuple[tuple[int, int], ...]]] = {
+    0: ("decode", ((1, 16), (1, 1), (1, 37), (1, 15), (1, 17))),
+    1: ("prefill", ((7, 7), (16, 16), (17, 33))),
+    2: ("mixed", ((1, 31), (5, 5), (3, 0), (1, 48), (9, 40))),
+    3: ("decode", ((1, 700), (1, 513))),
+    4: ("prefill", ((129, 129), (64, 300))),
+}
+"""Batches by number: (query tokens, keys) of every sequence. Lengths 0, 1, a page, a page more and less."""
+
+FORMATS = ("bf16", "e4m3fn.tensor*fp32", "e4m3fn.row*fp32", "int8.row*fp32")
+_OPTIONS: tuple[tuple[str, ...], ...] = (("lse",), (), ("window",), ("softcap",), ("sinks",), ("full", "lse"), ("p32",))
+
+
+def cases(level: int) -> list[Case]:
+    """Every cache format with every data set; batches, options and head counts rotate."""
+    found = []
+    for number, subject in enumerate(FORMATS):
+        for i, data in enumerate(ATTENTION_DATA):
+            found.append(
+                _case(subject, data, (i + number) % 3, _OPTIONS[(2 * i + number) % len(_OPTIONS)], i + number, 0)
+            )
+        for i, options in enumerate(_OPTIONS):
+            found.append(_case(subject, "normal", (i + number + 1) % 3, options, i, 0))
+        if level >= 1:
+            for i, data in enumerate(ATTENTION_DATA):
+                for batch in LENS:
+                    turn = i + batch + number
+                    found.append(_case(subject, data, batch, _OPTIONS[turn % len(_OPTIONS)], turn, 1))
+    return list({case.id: case for case in found}.values())
+
+
+def _case(subject: str, data: str, batch: int, options: tuple[str, ...], turn: int, level: int) -> Case:
+    heads, groups, dim, page = ((4, 2, 64, 16), (6, 1, 64, 16), (4, 4, 128, 16), (8, 2, 64, 32))[turn % 4]
+    if data == "dominant":
+        options = tuple(o for o in options if o not in ("sinks", "softcap"))
+    shape = (("l", batch), ("h", heads), ("g", groups), ("d", dim), ("p", page))
+    kind = "bf16" if subject == "bf16" or turn % 2 == 0 else "fp16"
+    storage = ("contiguous", "offset", "strided")[turn % 3]
+    required = not set(options) & {"sinks", "softcap", "p32"}
+    return Case("attention", subject, shape, kind, data, 0, storage, options, "kv", level, required)

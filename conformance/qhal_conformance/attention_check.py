@@ -1,0 +1,192 @@
+"""attention over a paged cache: values within a computed bound, families that are exact, what must not be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qhal.caches import KVCache, Limits
+from qhal.formats import Format
+from qhal.interface import QuantOps
+from qhal.requests import AttentionRequest, KVRequest, NumericsClass
+from qhal.tensors import same_bits
+from qhal_conformance import guards, paged
+from qhal_conformance.attention_cases import LENS
+from qhal_conformance.attention_reference import Attended, attend
+from qhal_conformance.cases import Case
+from qhal_conformance.decode import numbers
+from qhal_conformance.elements import round_wide
+from qhal_conformance.generator import F32, Stream, fingerprint
+from qhal_conformance.outcome import FailKind, Outcome
+from qhal_conformance.problem import DTYPES, Fault, claim, outcome, refusal, well_formed
+from qhal_conformance.remembering import remembered
+from qhal_conformance.tolerance import Verdict, compare
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Queries, keys, values and where they live; sequences by length."""
+
+    request: AttentionRequest
+    q: F32
+    query_lens: tuple[int, ...]
+    k: paged.Rows
+    v: paged.Rows
+    pages: paged.Pages
+    sinks: F32 | None
+    inputs_sha: str
+
+    def expected(self, numerics: NumericsClass, out: str) -> Attended:
+        """The reference and its bounds under one class."""
+        sequences, at = [], 0
+        for count, length in zip(self.query_lens, self.pages.lens, strict=True):
+            sequences.append((count, self.k.value[at : at + length], self.v.value[at : at + length]))
+            at += length
+        return attend(self.q, sequences, self.request, numerics, out, self.sinks)
+
+
+def request_of(case: Case) -> AttentionRequest:
+    """What is asked of `supports`."""
+    d = case.size("d")
+    f = Format.parse(case.subject)
+    kv = KVRequest(kind="mha", k=f, v=f, heads=case.size("g"), k_dim=d, v_dim=d, page=case.size("p"))
+    phase, _ = LENS[case.size("l")]
+    return AttentionRequest(
+        kv=kv,
+        heads=case.size("h"),
+        scale=d**-0.5,
+        phase=phase,
+        q=Format.parse(case.out),
+        p=Format.parse("fp32" if case.has("p32") else case.out),
+        out=DTYPES[case.out],
+        causal=not case.has("full"),
+        window=9 if case.has("window") else None,
+        softcap=5.0 if case.has("softcap") else None,
+        sinks=case.has("sinks"),
+        lse=case.has("lse"),
+    )
+
+
+@remembered
+def build(case: Case) -> Problem:
+    """Inputs and cache contents; both follow from the case's id."""
+    request = request_of(case)
+    _, lens = LENS[case.size("l")]
+    query_lens, kv_lens = tuple(a for a, _ in lens), tuple(b for _, b in lens)
+    tokens, keys = sum(query_lens), sum(kv_lens)
+    kv = request.kv
+    data = "positive" if case.data == "positive" else "normal"
+    k = paged.rows(case.id, "k", kv.k, (keys, kv.heads, kv.k_dim), case.out, data)
+    v = paged.rows(case.id, "v", kv.v, (keys, kv.heads, kv.v_dim), case.out, data)
+    q = Stream(case.id, "q").normal((tokens, request.heads, kv.k_dim))
+    if case.data == "uniform":
+        q = np.zeros_like(q)
+    elif case.data == "dominant":
+        q = _dominant(q, query_lens, kv_lens, k.value, request)
+    q = round_wide(case.out, q)
+    sinks = Stream(case.id, "sinks").normal((request.heads,)) if request.sinks else None
+    pages = paged.scatter(case.id, kv_lens, kv.page, width=max(-(-n // kv.page) for n in kv_lens) + 1)
+    arrays: dict[str, npt.NDArray[Any]] = {"q": q, "k": k.x, "v": v.x, "slots": pages.slots, "table": pages.table}
+    return Problem(request, q, query_lens, k, v, pages, sinks, fingerprint(arrays))
+
+
+def _dominant(q: F32, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], k: F32, request: AttentionRequest) -> F32:
+    """Each query is 64 times one visible key of its own head: softmax is 1 there and 0 elsewhere."""
+    share = request.heads // request.kv.heads
+    q = q.copy()
+    token = key = 0
+    for count, length in zip(query_lens, kv_lens, strict=True):
+        for i in range(count if length else 0):
+            last = length - count + i
+            for h in range(request.heads):
+                q[token + i, h] = 64 * k[key + max(last - h % 5, 0), h // share]
+        token, key = token + count, key + length
+    return q
+
+
+def run(case: Case, ops: QuantOps) -> Outcome:
+    """Write the cache through quant_kv, attend, compare; then relabel every page and attend again, bit for bit."""
+    p = build(case)
+    granted = claim(ops, p.request)
+    limits = Limits(len(p.query_lens), sum(p.query_lens), p.pages.table.shape[1])
+    if granted is None:
+        return refusal(ops, p.request, lambda: ops.attention_batch(p.request, limits))
+    cache = _filled(ops, p, case)
+    got, lse = _attend(case, ops, p, cache, p.pages.table, limits)
+    expected = p.expected(granted.numerics, case.out)
+    verdict = compare(numbers(got).astype(np.float64), expected.o, expected.o_bound, case.out)
+    if verdict.kind is None and lse is not None:
+        inner = compare(numbers(lse).astype(np.float64), expected.lse, expected.lse_bound, "fp32")
+        if inner.kind is not None:
+            verdict = Verdict(inner.kind, f"lse: {inner.detail}", inner.worst, inner.headroom)
+    if verdict.kind is None and case.data == "relabel":
+        moved, table = _relabelled(case, cache, p.pages)
+        again, _ = _attend(case, ops, p, moved, table, limits)
+        if not same_bits(got, again):
+            verdict = Verdict(FailKind.EXACT, "the result depends on which pages the tokens lie in", None, 0.0)
+    return outcome(verdict, granted.numerics, expected.o.size, granted.support)
+
+
+def _filled(ops: QuantOps, p: Problem, case: Case) -> KVCache:
+    """A cache that holds the sequences and is poisoned everywhere else."""
+    device, dtype = ops.device, DTYPES[case.out]
+    cache = paged.allocate(ops, p.request.kv, p.pages.count, (p.request,))
+    paged.poison(cache, np.arange(p.pages.count))
+    slots = torch.from_numpy(p.pages.slots).to(device)
+    k, v = (torch.from_numpy(r.x).to(dtype).to(device) for r in (p.k, p.v))
+    if slots.numel():
+        ops.quant_kv(k, v, cache, slots)
+    ops.synchronize()
+    return cache
+
+
+def _attend(
+    case: Case,
+    ops: QuantOps,
+    p: Problem,
+    cache: KVCache,
+    table: np.ndarray,
+    limits: Limits,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    device, dtype = ops.device, DTYPES[case.out]
+    batch = ops.attention_batch(p.request, limits)
+    lens = [torch.tensor(n, dtype=torch.int32) for n in (p.query_lens, p.pages.lens)]
+    batch.plan(lens[0], lens[1], torch.from_numpy(np.ascontiguousarray(table)).to(device))
+    guard = guards.place(torch.from_numpy(p.q).to(dtype), case.storage, device)
+    shape = (*p.q.shape[:2], p.request.kv.v_dim)
+    target = guards.poisoned(shape, dtype, "contiguous", device)
+    lse = torch.full(shape[:2], float("nan"), device=device) if p.request.lse else None
+    sinks = None if p.sinks is None else torch.from_numpy(p.sinks).to(device)
+    before = guards.snapshot(cache.planes)
+    first = well_formed(ops.attention(guard.view, cache, batch, sinks=sinks), "attention", shape, dtype, device).clone()
+    result = ops.attention(guard.view, cache, batch, sinks=sinks, out=target.view, lse=lse)
+    ops.synchronize()
+    well_formed(result, "attention(out=)", shape, dtype, device)
+    if guard.changed() or guards.differing(before, cache.planes):
+        raise Fault(FailKind.INPUT_MUTATED, "attention changed q, the cache, or memory beside q")
+    if target.touched_outside():
+        raise Fault(FailKind.OOB, "attention wrote beside out=")
+    if result.data_ptr() != target.view.data_ptr():
+        raise Fault(FailKind.OUT_IGNORED, "attention must write out= and return it")
+    if ops.supports(p.request).deterministic and not same_bits(first, target.view.clone()):
+        raise Fault(FailKind.NONDETERMINISTIC, "two calls differ, but supports declares deterministic")
+    return target.view.clone(), lse
+
+
+def _relabelled(case: Case, cache: KVCache, pages: paged.Pages) -> tuple[KVCache, np.ndarray]:
+    """The same tokens in other pages: axis 0 of every paged plane permuted, the table renamed."""
+    order = Stream(case.id, "relabel").permutation(pages.count)
+    index = torch.from_numpy(order)
+    planes = {}
+    for name, plane in cache.planes.items():
+        if plane.dim() > 1 and plane.shape[0] == pages.count:
+            raw = plane.contiguous().view(torch.uint8) if plane.element_size() == 1 else plane
+            planes[name] = raw[index.to(plane.device)].view(plane.dtype)
+        else:
+            planes[name] = plane
+    where = np.argsort(order).astype(np.int32)
+    return KVCache(cache.request, planes, cache.layout, dict(cache.host)), where[pages.table]

@@ -1,0 +1,275 @@
+"""`qhal conformance`: run, list, show, repro, support, verify, mutants. Exit codes: 0 ok, 1 it failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import qhal
+from qhal.errors import QhalError
+from qhal.interface import QuantOps
+from qhal_conformance import describe, report, table
+from qhal_conformance.cases import Case, find
+from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.runner import Record, run_case, run_cases
+from qhal_conformance.verify import verify as check_report
+
+app = typer.Typer(
+    name="conformance",
+    help="Does a backend compute what a quantized checkpoint means? Cases, computed tolerances, reports.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Backend = Annotated[str, typer.Option("--backend", "-b", help="a backend's name, or name:index")]
+Level = Annotated[int, typer.Option("--level", min=0, max=1, help="0: under a minute on two cores; 1: larger and more")]
+Filter = Annotated[
+    str, typer.Option("--filter", help="only cases whose id contains this text; such a run has no verdict")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
+
+
+def _usage(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def _select(spec: str) -> QuantOps:
+    try:
+        return qhal.select(spec)
+    except QhalError as error:
+        raise _usage(str(error)) from None
+
+
+def _chosen(level: int, only: str) -> list[Case]:
+    chosen = [case for case in catalogue(level) if only in case.id]
+    if not chosen:
+        raise _usage(f"no case of level {level} contains {only!r}; `qhal conformance list` shows all")
+    return chosen
+
+
+def _dump(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+@app.command()
+def run(
+    backend: Backend = "cpu_reference",
+    level: Level = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for report.json and report.md")] = None,
+    only: Filter = "",
+    as_json: AsJson = False,
+) -> None:
+    """Run the cases of a level and judge the backend.
+
+    Example: `qhal conformance run --backend cpu_reference --level 0 --out results`
+    """
+    ops = _select(backend)
+    cases = _chosen(level, only)
+    console = Console(stderr=as_json)
+    start = time.perf_counter()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task(backend, total=len(cases))
+
+        def seen(record: Record) -> None:
+            bar.update(task, advance=1, description=f"{backend} {record.case.operation}")
+
+        records = run_cases(ops, cases, seen)
+    found = report.build(ops, backend, records, level, only, time.perf_counter() - start)
+    if out is not None:
+        try:
+            written = report.save(found, out, table.markdown(found))
+        except OSError as error:
+            raise _usage(f"cannot write to {out}: {error}") from None
+    if as_json:
+        _dump(found)
+    else:
+        table.show(found, console)
+        if out is not None:
+            console.print(f"written: {written[0]} {written[1]}", highlight=False, soft_wrap=True)
+    bad = found["counts"]["fail"] + found["counts"]["error"]
+    raise typer.Exit(1 if found["verdict"] in ("fail", "error") or bad else 0)
+
+
+@app.command("list")
+def list_cases(level: Level = 0, only: Filter = "", as_json: AsJson = False) -> None:
+    """List the cases of a level.
+
+    Example: `qhal conformance list --filter onehot`
+    """
+    chosen = _chosen(level, only)
+    if as_json:
+        _dump([{"id": c.id, "profile": c.profile, "required": c.required, "level": c.level} for c in chosen])
+        return
+    for case in chosen:
+        typer.echo(f"{case.profile:12} {'required' if case.required else 'optional'} {case.id}")
+    typer.echo(f"{len(chosen)} cases")
+
+
+@app.command()
+def show(case_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
+    """Describe one case: its request, inputs, data set and how its result is judged.
+
+    Example: `qhal conformance show 'gemm/int4.g32*bf16/m256_n96_k256/bf16/onehot/0'`
+    """
+    found = describe.describe(_find(case_id))
+    if as_json:
+        _dump(found)
+        return
+    for key, value in found.items():
+        typer.echo(f"{key:10} {value}")
+
+
+@app.command()
+def repro(
+    case_id: Annotated[str, typer.Argument(metavar="ID")], backend: Backend = "cpu_reference", as_json: AsJson = False
+) -> None:
+    """Run one case and say everything about it; the last number of the id is a seed and may be changed.
+
+    Example: `qhal conformance repro 'gemm/int4.g32*bf16/m256_n96_k256/bf16/onehot/0' --backend cpu_reference`
+    """
+    case = _find(case_id)
+    ops = _select(backend)
+    record = run_case(case, ops)
+    found = report.case_entry(record, backend)
+    if as_json:
+        _dump(found)
+    else:
+        for key, value in {**describe.describe(case), **found}.items():
+            typer.echo(f"{key:10} {value}")
+    raise typer.Exit(1 if found["status"] in ("fail", "error") else 0)
+
+
+@app.command()
+def support(backend: Backend = "cpu_reference", level: Level = 0, as_json: AsJson = False) -> None:
+    """What the backend says that it executes: one row per distinct request of the suite. Nothing is run.
+
+    Example: `qhal conformance support --backend cpu_reference --json`
+    """
+    ops = _select(backend)
+    rows = support_rows(ops, level)
+    if as_json:
+        _dump(rows)
+        return
+    shown = Table(box=box.SIMPLE_HEAD)
+    for name in ("operation", "subject", "support", "class", "what runs, or why not"):
+        shown.add_column(name, overflow="fold")
+    for row in rows:
+        shown.add_row(*(escape(str(row[k])) for k in ("operation", "subject", "level", "class", "detail")))
+    Console().print(shown)
+
+
+def support_rows(ops: QuantOps, level: int) -> list[dict[str, Any]]:
+    """One row per operation and subject: the weakest answer to any of its requests."""
+    order = ("full", "conditional", "not_implemented", "unsupported")
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in catalogue(level):
+        request = OPERATIONS[case.operation].request(case)
+        if request is None or case.has("exact"):
+            continue
+        answer = ops.supports(request)
+        row = {
+            "operation": case.operation,
+            "subject": case.subject,
+            "level": answer.level,
+            "class": "-" if answer.numerics is None else answer.numerics.label,
+            "detail": answer.executes if answer else answer.reason,
+        }
+        key = (case.operation, case.subject)
+        if key not in found or order.index(answer.level) > order.index(found[key]["level"]):
+            found[key] = row
+    return list(found.values())
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="REPORT")],
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="also generate every input again and compare its hash")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a report holds together and was not edited. Needs no device.
+
+    Example: `qhal conformance verify results/report.json`
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _usage(f"cannot read {path}: {error}") from None
+    complaints = check_report(found, inputs=inputs)
+    if as_json:
+        _dump({"report": str(path), "ok": not complaints, "complaints": complaints})
+    else:
+        for text in complaints[:50]:
+            typer.echo(text)
+        typer.echo(f"{path}: {'holds together' if not complaints else f'{len(complaints)} complaints'}")
+    raise typer.Exit(1 if complaints else 0)
+
+
+@app.command()
+def mutants(
+    backend: Backend = "cpu_reference",
+    level: Level = 0,
+    only: Annotated[str, typer.Option("--filter", help="only mutants whose name, group or profile contains this")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Plant faults around a backend and see that the suite notices each; a survivor is a hole in the suite.
+
+    Example: `qhal conformance mutants --filter scale --json`
+    """
+    from qhal_conformance.mutants import MUTANTS, Fate, hunt
+
+    ops = _select(backend)
+    chosen = [m for m in MUTANTS if only in m.name or only in m.group or only in m.profile]
+    if not chosen:
+        raise _usage(f"no mutant's name, group or profile contains {only!r}")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_stderr()
+    ) as bar:
+        task = bar.add_task("mutants", total=len(chosen))
+
+        def seen(fate: Fate) -> None:
+            bar.update(task, advance=1, description=fate.name)
+
+        found = hunt(ops, chosen, level, seen)
+    if as_json:
+        _dump(found)
+    else:
+        shown = Table(box=box.SIMPLE_HEAD)
+        for name in ("mutant", "profile", "fault", "killed by"):
+            shown.add_column(name, overflow="fold")
+        for fate in found["mutants"]:
+            by = f"{fate['how']}: {fate['case']}" if fate["killed"] else f"[red]survived {fate['cases']} cases[/red]"
+            shown.add_row(
+                fate["name"], fate["profile"], escape(fate["fault"]), by if not fate["killed"] else escape(by)
+            )
+        Console().print(shown)
+        typer.echo(f"killed {found['killed']} of {found['total']}")
+    raise typer.Exit(0 if found["killed"] == found["total"] else 1)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _find(case_id: str) -> Case:
+    try:
+        return find(catalogue(1), case_id)
+    except QhalError as error:
+        raise _usage(str(error)) from None

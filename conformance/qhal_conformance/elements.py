@@ -1,0 +1,134 @@
+"""What every code of every element type stands for, written down a second time, from the specifications.
+
+Independent of `qhal.elements` on purpose: a wrong table there is seen here. Sources: OCP 8-bit Floating Point
+Specification rev 1.0 (e4m3, e5m2), OCP Microscaling Formats v1.0 section 5.3 (e3m2, e2m3, e2m1, e8m0), the finite-only
+"fnuz" flavours (bias one larger, 0x80 is the only NaN), the QLoRA paper appendix E (nf4).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from qhal_conformance.generator import F32, F64, I64
+
+_LAYOUT = {  # exponent bits, mantissa bits, bias, kind of special codes
+    "e4m3fn": (4, 3, 7, "fn"),
+    "e4m3fnuz": (4, 3, 8, "fnuz"),
+    "e5m2": (5, 2, 15, "ieee"),
+    "e5m2fnuz": (5, 2, 16, "fnuz"),
+    "e3m2": (3, 2, 3, "finite"),
+    "e2m3": (2, 3, 1, "finite"),
+    "e2m1": (2, 1, 1, "finite"),
+}
+_NF4 = (
+    "-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334 "
+    "-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224 "
+    "0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"
+)
+WIDE_BITS = {"fp32": 23, "fp16": 10, "bf16": 7}
+"""Explicit fraction bits of the plain float types."""
+
+
+def is_integer(name: str) -> bool:
+    """Whether codes are integers that stand for themselves."""
+    return name.startswith(("int", "uint"))
+
+
+@cache
+def table(name: str) -> F64:
+    """float64 value of code 0, 1, ... of a small float, exponent or nf4 type; integers: of the byte that holds it."""
+    if name in _LAYOUT:
+        return _floats(*_LAYOUT[name])
+    if name == "e8m0":
+        return np.array([2.0 ** (c - 127) for c in range(255)] + [np.nan])
+    if name == "nf4":
+        return np.array([float(v) for v in _NF4.split()], dtype=np.float32).astype(np.float64)
+    if name.startswith("int"):
+        return np.array([float(c if c < 128 else c - 256) for c in range(256)])
+    if name.startswith("uint"):
+        return np.arange(256, dtype=np.float64)
+    raise KeyError(f"no table for the element {name!r}")
+
+
+def _floats(e: int, m: int, bias: int, special: str) -> F64:
+    values = []
+    for code in range(1 << (1 + e + m)):
+        sign = -1.0 if code >> (e + m) else 1.0
+        exponent, fraction = (code >> m) & ((1 << e) - 1), code & ((1 << m) - 1)
+        if exponent:
+            value = sign * (1.0 + fraction / 2.0**m) * 2.0 ** (exponent - bias)
+        else:
+            value = sign * fraction * 2.0 ** (1 - bias - m)
+        if special == "fnuz" and code == 1 << (e + m):
+            value = np.nan
+        if special == "fn" and exponent == (1 << e) - 1 and fraction == (1 << m) - 1:
+            value = np.nan
+        if special == "ieee" and exponent == (1 << e) - 1:
+            value = sign * np.inf if fraction == 0 else np.nan
+        values.append(value)
+    return np.array(values)
+
+
+@cache
+def finite_codes(name: str) -> I64:
+    """Every code that stands for a finite number, as the byte that holds it."""
+    if is_integer(name):
+        bits = int(name.lstrip("uint"))
+        codes = np.arange(1 << bits, dtype=np.int64)
+        return codes if name.startswith("uint") else (codes - (1 << (bits - 1))) & 0xFF
+    return np.flatnonzero(np.isfinite(table(name))).astype(np.int64)
+
+
+def largest(name: str) -> float:
+    """The largest finite value."""
+    return float(table(name)[finite_codes(name)].max())
+
+
+def smallest(name: str) -> float:
+    """The most negative finite value."""
+    return float(table(name)[finite_codes(name)].min())
+
+
+@cache
+def _grid(name: str) -> tuple[F64, I64]:
+    """Finite values in rising order with their codes; of two zeros the positive one is kept."""
+    codes = finite_codes(name)
+    values = table(name)[codes]
+    keep = ~((values == 0) & np.signbit(values))
+    order = np.argsort(values[keep], kind="stable")
+    return values[keep][order], codes[keep][order]
+
+
+def nearest_code(name: str, q: F64, *, away: bool = False) -> I64:
+    """The code whose value is nearest to each number; a tie goes to the even code (or away from zero); saturates.
+
+    NaN becomes the type's NaN if it has one, else code 0. A negative number that rounds to zero becomes -0 where the
+    type has one.
+    """
+    values, codes = _grid(name)
+    clipped = np.clip(np.where(np.isnan(q), 0.0, q), values[0], values[-1])
+    above = np.clip(np.searchsorted(values, clipped, side="left"), 1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    down, up = clipped - low, high - clipped  # exact: float32 inputs, few-bit values, float64 arithmetic
+    tie_up = np.abs(high) > np.abs(low) if away else codes[above] % 2 == 0
+    index = np.where((up < down) | ((up == down) & tie_up), above, above - 1)
+    found = codes[index]
+    if name in _LAYOUT and _LAYOUT[name][3] != "fnuz":
+        top = 1 << (_LAYOUT[name][0] + _LAYOUT[name][1])
+        found = np.where((found == 0) & np.signbit(q), top, found)
+    missing = np.flatnonzero(np.isnan(table(name))) if not is_integer(name) else np.array([], dtype=np.int64)
+    return np.where(np.isnan(q), missing[0] if len(missing) else 0, found).astype(np.int64)
+
+
+def round_wide(name: str, value: F32) -> F32:
+    """Round float32 to fp16 or bf16 (half to even), as float32; fp32 is returned as it is."""
+    if name == "fp32":
+        return value
+    if name == "fp16":
+        with np.errstate(over="ignore"):
+            return value.astype(np.float16).astype(np.float32)
+    bits = value.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)) << np.uint64(16)
+    return np.where(np.isnan(value), value, rounded.astype(np.uint32).view(np.float32))

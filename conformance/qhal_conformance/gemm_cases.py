@@ -1,0 +1,133 @@
+"""Which products are asked: formats by profile; data sets, shapes and storage in a grid in which every pair occurs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qhal_conformance.cases import Case
+from qhal_conformance.datasets import DATASETS
+from qhal_conformance.guards import STORAGES
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One weight format with one input format ("" keeps x plain), and the K that its blocks allow.
+
+    tails  K that are no multiple of a 128-wide tile
+    """
+
+    profile: str
+    w: str
+    x: str = ""
+    options: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("bf16", "fp16")
+    tails: tuple[int, ...] = (160, 96)
+
+    @property
+    def subject(self) -> str:
+        """`int8.row*fp32~int8.row*fp32`; the weight alone if x is plain."""
+        return f"{self.w}~{self.x}" if self.x else self.w
+
+
+PAIRS: tuple[Pair, ...] = (
+    Pair("core", "bf16", kinds=("bf16",)),
+    Pair("weight-int4", "int4.g32*bf16"),
+    Pair("weight-int4", "uint4-uint4.g32*fp16"),
+    Pair("weight-int4", "int4.g128*fp16", tails=(384, 640)),
+    Pair("weight-int4", "int4.g32*bf16", options=("gidx",)),
+    Pair("weight-int4", "int4.row*fp32"),
+    Pair("core-int8", "int8.row*fp32"),
+    Pair("core-int8", "int8.row*fp32", "int8.row*fp32"),
+    Pair("core-int8", "int8.row*fp32", "int8.tensor*fp32", options=("static",)),
+    Pair("core-int8", "int8.g128*bf16", tails=(384, 640)),
+    Pair("core-fp8", "e4m3fn.row*fp32"),
+    Pair("core-fp8", "e4m3fn.row*fp32", "e4m3fn.row*fp32"),
+    Pair("core-fp8", "e4m3fn.tensor*fp32", "e4m3fn.tensor*fp32", options=("static",)),
+    Pair("core-fp8", "e4m3fn.128x128*fp32", "e4m3fn.g128*fp32", tails=(320, 384)),
+    Pair("mx", "e2m1.g32*e8m0"),
+    Pair("mx", "e2m1.g32*e8m0", "e4m3fn.g32*e8m0"),
+    Pair("mx", "e4m3fn.g32*e8m0", "e4m3fn.g32*e8m0"),
+    Pair("nvfp4", "e2m1.g16*(e4m3fn.tensor*fp32)"),
+    Pair("nvfp4", "e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*(e4m3fn.tensor*fp32)"),
+)
+
+_LEVEL1_DATA_SHAPES = 9
+
+
+def cases(level: int) -> list[Case]:
+    """Every product of a level; level 1 contains level 0."""
+    found: list[Case] = []
+    for number, pair in enumerate(PAIRS):
+        found += _smoke(pair, number)
+        if level >= 1:
+            found += _wide(pair, number)
+    return list({case.id: case for case in found}.values())
+
+
+def _shapes(pair: Pair) -> tuple[tuple[int, int, int], ...]:
+    """(m, n, k): a tile and both its neighbours, one, primes, K tails."""
+    tail, other = pair.tails
+    return ((16, 128, 256), (17, 129, tail), (33, 97, other), (1, 127, 256), (64, 64, tail), (31, 112, 256))
+
+
+def _smoke(pair: Pair, number: int) -> list[Case]:
+    shapes = _shapes(pair)
+    found = []
+    for i, data in enumerate(DATASETS):
+        m, n, k = shapes[(i + number) % len(shapes)]
+        found.append(
+            _case(
+                pair, (m, n, k), data, pair.kinds[(i + number // 2) % len(pair.kinds)], STORAGES[(i // 3 + number) % 3],
+                ("bias",) * ((i + number) % 2) + ("exact",) * ((i + number) % 4 == 0),
+            )
+        )  # fmt: skip
+    found.append(_case(pair, (256, 96, 256), "onehot", pair.kinds[0], "contiguous", ()))
+    found.append(_case(pair, (0, 128, 256), "normal", pair.kinds[0], "contiguous", ()))
+    found.append(_case(pair, (48, 32, 256), "normal", "fp32", "contiguous", ("bias",)))
+    return found
+
+
+def _wide(pair: Pair, number: int) -> list[Case]:
+    tail, _ = pair.tails
+    shapes = (
+        *_shapes(pair),
+        (128, 256, 1024),
+        (127, 257, 512),
+        (5, 1, 256),
+        (1, 1024, 2048),
+        (2, 48, 4096),
+        (96, 33, tail),
+    )
+    found = []
+    for i, data in enumerate(DATASETS):
+        for j, shape in enumerate(shapes):
+            turn = i + j + number
+            options = ("bias",) * (turn % 2) + ("exact",) * (turn % 5 == 0)
+            kind = ("bf16", "fp16", "fp32")[turn % 3] if len(pair.kinds) > 1 else pair.kinds[0]
+            found.append(_case(pair, shape, data, kind, STORAGES[(j + i // 2) % 3], options, level=1))
+    return found
+
+
+def _case(
+    pair: Pair,
+    shape: tuple[int, int, int],
+    data: str,
+    kind: str,
+    storage: str,
+    options: tuple[str, ...],
+    level: int = 0,
+) -> Case:
+    m, n, k = shape
+    return Case(
+        operation="gemm",
+        subject=pair.subject,
+        shape=(("m", m), ("n", n), ("k", k)),
+        out=kind,
+        data=data,
+        storage=storage,
+        options=pair.options + options,
+        profile=pair.profile,
+        level=level,
+        # many matrix instructions want n and k in steps of 16: what they refuse by shape is no hole in a profile
+        required=n % 16 == 0 and k % 32 == 0 and "exact" not in options and kind != "fp32",
+    )

@@ -1,0 +1,189 @@
+"""gemm against the float64 reference: bound per element, statistics, buffers, inputs, repetition, restore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from qhal.formats import Format
+from qhal.interface import QuantOps
+from qhal.prepared import Prepared
+from qhal.requests import GemmRequest, NumericsClass, Support
+from qhal.specs import Operand
+from qhal.tensors import QTensor, same_bits
+from qhal_conformance import datasets, elements, encode, guards
+from qhal_conformance.cases import Case
+from qhal_conformance.decode import decode, numbers, plain, to_numpy
+from qhal_conformance.generator import F32, Stream, fingerprint
+from qhal_conformance.outcome import FailKind, Outcome
+from qhal_conformance.problem import DTYPES, Fault, claim, outcome, refusal, well_formed
+from qhal_conformance.reference import Product, decoding_steps
+from qhal_conformance.remembering import remembered
+from qhal_conformance.tolerance import Verdict, judge
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of one product on the host, and its reference."""
+
+    request: GemmRequest
+    w: QTensor
+    x: F32 | QTensor
+    operands: tuple[Operand, ...]
+    bias: F32 | None
+    product: Product
+    inputs_sha: str
+
+
+def request_of(case: Case) -> GemmRequest:
+    """What an engine would ask before it loads the weight."""
+    w_name, _, x_name = case.subject.partition("~")
+    coded = bool(x_name) and case.data == "codes" and not case.has("static")
+    x = Format.parse(x_name or case.out)
+    m = case.size("m")
+    return GemmRequest(
+        w=Format.parse(w_name),
+        n=case.size("n"),
+        k=case.size("k"),
+        m=(m, m),
+        x=(x,),
+        out=DTYPES[case.out] if coded or len(case.id) % 2 else None,
+        bias=case.has("bias"),
+        group_index=case.has("gidx"),
+        numerics=NumericsClass.EXACT if case.has("exact") else None,
+    )
+
+
+@remembered
+def build(case: Case) -> Problem:
+    """Inputs and reference; both follow from the case's id."""
+    request = request_of(case)
+    assert isinstance(request.w, Format)
+    x_format, m = request.x[0], case.size("m")
+    w = datasets.weight(case.id, "w", request.w, request.n, request.k, case.data, group_index=request.group_index)
+    bias = None
+    if request.bias:
+        bias = Stream(case.id, "bias").normal((request.n,)) * np.float32(0.75)
+    x: F32 | QTensor
+    operands: tuple[Operand, ...] = ()
+    if x_format.plain:
+        x = datasets.activation(case.id, m, request.k, case.data, case.out)
+        value = plain(x)
+    elif case.data == "codes" and not case.has("static"):
+        x = datasets.weight(case.id, "x", x_format, m, request.k, case.data)
+        value = decode(x)
+    else:
+        x = datasets.activation(case.id, m, request.k, case.data, case.out)
+        static = _static_scale(x, x_format) if case.has("static") else None
+        operands = (Operand(x_format, None if static is None else torch.from_numpy(static)),)
+        value = decode(encode.quantize(x, x_format, scale=static))
+    steps = decoding_steps(request.w) + (0 if x_format.plain else decoding_steps(x_format))
+    product = Product(value, decode(w), bias, steps, x_format.plain, case.out if case.out == "fp16" else "bf16")
+    return Problem(request, w, x, operands, bias, product, _fingerprint(w, x, operands, bias))
+
+
+def _static_scale(x: F32, f: Format) -> F32:
+    """One scale that clips the largest twentieth of the values: saturation is part of the question."""
+    size = np.sort(np.abs(x).reshape(-1)) if x.size else np.ones(1, np.float32)
+    edge = size[int(0.95 * (size.size - 1))]
+    top = elements.largest(f.element)
+    return np.array([edge / np.float32(top) if edge > 0 else 1.0], dtype=np.float32)
+
+
+def _fingerprint(w: QTensor, x: F32 | QTensor, operands: tuple[Operand, ...], bias: F32 | None) -> str:
+    arrays = {name: to_numpy(t) for name, t in guards.planes(w, "w").items()}
+    if isinstance(x, QTensor):
+        arrays.update({name: to_numpy(t) for name, t in guards.planes(x, "x").items()})
+    else:
+        arrays["x"] = x
+    for o in operands:
+        if o.scale is not None:
+            arrays["x.scale"] = to_numpy(o.scale)
+    if bias is not None:
+        arrays["bias"] = bias
+    return fingerprint(arrays)
+
+
+def run(case: Case, ops: QuantOps) -> Outcome:
+    """Ask the backend, and compare."""
+    p = build(case)
+    device = ops.device
+    w = p.w.to(device)
+    bias = None if p.bias is None else torch.from_numpy(p.bias).to(device)
+    operands = tuple(replace(o, scale=None if o.scale is None else o.scale.to(device)) for o in p.operands)
+    granted = claim(ops, p.request)
+    if granted is None:
+        return refusal(ops, p.request, lambda: ops.prepare(w, p.request, inputs=operands, bias=bias))
+    watched = {**guards.planes(w, "w"), **guards.planes(bias, "bias")}
+    before = guards.snapshot(watched)
+    prepared = ops.prepare(w, p.request, inputs=operands, bias=bias)
+    y = _call(case, ops, p, prepared, granted.support)
+    changed = guards.differing(before, watched)
+    if changed:
+        raise Fault(FailKind.INPUT_MUTATED, f"prepare or gemm changed {', '.join(changed)}")
+    _restores(ops, prepared, p.w)
+    verdict = _judge(case, p, y, granted.numerics)
+    return outcome(verdict, granted.numerics, p.product.ref.size, granted.support)
+
+
+def _judge(case: Case, p: Problem, y: torch.Tensor, numerics: NumericsClass) -> Verdict:
+    got = numbers(y).astype(np.float64)
+    return judge(got, p.product.expected(numerics), numerics, case.out, statistics=datasets.has_statistics(case.data))
+
+
+def _call(case: Case, ops: QuantOps, p: Problem, prepared: Prepared, support: Support) -> torch.Tensor:
+    """Three calls: with other numbers, without `out`, and into a poisoned `out`; the last two must agree."""
+    device, dtype = ops.device, DTYPES[case.out]
+    shape = (case.size("m"), case.size("n"))
+    guard = None
+    if isinstance(p.x, QTensor):
+        x: torch.Tensor | QTensor = p.x.to(device)
+        other: torch.Tensor | QTensor = replace(p.x, codes=p.x.codes.flip(0).contiguous()).to(device)
+    else:
+        host = torch.from_numpy(p.x).to(dtype)
+        guard = guards.place(host, case.storage, device)
+        x, other = guard.view, host.flip(0).neg().contiguous().to(device)
+    watched = guards.planes(x, "x")
+    before = guards.snapshot(watched)
+    ops.gemm(other, prepared)
+    first = well_formed(ops.gemm(x, prepared), "gemm", shape, dtype, device)
+    ops.synchronize()
+    kept = first.clone()
+    target = guards.poisoned(shape, dtype, case.storage, device)
+    second = well_formed(ops.gemm(x, prepared, out=target.view), "gemm(out=)", shape, dtype, device)
+    ops.synchronize()
+    if guards.differing(before, watched) or (guard is not None and guard.changed()):
+        raise Fault(FailKind.INPUT_MUTATED, "gemm changed x, or memory beside it")
+    if target.touched_outside():
+        raise Fault(FailKind.OOB, "gemm wrote beside out=")
+    if second.data_ptr() != target.view.data_ptr() or (shape[0] and bool(torch.isnan(target.view).all())):
+        raise Fault(FailKind.OUT_IGNORED, "gemm must write out= and return it")
+    if not same_bits(first, kept):
+        raise Fault(FailKind.INPUT_MUTATED, "a later call changed the result of an earlier one")
+    if not same_bits(kept, target.view.clone()):
+        if support.deterministic:
+            raise Fault(FailKind.NONDETERMINISTIC, "two calls differ, but supports declares deterministic")
+        numerics = support.numerics if support.numerics is not None else NumericsClass.DEQUANT_16
+        verdict = _judge(case, p, kept, numerics)
+        if verdict.kind is not None:
+            raise Fault(verdict.kind, f"without out=: {verdict.detail}")
+    return target.view
+
+
+def _restores(ops: QuantOps, prepared: Prepared, w: QTensor) -> None:
+    """restore(prepare(w)) is w, bit for bit; a float code for -0 may come back as +0."""
+    back = ops.restore(prepared)
+    if not isinstance(back, QTensor):
+        raise Fault(FailKind.RETURN, f"restore returned {type(back).__name__}, must be a QTensor")
+    ours, theirs = guards.planes(w, "w"), guards.planes(back.to("cpu"), "w")
+    if ours.keys() != theirs.keys() or back.format.storage != w.format.storage:
+        raise Fault(FailKind.EXACT, f"restore gave {back.format} with {sorted(theirs)}, prepared was {w.format}")
+    for name, plane in ours.items():
+        if same_bits(plane, theirs[name]):
+            continue
+        same_value = plane.shape == theirs[name].shape and plane.dtype == theirs[name].dtype
+        if name == "w.codes" and same_value and np.array_equal(decode(w).value, decode(back.to("cpu")).value):
+            continue  # only zeros differ in sign
+        raise Fault(FailKind.EXACT, f"restore(prepare(w)) differs from w in the plane {name}")

@@ -1,0 +1,121 @@
+"""The operations of the suite by name: which cases each has, how one is run, what `supports` is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qhal.interface import QuantOps
+from qhal.requests import Request
+from qhal_conformance import (
+    attention_cases,
+    attention_check,
+    contract_check,
+    datasets,
+    gemm_cases,
+    gemm_check,
+    grouped_check,
+    hadamard_check,
+    kv_check,
+    quantize_check,
+    quantize_data,
+)
+from qhal_conformance.cases import Case
+from qhal_conformance.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of the suite.
+
+    cases    every case of a level; level 1 contains level 0
+    run      ask the backend and compare; raises problem.Fault for a contract that does not hold
+    request  what `supports` is asked for this case, None where no single request stands for it
+    sha      sha256 of the case's inputs
+    data     what each data set is for
+    """
+
+    name: str
+    meaning: str
+    cases: Callable[[int], list[Case]]
+    run: Callable[[Case, QuantOps], Outcome]
+    request: Callable[[Case], Request | None]
+    sha: Callable[[Case], str]
+    data: Mapping[str, str]
+
+
+OPERATIONS: dict[str, Operation] = {
+    o.name: o
+    for o in (
+        Operation(
+            "gemm",
+            "Q(x) @ W.T + bias against float64, with a bound per element",
+            gemm_cases.cases,
+            gemm_check.run,
+            gemm_check.request_of,
+            lambda case: gemm_check.build(case).inputs_sha,
+            datasets.DATASETS,
+        ),
+        Operation(
+            "quantize",
+            "codes and scales, bit for bit",
+            quantize_check.cases,
+            quantize_check.run,
+            quantize_check.request_of,
+            lambda case: quantize_check.build(case).inputs_sha,
+            quantize_data.QUANTIZE_DATA,
+        ),
+        Operation(
+            "hadamard",
+            "rotations of power-of-two order: exact probes, bound, and back",
+            hadamard_check.cases,
+            hadamard_check.run,
+            hadamard_check.request_of,
+            lambda case: hadamard_check.build(case).inputs_sha,
+            hadamard_check.HADAMARD_DATA,
+        ),
+        Operation(
+            "quant_kv",
+            "codes into a paged cache, bit for bit, and nothing else",
+            kv_check.cases,
+            kv_check.run,
+            kv_check.request_of,
+            lambda case: kv_check.build(case).inputs_sha,
+            kv_check.KV_DATA,
+        ),
+        Operation(
+            "attention",
+            "paged attention against float64, with a bound per element",
+            attention_cases.cases,
+            attention_check.run,
+            attention_check.request_of,
+            lambda case: attention_check.build(case).inputs_sha,
+            attention_cases.ATTENTION_DATA,
+        ),
+        Operation(
+            "grouped_gemm",
+            "products by expert in three forms, judged row by row",
+            grouped_check.cases,
+            grouped_check.run,
+            grouped_check.request_of,
+            lambda case: grouped_check.build(case).inputs_sha,
+            datasets.DATASETS,
+        ),
+        Operation(
+            "contract",
+            "what every backend keeps beside its numbers",
+            contract_check.cases,
+            contract_check.run,
+            contract_check.request_of,
+            contract_check.sha,
+            {},
+        ),
+    )
+}
+
+
+@lru_cache(maxsize=4)
+def catalogue(level: int) -> tuple[Case, ...]:
+    """Every case of a level, in the order in which they run."""
+    return tuple(case for o in OPERATIONS.values() for case in o.cases(level))
