@@ -75,12 +75,12 @@ class Block:
         if self.kind == "tensor":
             return x.reshape(*([1] * (x.dim() - 2)), 1, 1, -1)
         if self.kind == "head":
-            lead = x.movedim(-2, 0).reshape(n, 1, -1)
-            return lead.reshape(*([1] * (x.dim() - 2)), n, 1, -1)
+            lead = x.movedim(-2, 0).flatten(1)  # not reshape(-1): there may be no element
+            return lead.reshape(*([1] * (x.dim() - 2)), n, 1, lead.shape[-1])
         if self.kind == "row":
             return x.unsqueeze(-2)
         if self.kind == "col":
-            return x.reshape(-1, k).t().reshape(*([1] * (x.dim() - 2)), 1, k, -1)
+            return x.flatten(0, -2).t().reshape(*([1] * (x.dim() - 2)), 1, k, x.shape[:-1].numel())
         if self.kind == "flat":
             padded = torch.nn.functional.pad(x.flatten(-2), (0, -(n * k) % self.cols))
             return padded.reshape(*x.shape[:-2], 1, -1, self.cols)

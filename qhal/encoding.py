@@ -3,20 +3,24 @@
 Scales are computed from the outermost level in. In fp32 (or rounded to bf16 after every step, `arith=bf16`):
   peak   amax of the block (minmax: max(hi, 0) - min(lo, 0); signed: the value of largest magnitude)
   scale  peak / qmax, rounded to the scale's type (e8m0: an exponent, see `_exponent_codes`; nested: peak / qmax in
-         units of an outer scale that is peak / (qmax * largest inner scale) over its own block)
+         units of an outer scale that is peak / (qmax * largest inner scale) over its own block; the largest inner scale
+         of a wide float or an e8m0 is 1). A scale that divides (`/`) is stored as qmax / peak
   code   round(x / scale + zero), saturated
 Sources: OCP Microscaling Formats v1.0 section 6.3 (MX, `floor`); the tools' rules were measured on their own files.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from qhal.elements import decode, element
+from qhal.elements import Element, decode, element
 from qhal.errors import FormatError
 from qhal.formats import Format
-from qhal.rounding import to_codes
+from qhal.rounding import to_codes, to_plane
 from qhal.rules import Rule
 from qhal.tensors import QTensor
 
@@ -33,7 +37,7 @@ def encode(
 ) -> QTensor:
     """Quantize a float tensor [..., N, K] (activations [T, K]: rows are tokens) to `to`; exact by its rule.
 
-    scale, zero  static: fix the outermost level, one value or one per block in the grid's order
+    scale, zero  static: fix the outermost level, numbers (not codes), one or one per block in the grid's order
     clip         (low, high) fractions of the range that are kept, see Rule.clip
     """
     if x.dim() < 2 or not x.is_floating_point():
@@ -53,44 +57,53 @@ def encode(
     if rule.clip == "range":
         x = torch.minimum(torch.maximum(x, block.expand(lo, x.shape)), block.expand(hi, x.shape))
     peak = _peak(lo, hi, rule)
-    plane = _scale_plane(peak, _divisor(to), to, rule, None if scale is None else _static(scale, to, peak))
-    number = plane.dequantize() if isinstance(plane, QTensor) else decode(to.scale.element, plane)
+    fixed = None if scale is None else _static(scale, to, peak)
+    divisor = 1.0 if fixed is not None and to.scale.plain else _divisor(to)  # a static scale asks for no largest code
+    plane = _scale_plane(peak, divisor, to, rule, fixed)
+    number = _number(plane, to.scale)
     zeros = None if to.zero is None else _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak))
     offset = None if to.offset is None else _offset_plane(to, lo, number)
     s = block.expand(number, x.shape)
     if offset is not None:
         value = block.expand(_number(offset, to.offset), x.shape)
         x = x - value if to.offset_sign > 0 else x + value
-    q = round_(x / s) if rule.apply == "div" else round_(x * (1.0 / s))
+    factor = s if to.op == "/" else 1.0 / s
+    q = round_(x / s) if to.op == "*" and rule.apply == "div" else round_(x * factor)
     q = torch.where(s == 0, torch.where(torch.isnan(x), x, torch.zeros_like(x)), q)
     if zeros is not None:
         q = round_(q + block.expand(_number(zeros, to.zero), x.shape))
     return QTensor(to, to_codes(q, e, rule.round), plane, zeros, offset)
 
 
-def _scale_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, static: Tensor | None) -> Tensor | QTensor:
-    """The plane whose value is peak / divisor, in the format `to.scale`; `static` fixes its outermost level."""
+def _scale_plane(
+    peak: Tensor, divisor: float, to: Format, rule: Rule, static: Tensor | None, unit: float = 1.0
+) -> Tensor | QTensor:
+    """The plane whose value is peak / divisor (its reciprocal for `/`), in the format `to.scale`.
+
+    static  fixes the outermost level
+    unit    what peak is divided by to be in units of `to`: 1 for the tensor itself, the levels below for a scale
+    """
     fmt = to.scale
     assert fmt is not None
     if fmt.plain:
+        e = element(fmt.element)
         if static is not None:
-            return static
-        if element(fmt.element).kind == "exponent":
-            return _exponent_codes(peak, to, rule)
+            return to_plane(static, e)
+        if to.op == "/":
+            return _reciprocal_plane(peak, divisor, to, rule, unit)
+        if e.kind == "exponent":
+            return _exponent_codes(peak if unit == 1 else peak / unit, to, rule)
         raw = _divide(peak, divisor, rule)
         if rule.empty != "zero":
             raw = torch.where(peak == 0, 1.0 if rule.empty == "one" else _TINY, raw)
-        return to_codes(raw, element(fmt.element), "even")
+        return to_codes(raw, e, "even")
+    if to.op == "/":
+        raise FormatError(f"{to}: a dividing scale must be a plain number")
     assert fmt.block is not None
     inner = element(fmt.element)
-    largest = 1.0 if inner.kind == "exponent" else inner.largest
     blocks = fmt.block.split(peak.abs())
     outer_peak = blocks.amax(-1) if blocks.shape[-1] else blocks.new_zeros(blocks.shape[:-1])
-    outer: Tensor | QTensor
-    if fmt.op == "/":
-        outer = static if static is not None else _reciprocal_plane(outer_peak, divisor * largest, fmt)
-    else:
-        outer = _scale_plane(outer_peak, divisor * largest, fmt, fmt.rule, static)
+    outer = _scale_plane(outer_peak, divisor * _reach(fmt, inner), fmt, fmt.rule, static, divisor)
     value = fmt.block.expand(_number(outer, fmt.scale), peak.shape)
     if inner.kind == "exponent":
         rest = peak / value if fmt.op == "*" else peak * value
@@ -101,22 +114,50 @@ def _scale_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, static: T
     return QTensor(fmt, to_codes(ratio, inner, fmt.rule.round), outer)
 
 
-def _reciprocal_plane(peak: Tensor, divisor: float, fmt: Format) -> Tensor:
-    """An outer scale that divides: divisor / peak, 1 for an all-zero tensor."""
-    assert fmt.scale is not None
-    if not fmt.scale.plain:
-        raise FormatError(f"{fmt}: a dividing scale must be a plain number")
-    raw = torch.where(peak == 0, 1.0, divisor / peak)
-    return to_codes(raw, element(fmt.scale.element), "even")
+def _reciprocal_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, unit: float) -> Tensor:
+    """A scale that divides: divisor / peak, 1 for an all-zero block; finite and not 0 for a finite peak."""
+    assert to.scale is not None
+    e = element(to.scale.element)
+    if rule.empty != "one":
+        raise FormatError(f"quantize to {to}: a dividing scale of an all-zero block is 1; empty={rule.empty} has none")
+    if e.kind == "exponent":  # 2^-p for 2^p, exactly; 255 is NaN
+        codes = _exponent_codes(peak if unit == 1 else peak / unit, to, rule)
+        return torch.where(codes == 255, codes, 254 - codes)
+    if e.kind != "float":
+        raise FormatError(f"quantize to {to}: {e.name} holds no reciprocals; let a float or e8m0 divide")
+    d = torch.tensor(divisor, dtype=torch.float32, device=peak.device)
+    raw = d / peak if rule.scale == "div" else 1.0 / (peak * (1.0 / d))
+    raw = _bf16(raw) if rule.arith == "bf16" else raw
+    kept = torch.copysign(raw.abs().clamp(torch.finfo(e.storage).smallest_normal, e.largest), raw)
+    raw = torch.where(torch.isfinite(peak), kept, raw)
+    return to_codes(torch.where(peak == 0, 1.0, raw), e, "even")
 
 
 def _divisor(f: Format) -> float:
-    e = element(f.element)
-    if f.rule.domain == "minmax":
+    """What the peak is divided by; FormatError where the element and the rule leave no range to scale into."""
+    e, domain = element(f.element), f.rule.domain
+    if e.wide and (f.rule.qmax is None or domain != "amax"):
+        raise FormatError(
+            f"quantize to {f}: {f.element} has no largest code to scale to; write plain {f.element}, set qmax, "
+            "or give a static scale"
+        )
+    if domain == "minmax":
+        if f.zero is None and f.offset is None and e.smallest < 0:
+            raise FormatError(f"quantize to {f}: domain=minmax needs a zero point or an offset")
         return e.largest - e.smallest
-    if f.rule.domain == "amax" and f.qmax == 0:
-        raise FormatError(f"quantize to {f}: {f.element} has no positive code; use domain=signed")
-    return e.smallest if f.rule.domain == "signed" else f.qmax
+    if domain == "signed" and e.smallest == 0:
+        raise FormatError(f"quantize to {f}: {f.element} has no negative code; use domain=minmax")
+    if domain == "amax" and f.qmax == 0:
+        other = "signed" if e.smallest < 0 else "minmax"
+        raise FormatError(f"quantize to {f}: {f.element} has no positive code; use domain={other}")
+    return e.smallest if domain == "signed" else f.qmax
+
+
+def _reach(f: Format, e: Element) -> float:
+    """The largest value that codes of `f` take, for levels above: 1 for e8m0 and wide floats, that reach anywhere."""
+    if e.kind == "exponent" or e.wide:
+        return 1.0
+    return replace(f, rule=replace(f.rule, qmax=None)).qmax if f.zero is not None else e.largest
 
 
 def _divide(peak: Tensor, divisor: float, rule: Rule) -> Tensor:
@@ -128,14 +169,14 @@ def _divide(peak: Tensor, divisor: float, rule: Rule) -> Tensor:
 def _exponent_codes(peak: Tensor, to: Format, rule: Rule) -> Tensor:
     """e8m0 codes: an exponent near log2(peak / qmax), biased by 127; 255 is NaN."""
     e = element(to.element)
-    top = torch.frexp(torch.tensor(e.largest, dtype=torch.float64))[1].item() - 1  # exponent of the largest value
+    top = math.frexp(_reach(to, e))[1] - 1  # exponent of the largest value
     peak = peak.abs()
     if rule.e8m0 == "ceil":
-        mantissa, exponent = torch.frexp(peak / to.qmax)
+        mantissa, exponent = torch.frexp(peak / (to.qmax if not e.wide else to.rule.qmax or 1.0))
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
     else:
         bits = _nudged(peak, to, rule).contiguous().view(torch.int32)
-        power = (bits >> 23) - 127 - int(top)  # a peak moved past the largest float32 has the exponent of infinity
+        power = (bits >> 23) - 127 - top  # a peak moved past the largest float32 has the exponent of infinity
     if rule.empty == "one":
         power = torch.where(peak == 0, 0, power)
     code = (power + 127).clamp(0, 254)
@@ -163,9 +204,12 @@ def _zero_plane(to: Format, lo: Tensor, scale: Tensor, static: Tensor | None) ->
         raise FormatError(f"quantize to {to}: nested zero points cannot be computed")
     e, z = element(to.element), element(fmt.element)
     if static is not None:
-        return static.to(z.storage)
+        return to_plane(static, z)
     if to.rule.domain == "minmax":
-        ideal = e.smallest - torch.where(scale == 0, torch.zeros_like(lo), lo / scale)
+        if z.integer and (z.smallest > e.smallest or z.largest < e.largest):
+            raise FormatError(f"quantize to {to}: {z.name} does not hold every zero point of {e.name}; use {e.name}")
+        steps = lo * scale if to.op == "/" else lo / scale
+        ideal = e.smallest - torch.where(scale == 0, torch.zeros_like(lo), steps)
     else:
         ideal = torch.full_like(lo, 0.0 if e.smallest < 0 else 2.0 ** (e.bits - 1))
     if z.integer and z.bits == e.bits:
@@ -177,7 +221,8 @@ def _offset_plane(to: Format, lo: Tensor, scale: Tensor) -> Tensor | QTensor:
     assert to.offset is not None
     if to.rule.domain != "minmax":
         raise FormatError(f"quantize to {to}: an offset is computed with domain=minmax only")
-    lowest = lo - element(to.element).smallest * scale
+    smallest = element(to.element).smallest
+    lowest = lo - (smallest / scale if to.op == "/" else smallest * scale)
     wanted = lowest if to.offset_sign > 0 else -lowest
     if to.offset.plain:
         return to_codes(wanted, element(to.offset.element), "even")

@@ -7,6 +7,7 @@ QhalError
  +- BatchError(ValueError)       lengths, pages or slots past the limits
  +- UnsupportedError             carries the Support that says why, and what is near
  +- PlanError                    carries the Plan that was refused
+ +- PolicyError(ValueError)      a policy that does not exist
  +- CommError                    ranks that disagree or died
  +- BackendError                 a backend that cannot be loaded
      +- NoBackendError           every candidate, why it is not usable, what to do
@@ -62,6 +63,10 @@ class PlanError(QhalError):
     def __init__(self, message: str, plan: Plan) -> None:
         self.plan = plan
         super().__init__(message)
+
+
+class PolicyError(QhalError, ValueError):
+    """A policy that does not exist; the text lists those that do."""
 
 
 class CommError(QhalError):

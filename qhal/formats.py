@@ -49,7 +49,7 @@ class Format:
             n, m = self.sparsity
             if not 0 < n < m:
                 raise FormatError(f"sparsity {n}:{m}: the first number must be positive and below the second")
-        if self.rule.qmax is not None and self.rule.qmax == e.largest:
+        if self.rule.qmax is not None and self.rule.qmax == self._reach:
             object.__setattr__(self, "rule", replace(self.rule, qmax=None))  # one arithmetic, one name
         if self.scale is None:
             object.__setattr__(self, "op", "*")  # without a scale there is nothing to divide by
@@ -110,8 +110,17 @@ class Format:
 
     @property
     def qmax(self) -> float:
-        """The divisor that turns amax into a scale: the rule's, else the element's largest value."""
-        return self.rule.qmax if self.rule.qmax is not None else element(self.element).largest
+        """The divisor that turns amax into a scale: the rule's, else the element's largest value.
+
+        Unsigned codes around a zero point in their middle reach 2^(bits-1) - 1 to either side.
+        """
+        return self.rule.qmax if self.rule.qmax is not None else self._reach
+
+    @property
+    def _reach(self) -> float:
+        e = element(self.element)
+        centred = e.kind == "uint" and self.zero is not None and self.rule.domain == "amax"
+        return 2.0 ** (e.bits - 1) - 1 if centred else e.largest
 
 
 def _plane(f: Format) -> str:

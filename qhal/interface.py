@@ -10,13 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from qhal.caches import AttentionBatch, KVCache, Limits, Plane, canonical_planes
 from qhal.codebooks import CodebookTensor
+from qhal.codecs import Codec as Codec  # part of this interface; requests carry it too
+from qhal.codecs import Collective as Collective
 from qhal.contract import check_class
 from qhal.errors import UnsupportedError
 from qhal.formats import Format
@@ -38,32 +40,6 @@ from qhal.tensors import QTensor
 
 INTERFACE_VERSION = (0, 1)
 """(major, minor). Before 1.0 both must match; from 1.0 on it is append-only and N and N-1 are accepted."""
-
-Collective = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """What travels between ranks, and how it is summed.
-
-    format        e.g. "int8.g128*fp16", "e4m3fn.g128*fp32", "e2m1.g32*e8m0"
-    order         sequential | parity (even and odd elements of 64 form two groups)
-    spikes        extremes per group kept in 16 bits
-    planes        bit splitting: (4, 2) sends 6-bit codes as two planes
-    accumulate    the sum's type; ranks are summed in rank order
-    quantize_own  a rank's own part is quantized too, so that all ranks see the same numbers
-    requantize    the reduced result is quantized again before it travels
-    version       exchanged first; ranks that differ all raise the same CommError
-    """
-
-    format: Format
-    order: str = "sequential"
-    spikes: int = 0
-    planes: tuple[int, ...] = ()
-    accumulate: str = "fp32"
-    quantize_own: bool = True
-    requantize: bool = True
-    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -253,9 +229,23 @@ class QuantOps(ABC):
     ) -> Any:
         """A collective over a torch.distributed group whose wire format is `codec`. Every rank ends bit-identical.
 
-        Sums are of the dequantized codes of every rank, in rank order, in codec.accumulate. decode=False leaves
-        all_gather and all_to_all as a QTensor: scales travel with their rows. splits: host counts; None is equal parts,
-        and then nothing is read back. Ranks that disagree on shape, codec or version all raise the same CommError.
+        x [T, K]; a part is whole rows, quantized on its own with the bits of `quantize`, and rank r gets part r.
+
+        all_reduce      [..., K] -> the shape of x: reduce_scatter of the rows, then all_gather of the unrounded sums,
+                        quantized again if codec.requantize
+        reduce_scatter  [T, K] -> [part of this rank, K]
+        all_gather      [T, K] -> the ranks' rows, rank 0 first; one part
+        all_to_all      [T, K] -> the rows that each rank has for this one, rank 0's first
+
+        Sums are of the dequantized codes of every rank, in rank order, in codec.accumulate; results have the dtype of x
+        and are rounded to it once. One rank is no exception: its numbers pass the codec too. NaN and Inf pass it as
+        `quantize` says: under a computed scale their block is NaN, on every rank that gets it or its sum.
+        splits: host counts of rows per part (all_gather: per rank); None is T / N each, the first T % N parts one row
+        longer, and then nothing is read back. Parts may be empty. decode=False leaves all_gather and all_to_all as a
+        QTensor: scales travel with their rows. async_op: the result is a handle, wait() gives the result or the error;
+        handles of a group are waited for in the same order on every rank.
+        Ranks that disagree on shape, dtype, splits, codec or version all raise the same CommError before data travels;
+        a rank that dies or does not answer within the group's timeout is a CommError on those that wait for it.
         """
         raise self._refusal("comm_quant")
 

@@ -18,12 +18,14 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from qhal.elements import dtype_name
-from qhal.errors import PlanError
+from qhal.codebooks import CodebookFormat
+from qhal.elements import WIDE, dtype_name
+from qhal.errors import FormatError, PlanError, PolicyError, QhalError
+from qhal.formats import Format
 from qhal.interface import INTERFACE_VERSION, QuantOps
 from qhal.layer_formats import LayerFormat
 from qhal.layers import requests
-from qhal.requests import Arithmetic, NumericsClass, Request, Support, minimum_class
+from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, NumericsClass, Request, Support, minimum_class
 from qhal.specs import ExpertsSpec, KVSpec, LinearSpec
 
 Policy = Literal["exact", "error", "allow", "report"]
@@ -99,6 +101,8 @@ class Plan:
 
     def explain(self, format: Literal["text", "json"] = "text") -> str:
         """The plan as a table for people, or as JSON with the same content."""
+        if format not in ("text", "json"):
+            raise QhalError(f"explain({format!r}): choose text or json")
         if format == "json":
             record = {
                 "backend": self.backend,
@@ -145,9 +149,13 @@ def resolve(
     numerics  the loosest class accepted everywhere; default each format's minimum
     """
     if policy not in get_args(Policy):
-        raise ValueError(f"policy {policy!r}: choose one of {', '.join(get_args(Policy))}")
+        raise PolicyError(f"policy {policy!r}: choose one of {', '.join(get_args(Policy))}")
+    if not isinstance(ops, QuantOps):
+        raise QhalError(f"resolve: ops is a {type(ops).__name__}, must be what qhal.select returned")
     formats, own_dtype = _formats(model)
     dtype = dtype or own_dtype
+    if dtype not in WIDE.values():
+        raise FormatError(f"activations of {dtype}: choose one of {', '.join(str(d) for d in WIDE.values())}")
     grouped: dict[Request, list[str]] = {}
     for f in formats:
         for request in requests(f, dtype, m=m, numerics=numerics):
@@ -166,9 +174,14 @@ def resolve(
 
 
 def _formats(model: Model | Iterable[LinearSpec | ExpertsSpec | KVSpec]) -> tuple[list[LayerFormat], torch.dtype]:
-    if isinstance(model, Iterable):
-        return [spec.format for spec in model], torch.bfloat16
-    return list(model.layer_formats()), model.dtype
+    if isinstance(model, Iterable) and not isinstance(model, str):
+        specs = list(model)
+        if all(isinstance(spec, LinearSpec | ExpertsSpec | KVSpec) for spec in specs):
+            return [spec.format for spec in specs], torch.bfloat16
+    elif hasattr(model, "layer_formats"):
+        return list(model.layer_formats()), model.dtype
+    what = f"{model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
+    raise QhalError(f"resolve: the model is {what}, must be an opened checkpoint or a list of specs")
 
 
 def _entry(request: Request, names: list[str], ops: QuantOps, world: int) -> PlanEntry:
@@ -201,12 +214,28 @@ def _status(
 
 
 def _notes(request: Request, world: int) -> tuple[str, ...]:
-    inputs = getattr(request, "x", ())
-    if world > 1 and isinstance(inputs, tuple):
-        for f in inputs:
-            if f.block is not None and f.block.kind in ("row", "tensor"):
-                return (f"with {world} ranks a row-parallel input has one {f.block} scale per shard: other bits",)
-    return ()
+    gemm = request.gemm if isinstance(request, GroupedRequest) else request
+    if world == 1 or not isinstance(gemm, GemmRequest):
+        return ()
+    notes = []
+    for axis, size, dim in (("rows (column-parallel)", gemm.n, 0), ("columns (row-parallel)", gemm.k, 1)):
+        why = _uncut(gemm.w, size, world, dim)
+        if why:
+            notes.append(f"{world} ranks cannot cut its {axis}: {why}")
+    for f in gemm.x:
+        if f.block is not None and f.block.kind in ("row", "tensor"):
+            notes.append(f"with {world} ranks a row-parallel input has one {f.block} scale per shard: other bits")
+            break
+    return tuple(notes)
+
+
+def _uncut(w: Format | CodebookFormat, size: int, world: int, dim: int) -> str:
+    """Why `world` equal parts are impossible along an axis, or ""; the cut itself checks again with the tensors."""
+    if size % world:
+        return f"{size} does not divide by {world}"
+    block = w.block if isinstance(w, Format) else None
+    step = (block.rows, block.cols)[dim] if block is not None and block.kind in ("group", "tile") else 1
+    return f"parts of {size // world} end inside a block of {step}" if (size // world) % step else ""
 
 
 def _pattern(names: list[str]) -> str:

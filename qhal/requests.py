@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from qhal.codebooks import CodebookFormat
+from qhal.codecs import Codec, Collective
 from qhal.elements import ELEMENTS, element
 from qhal.formats import Format
 from qhal.layer_formats import Activation
@@ -173,16 +174,18 @@ class VQRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CommRequest:
-    """A quantized collective over `world` ranks of tensors of `numel` elements."""
+    """A quantized collective over `world` ranks of tensors of `numel` elements of dtype x; decode: see `comm_quant`."""
 
-    collective: Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
-    codec: Format
+    collective: Collective
+    codec: Codec
     world: int
     x: torch.dtype
     numel: int
+    decode: bool = True
 
     def __str__(self) -> str:
-        return f"{self.collective} {_shown(self.x)} as {self.codec} world={self.world} numel={self.numel}"
+        kept = "" if self.decode else " decode=False"
+        return f"{self.collective} {_shown(self.x)} as {self.codec} world={self.world} numel={self.numel}{kept}"
 
 
 Request = (
@@ -233,7 +236,7 @@ def minimum_class(request: Request) -> NumericsClass:
 
     A request's own `numerics` wins. Otherwise: a weight-only product may round decoded weights to 16 bits (that is what
     W4A16 means everywhere); a product of two quantized operands may use a matrix instruction's reduced accumulation,
-    but must not round its operands again; everything else is exact or fp32.
+    but must not round its operands again; a collective sums in its codec's type; everything else is exact or fp32.
     """
     if isinstance(request, GroupedRequest):
         return minimum_class(request.gemm)
@@ -246,15 +249,10 @@ def minimum_class(request: Request) -> NumericsClass:
         return NumericsClass.REDUCED_ACC
     if isinstance(request, QuantizeRequest | KVRequest):
         return NumericsClass.EXACT
+    if isinstance(request, CommRequest) and request.codec.accumulate != "fp32":
+        return NumericsClass.REDUCED_ACC
     return NumericsClass.FP32_ACC
 
-
-def _name(dtype: torch.dtype) -> str:
-    """A dtype for people: "bf16"; one that is no element keeps torch's name, since printing must never fail."""
-    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-_NAMES = {e.storage: e.name for e in ELEMENTS.values() if e.kind == "float"}
 
 Level = Literal["full", "conditional", "not_implemented", "unsupported"]
 

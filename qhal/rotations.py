@@ -9,15 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from qhal import hadamard_tables
 from qhal.errors import FormatError, ShardError
 
-TABLES: dict[str, Callable[[], Tensor]] = {}
+TABLES: dict[str, Callable[[], Tensor]] = {
+    name: partial(hadamard_tables.load, name) for name in hadamard_tables.TABLE_SHA256
+}
 """Hadamard tables of order k that are no power of two, by name: function that gives the [k, k] matrix of +1 and -1."""
+
+
+def hadamard_table(name: str, k: int) -> Tensor:
+    """The [k, k] matrix of +1 and -1 of that name. FormatError if there is none, or of another order."""
+    if name not in TABLES:
+        raise FormatError(f"no Hadamard table {name!r} of order {k}; known tables: {', '.join(TABLES)}")
+    table = TABLES[name]()
+    if table.shape != (k, k):
+        raise FormatError(f"Hadamard table {name!r} is of order {table.shape[0]}, not {k}")
+    return table
 
 
 @cache
@@ -121,11 +134,18 @@ class Hadamard:
     def _table_t(self) -> Tensor:
         if self.k == 1:
             return torch.ones(1, 1, dtype=torch.float64)
-        if self.table not in TABLES:
-            known = ", ".join(TABLES) or "none yet"
-            raise FormatError(f"no Hadamard table {self.table!r} of order {self.k}; known tables: {known}")
-        t = TABLES[self.table]().double()
+        t = hadamard_table(self.table, self.k).double()
         return t if self.transpose else t.t().contiguous()  # row vectors: (T X) as x @ kron(T^T, .)
+
+
+def hadamard_for(n: int, family: str = "quarot") -> Hadamard:
+    """The transform H x of n features as a project (quarot, spinquant, quip) computes it; `.inverse()` is H^T x.
+
+    The order k is chosen by the project's own list, `hadamard_tables.FAMILIES`. FormatError for sizes without a table.
+    QuaRot and SpinQuant apply H to the activations; QuIP# H^T to a layer's input and H to its output.
+    """
+    k, table = hadamard_tables.factor(n, family)
+    return Hadamard(n, k, table)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,21 @@ def to_codes(q: Tensor, e: Element, mode: str = "even", table: Tensor | None = N
     raise FormatError(f"{e.name} holds exponents: it is a scale's type, not an element to round values to")
 
 
+def to_plane(numbers: Tensor, e: Element) -> Tensor:
+    """Given (static) scales or zero points as a plane of type `e`: wide floats as they are, others as codes.
+
+    FormatError for an e8m0 plane of numbers that are no powers of two: rounding a given scale would change it.
+    """
+    if e.wide:
+        return numbers
+    if e.kind != "exponent":
+        return to_codes(numbers.float(), e)
+    mantissa, exponent = torch.frexp(numbers.float())
+    if not bool((mantissa == 0.5).all()):
+        raise FormatError(f"{e.name} holds powers of two from 2^-127 to 2^127, not {numbers.flatten()[:4].tolist()}")
+    return (exponent + 126).clamp(0, 254).to(e.storage)
+
+
 def _away(q: Tensor) -> Tensor:
     whole = torch.floor(q.abs())  # the fraction below is exact, so a value just under a tie stays under it
     return torch.copysign(whole + (q.abs() - whole >= 0.5), q)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def test_devices_explain_every_backend() -> None:
 def test_a_wanted_backend_that_is_not_usable_fails_with_what_to_do() -> None:
     done = run("devices", QHAL_BACKEND="npu")
     assert done.returncode == 1
-    assert "QHAL_BACKEND=npu: not usable" in done.stdout
+    assert "QHAL_BACKEND=npu: backend 'npu'" in done.stdout and "not usable here" in done.stdout
     assert "do: " in done.stdout
     assert run("devices", QHAL_BACKEND="nothing").returncode == 1
     assert run("devices", QHAL_BACKEND="cpu_reference").returncode == 0
@@ -164,3 +165,38 @@ def test_a_broken_subcommand_of_a_backend_is_named_and_the_rest_works(tmp_path: 
     done = run("--version", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0
     assert "'torn'" in done.stderr and "No module named 'torn_module'" in done.stderr
+
+
+def test_devices_doctor_and_select_agree_about_the_environment() -> None:
+    for value in ("", "auto"):
+        assert run("devices", QHAL_BACKEND=value).returncode == 0
+    for value in ("cpu_reference:7", "cpu_reference:x", "nope"):
+        assert run("devices", QHAL_BACKEND=value).returncode == 1
+        assert run("doctor", QHAL_BACKEND=value).returncode == 1
+
+
+def test_dequantize_never_writes_over_a_device_a_link_or_its_own_source(golden: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(golden / CASE / "checkpoint", folder)
+    before = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(folder / "model.safetensors")
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    for target in (folder / "model.safetensors", folder / "new.safetensors", tmp_path / "link", fifo, tmp_path):
+        done = run("dequantize", str(folder), "--out", str(target))
+        assert done.returncode == 1 and "Traceback" not in done.stderr, target
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert fifo.is_fifo() and not (folder / "new.safetensors").exists()
+
+
+def test_generate_checks_what_it_was_given(golden: Path) -> None:
+    folder = str(golden / CASE / "checkpoint")
+    assert run("generate", folder, "--prompt", "x", "--policy", "report").returncode == 2
+    for arguments in (["--backend", "nope"], []):  # the golden checkpoints come without a tokenizer
+        done = run("generate", folder, "--prompt", "x", *arguments)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_a_plan_for_an_architecture_needs_a_backend(golden: Path) -> None:
+    done = run("plan", str(golden / CASE / "checkpoint"), "--arch", "sm_90")
+    assert done.returncode == 1 and "needs a backend's name" in done.stderr

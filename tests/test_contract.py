@@ -136,3 +136,52 @@ def test_static_scales_have_a_host_copy() -> None:
     assert cache.planes["k.scale"].item() == 0.25
     with pytest.raises(qhal.FormatError, match=r"no static plane 'q\.scale'"):
         cache.set_static("q.scale", torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ({"name": 5}, "name: is 5"),
+        ({"name": ""}, "name: is ''"),
+        ({"interface": "1.0"}, "interface: is '1.0'"),
+        ({"fusions": ["linear"]}, "fusions: is"),
+        ({"fusions": frozenset({"banana"})}, "banana"),
+        ({"linear": lambda self, x, layer, *, decode=False, out=None: x}, "must be declared"),
+        ({"_refusal": lambda self, operation: None}, "must not be replaced"),
+        ({"gemm": staticmethod(lambda x: x)}, "must be a method"),
+        ({"device": "cpu"}, "device: must be a property"),
+    ],
+)
+def test_values_and_bodies_that_others_rely_on_are_checked(body: dict[str, object], fault: str) -> None:
+    with pytest.raises(qhal.InterfaceError, match=fault):
+        type("Odd", (Minimal,), body)
+
+
+def test_a_coroutine_is_no_operation() -> None:
+    with pytest.raises(qhal.InterfaceError, match="plain method"):
+
+        class Waits(Minimal):
+            async def gemm(self, x, w, *, input=0, out=None):  # type: ignore[no-untyped-def,override]
+                return x
+
+
+def test_a_mixin_is_checked_too() -> None:
+    class Mixin:
+        def gemm(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(qhal.InterfaceError, match="gemm: has the parameters"):
+
+        class Mixed(Mixin, Minimal):  # type: ignore[misc]
+            name = "mixed"
+
+
+def test_a_declared_fusion_is_accepted() -> None:
+    class Fused(Minimal):
+        name = "fused"
+        fusions = frozenset({"linear"})
+
+        def linear(self, x, layer, *, decode=False, out=None):  # type: ignore[no-untyped-def]
+            return x
+
+    assert Fused().fusions == {"linear"}

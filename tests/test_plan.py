@@ -107,7 +107,7 @@ def test_a_rule_deviation_is_listed_and_refused_by_exact_alone() -> None:
 
 
 def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(ValueError, match="choose one of exact, error, allow, report"):
+    with pytest.raises(qhal.PolicyError, match="choose one of exact, error, allow, report"):
         qhal.resolve(Model(), Fake(full), policy="maybe")  # type: ignore[arg-type]
 
 
@@ -145,3 +145,24 @@ def test_every_backend_plans_with_no_device_present(backend: tuple[str, str]) ->
     plan = qhal.resolve(Model(linear("a")), qhal.select(name, arch=arch), policy="report")
     assert plan.backend == name
     assert plan.entries[0].support.reason or plan.entries[0].support.executes
+
+
+def test_what_is_no_model_or_no_backend_is_one_error() -> None:
+    for wrong in ("path", None, linear("a"), [linear("a")]):
+        with pytest.raises(qhal.QhalError, match="resolve: the model is"):
+            qhal.resolve(wrong, Fake(full))  # type: ignore[arg-type]
+    with pytest.raises(qhal.QhalError, match="must be what"):
+        qhal.resolve(Model(), "cpu_reference")  # type: ignore[arg-type]
+    with pytest.raises(qhal.FormatError, match="activations of"):
+        qhal.resolve(Model(), Fake(full), dtype=torch.float8_e4m3fn)
+    with pytest.raises(qhal.QhalError, match="choose text or json"):
+        qhal.resolve(Model(), Fake(full)).explain("yaml")  # type: ignore[arg-type]
+
+
+def test_cuts_that_no_rank_can_make_are_noted() -> None:
+    model = Model(linear("a", "int4.g32*bf16", n=576, k=1536), linear("b", "int4.g128*bf16", n=64, k=384))
+    text = qhal.resolve(model, Fake(full), world=7).explain()
+    assert "7 ranks cannot cut its rows (column-parallel): 576 does not divide by 7" in text
+    text = qhal.resolve(model, Fake(full), world=2).explain()
+    assert "parts of 192 end inside a block of 128" in text
+    assert "parts of 768" not in text

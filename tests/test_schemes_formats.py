@@ -336,7 +336,7 @@ def test_cache_only_checkpoint(
     write_checkpoint: Write, scheme: dict[str, Any], shape: tuple[int, ...], name: str
 ) -> None:
     attention = "model.layers.0.self_attn"
-    tensors = {f"{attention}.{p}_proj.weight": torch.ones(4, 32).bfloat16() for p in "qkvo"}
+    tensors = {f"{attention}.{p}_proj.weight": torch.ones(32, 32).bfloat16() for p in "qkvo"}
     tensors |= {f"{attention}.{p}_scale": torch.full(shape, 0.5).bfloat16() for p in "kv"}
     if scheme.get("symmetric") is False:
         tensors |= {f"{attention}.{p}_zero_point": torch.full(shape, 2, dtype=torch.int8) for p in "kv"}

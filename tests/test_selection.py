@@ -105,9 +105,8 @@ def test_the_environment_overrides_auto_only(
 def test_a_device_index_must_exist(installed: dict[str, BackendInfo | Broken]) -> None:
     installed["chip"] = _info("chip", 50, _usable)
     assert qhal.select("chip:1").name == "chip"
-    for wrong in ("chip:7", "chip:x"):
-        with pytest.raises(qhal.NoBackendError, match="chip:0, chip:1"):
-            qhal.select(wrong)
+    with pytest.raises(qhal.NoBackendError, match="chip:0, chip:1"):
+        qhal.select("chip:7")
 
 
 def test_another_interface_version_is_named_with_both_numbers(installed: dict[str, BackendInfo | Broken]) -> None:
@@ -168,3 +167,74 @@ def test_the_command_line_detects_a_package_that_shadows_ours(tmp_path: Path) ->
     assert done.returncode == 1
     assert "qhal-core" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("spec", ["auto:7", "cpu_reference:", "cpu_reference:²", "cpu_reference:-1", None, 3])
+def test_unreadable_specs_are_one_error(spec: object) -> None:
+    with pytest.raises(qhal.NoBackendError):
+        qhal.select(spec)  # type: ignore[arg-type]
+
+
+def test_a_near_name_is_offered_and_blanks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(qhal.NoBackendError, match="did you mean cuda"):
+        qhal.select("CUDA")
+    monkeypatch.setenv("QHAL_BACKEND", "  cpu_reference ")
+    assert qhal.select().name == "cpu_reference"
+    for empty in ("", "auto"):
+        monkeypatch.setenv("QHAL_BACKEND", empty)
+        with pytest.warns(UserWarning, match="so cpu_reference runs"):
+            qhal.select()
+
+
+def test_an_architecture_is_never_ignored() -> None:
+    with pytest.raises(qhal.NoBackendError, match="needs a backend's name"):
+        qhal.select("auto", arch="sm_90")
+    with pytest.raises(qhal.NoBackendError, match="it knows sm_80"):
+        qhal.select("cuda", arch="banana")
+    with pytest.raises(qhal.NoBackendError, match="has no meaning with arch"):
+        qhal.select("cuda:1", arch="sm_90")
+
+
+def test_a_backend_that_fails_to_load_is_one_error_and_auto_goes_on(
+    installed: dict[str, BackendInfo | Broken],
+) -> None:
+    def fails(device: object) -> qhal.QuantOps:
+        raise RuntimeError("no such symbol")
+
+    installed["torn"] = BackendInfo("torn", (0, 1), 5, _usable, fails, fails)
+    installed["chip"] = _info("chip", 50, _usable)
+    with pytest.raises(qhal.BackendError, match="no such symbol"):
+        qhal.select("torn")
+    with pytest.raises(qhal.BackendError, match="no such symbol"):
+        qhal.select("torn", arch="a0")
+    assert qhal.select("auto").name == "chip"
+
+
+@pytest.mark.parametrize("answer", [Available(()), None, "yes"])
+def test_a_probe_that_answers_nonsense_is_unusable(installed: dict[str, BackendInfo | Broken], answer: object) -> None:
+    installed["odd"] = _info("odd", 50, lambda: answer)  # type: ignore[arg-type,return-value]
+    with pytest.raises(qhal.NoBackendError, match="its probe answered"):
+        qhal.select("odd")
+
+
+def test_requirements_are_names_of_the_interface(installed: dict[str, BackendInfo | Broken]) -> None:
+    installed["chip"] = _info("chip", 50, _usable)
+    with pytest.raises(qhal.NoBackendError, match="give a collection"):
+        qhal.select("chip", require="gemm")
+    with pytest.raises(qhal.NoBackendError, match="did you mean 'attention'"):
+        qhal.select("chip", require=["atention"])
+    assert qhal.select("chip", require=["linear", "experts", "synchronize", "gemm"]).name == "chip"
+
+
+def test_auto_looks_further_for_what_is_required(installed: dict[str, BackendInfo | Broken]) -> None:
+    class Attends(Chip):
+        name = "attends"
+
+        def attention(self, q, cache, batch, *, sinks=None, out=None, lse=None):  # type: ignore[no-untyped-def]
+            return q
+
+    installed["chip"] = _info("chip", 50, _usable)
+    installed["attends"] = BackendInfo("attends", (0, 1), 60, _usable, lambda d: Attends(), lambda a: Attends())
+    assert qhal.select("auto", require=["attention"]).name == "attends"
+    with pytest.raises(qhal.NoBackendError, match="lacks hadamard"):
+        qhal.select("auto", require=["hadamard"])

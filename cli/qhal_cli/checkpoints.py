@@ -10,11 +10,12 @@ import typer
 
 import qhal
 from qhal.elements import WIDE
-from qhal.errors import FormatError, PlanError
+from qhal.errors import CheckpointError, FormatError, PlanError
 from qhal.plan import Policy
 from qhal_cli.output import Json, console, emit, progress, size, table
 from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
 from qhal_schemes.source import DTYPES
+from qhal_schemes.strict_json import is_file
 from qhal_schemes.writing import AtomicFile, StreamingSafetensors, TensorLayout
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -115,6 +116,10 @@ def dequantize(
       qhal dequantize CKPT --out stored.safetensors --dtype bfloat16 --stored
     """
     ckpt, chosen = open_checkpoint(checkpoint), _dtype(dtype)
+    if is_file(out) and out.resolve().parent == ckpt.path.resolve():
+        raise CheckpointError(f"{out}: is a file of the checkpoint that is read; name another one")
+    if out.resolve().parent == ckpt.path.resolve():
+        raise CheckpointError(f"{out}: lies in the checkpoint's own folder; a checkpoint is never written to")
     layout = _dense_layout(ckpt, chosen)
     plain = {name: _plain_layout(ckpt, name, chosen) for name in ckpt.account.plain if name not in layout}
     needed = sum(one.nbytes for one in (*layout.values(), *plain.values()))

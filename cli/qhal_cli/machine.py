@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 
 import qhal
 from qhal import selection
+from qhal.errors import QhalError
 from qhal.selection import Available, BackendInfo
 from qhal_cli.output import Json, console, emit, size, table
 from qhal_schemes import known_methods
@@ -32,25 +34,33 @@ def devices(json: Json = False) -> None:
     Exits with 1 if QHAL_BACKEND names a backend that is not usable.
     """
     records = [_record(name, info) for name, info in qhal.backends().items()]
-    wanted = os.environ.get(selection.ENVIRONMENT)
-    name = wanted.partition(":")[0] if wanted else None
-    chosen = next((r for r in records if r["name"] == name), None)
-    ok = wanted is None or (chosen is not None and chosen["usable"])
+    variable = os.environ.get(selection.ENVIRONMENT, "").strip()
+    answer, ok = judge_environment()
     auto = next((r["name"] for r in records if r["usable"] and r["operations"]), None)
     if json:
-        emit({"backends": records, "environment": wanted, "auto": auto, "ok": ok})
+        emit({"backends": records, "environment": variable or None, "auto": auto, "ok": ok, "answer": answer})
     else:
         _print(records)
-        if wanted is None:
-            console.print(f"auto selects: [bold]{auto or 'nothing: no backend is usable'}[/bold]")
-        elif chosen is None:
-            console.print(f"{selection.ENVIRONMENT}={wanted}: no such backend is installed")
-        elif chosen["usable"]:
-            console.print(f"{selection.ENVIRONMENT}={wanted}: usable, and selected by auto")
-        else:
-            console.print(f"{selection.ENVIRONMENT}={wanted}: not usable: {chosen['reason']}\n  do: {chosen['hint']}")
+        shown = f"{selection.ENVIRONMENT}={variable}: " if variable else "auto selects: "
+        console.print(f"{shown}{answer}", markup=False, soft_wrap=True)
     if not ok:
         raise typer.Exit(1)
+
+
+def judge_environment() -> tuple[str, bool]:
+    """What `qhal.select()` does here, environment included, and whether it succeeds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says why each accelerator is not used
+        try:
+            ops = qhal.select()
+        except QhalError as error:
+            return str(error).splitlines()[0] + _what_to_do(error), False
+    return f"{ops.name} on {ops.device}", True
+
+
+def _what_to_do(error: QhalError) -> str:
+    hints = [line.strip() for line in str(error).splitlines() if line.strip().startswith("do: ")]
+    return f"\n  {hints[0]}" if len(hints) == 1 else ""
 
 
 def _record(name: str, info: BackendInfo | selection.Broken) -> dict[str, Any]:
@@ -59,7 +69,16 @@ def _record(name: str, info: BackendInfo | selection.Broken) -> dict[str, Any]:
     if isinstance(info, BackendInfo):
         record |= {"order": info.order, "interface": list(info.interface)}
     if isinstance(state, Available) and isinstance(info, BackendInfo):
-        record["operations"] = list(selection.operations(info.load(state.devices[0])))
+        try:
+            record["operations"] = list(selection.operations(selection.load(info, state.devices[0])))
+        except QhalError as error:
+            return record | {
+                "usable": False,
+                "operations": [],
+                "devices": [],
+                "reason": str(error),
+                "hint": selection.REPORT,
+            }
         record["devices"] = [
             {"id": f"{name}:{d.index}", "arch": d.arch, "memory": d.memory, "facts": dict(d.facts)}
             for d in state.devices
@@ -109,13 +128,14 @@ def _checks() -> Iterator[tuple[str, str, str, str]]:
     yield "interface", "ok", ".".join(map(str, qhal.INTERFACE_VERSION)), ""
     usable = 0
     for name, info in qhal.backends().items():
-        state = selection.probe(info)
-        if isinstance(state, Available):
+        found = _record(name, info)
+        if found["usable"]:
             usable += 1
-            yield f"backend {name}", "ok", f"{len(state.devices)} device(s)", ""
+            executes = ", ".join(found["operations"]) or "nothing in this version"
+            yield f"backend {name}", "ok", f"{len(found['devices'])} device(s), executes {executes}", ""
         else:
-            broken = isinstance(info, selection.Broken)
-            yield f"backend {name}", "fail" if broken else "warn", state.reason, state.hint
+            broken = isinstance(info, selection.Broken) or found["hint"] == selection.REPORT
+            yield f"backend {name}", "fail" if broken else "warn", found["reason"], found["hint"]
     if not usable:
         yield "backends", "fail", "no backend is usable", "make dev, or pip install qhal-cpu-reference"
     yield "schemes", "ok" if known_methods() else "fail", ", ".join(known_methods()), "reinstall qhal-core"
@@ -127,4 +147,5 @@ def _checks() -> Iterator[tuple[str, str, str, str]]:
     free = shutil.disk_usage(tempfile.gettempdir()).free
     yield "disk", "ok" if free > 1 << 30 else "warn", f"{size(free)} free in {tempfile.gettempdir()}", "free some space"
     for name in sorted(n for n in os.environ if n.startswith("QHAL_")):
-        yield name, "ok", os.environ[name], ""
+        answer, ok = judge_environment() if name == selection.ENVIRONMENT else ("", True)
+        yield name, "ok" if ok else "fail", os.environ[name], "" if ok else answer

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from qhal.errors import CheckpointError
+import qhal
+from qhal.errors import CheckpointError, QhalError
 from qhal_cli.output import Json, emit, stderr
 
 
@@ -27,6 +28,8 @@ def generate(
       qhal generate build/demo/int4 --prompt "What is the capital of France?"
       qhal generate CKPT --prompt "Hello" --backend cpu_reference --json
     """
+    if policy not in ("exact", "error", "allow"):
+        raise typer.BadParameter(f"policy {policy!r}: generating runs the model, so choose exact, error or allow")
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint folder: it has no config.json")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,12 +38,15 @@ def generate(
     from qhal_engines.generation import chat_prompt
     from qhal_engines.generation import generate as run
 
+    qhal.select(backend)  # before anything is read: is there such a backend at all
     engine.install(backend, policy)  # type: ignore[arg-type]  # it checks the policy itself
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, QhalError):
+            raise
+        raise CheckpointError(f"{checkpoint}: transformers cannot load it: {error}") from error
     text = prompt if raw else chat_prompt(tokenizer, prompt)
     result = run(model, tokenizer, text, max_new_tokens, on_token=None if json else _show)
     plan = getattr(model, "qhal_plan", None)

@@ -13,6 +13,7 @@ import numpy as np
 from qhal.formats import Format
 from qhal.requests import NumericsClass
 from qhal_conformance.decode import Decoded
+from qhal_conformance.elements import round_wide
 from qhal_conformance.generator import F32, F64, I64
 from qhal_conformance.tolerance import Expected
 
@@ -60,6 +61,15 @@ class Product:
         return np.asarray(np.sqrt(total))
 
     @cached_property
+    def rounding(self) -> F64:
+        """The error of the product when its operands are rounded to the 16-bit type."""
+        x, w = self.x.value, self.w.value
+        error = x.astype(np.float64) @ (round_wide(self.kind16, w).astype(np.float64) - w).T
+        if not self.x_plain:
+            error = error + (round_wide(self.kind16, x).astype(np.float64) - x) @ w.astype(np.float64).T
+        return np.asarray(error)
+
+    @cached_property
     def aligned(self) -> tuple[F64, F64]:
         """What aligning products to the largest of 128 and cutting 13 bits below it may lose: (one-sided, random).
 
@@ -85,6 +95,7 @@ class Product:
         sixteen = numerics == NumericsClass.DEQUANT_16
         reduced = numerics == NumericsClass.REDUCED_ACC
         fp16 = self.kind16 == "fp16"
+        deviation = np.sqrt((self.x.value.astype(np.float64) ** 2).sum(-1, keepdims=True)) * 2.0**-24 / 12**0.5
         subnormal = np.abs(self.x.value.astype(np.float64)).sum(-1, keepdims=True) * 2.0**-25
         return Expected(
             ref=self.ref,
@@ -98,7 +109,8 @@ class Product:
             operands=1 if self.x_plain else 2,
             unit16=2.0**-11 if fp16 else 2.0**-8,
             tiny=np.broadcast_to(subnormal, self.ref.shape) if fp16 else 0.0,
-            draws=self.w.value.shape[0],
+            rounding=self.rounding if sixteen else 0.0,
+            tiny_spread=np.broadcast_to(deviation, self.ref.shape) if fp16 else 0.0,
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import qhal
 import qhal_schemes
+from qhal.errors import PolicyError
 from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat
 from qhal.plan import Policy
 from qhal.prepared import PreparedLinear
@@ -205,7 +206,7 @@ def install(backend: str = "auto", policy: Policy = "error") -> None:
     nothing and is refused here. A second call replaces the settings of the first. `uninstall` puts the table back.
     """
     if policy not in POLICIES:
-        raise ValueError(f"policy {policy!r}: an engine runs the model, so it is one of {', '.join(POLICIES)}")
+        raise PolicyError(f"policy {policy!r}: an engine runs the model, so it is one of {', '.join(POLICIES)}")
     quantizer = type("QhalQuantizer", (QhalQuantizer,), {"backend": backend, "policy": policy})
     quantizers, configs = hf_auto.AUTO_QUANTIZER_MAPPING, hf_auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     for method in ("qhal", *qhal_schemes.known_methods()):

@@ -6,7 +6,7 @@ A format is one file and one entry point of the group `qhal.schemes`; see `qhal_
 from qhal_schemes.base import CheckpointWarning, MappingScheme, Scheme, SchemeMapping
 from qhal_schemes.checkpoint import Checkpoint, open_checkpoint
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.quantizing import quantize_checkpoint
+from qhal_schemes.quantize_files import quantize_checkpoint
 from qhal_schemes.registry import known_methods
 from qhal_schemes.source import TensorEntry, TensorIndex
 

@@ -32,15 +32,16 @@ class AWQMapping(SchemeMapping):
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         section = config.quantization
-        layout = section.get("version") or section.get("checkpoint_format") or section.get("format") or "gemm"
-        if str(layout).lower() != "gemm":
+        named = (section.get(key) for key in ("version", "checkpoint_format", "format"))
+        layout = next((n for n in named if n is not None and str(n).lower() != "gemm"), "gemm")
+        if layout != "gemm":
             raise CheckpointError(
-                f"unsupported: {config.folder / config.file}: AWQ layout {layout!r}; gemm can be read, gemv and others "
-                f"are planned"
+                f"unsupported: {config.folder / config.file}: AWQ layout {str(layout)[:80]!r}; gemm can be "
+                f"read, gemv and others are planned"
             )
         bits, size = (k if k in section else old for k, old in (("bits", "w_bit"), ("group_size", "q_group_size")))
         config.integer(bits, (4,))
-        config.boolean("zero_point", True)
+        self._symmetric = not config.boolean("zero_point", True)
         group_size = section.get(size)
         self._group = -1 if group_size == -1 else integer(config, section, size)
         table = ModuleTable(index)
@@ -91,11 +92,14 @@ class AWQMapping(SchemeMapping):
         checks.scales(self.index, f"{module}.scales", scale)
         if bias is not None:
             checks.finite(self.index, f"{module}.bias", bias)
+        zero = unpack_awq(t[f"{module}.qzeros"])
+        if self._symmetric and bool((zero != 8).any()):  # some readers would leave them out, others apply them
+            raise self.index.bad(f"{module}.qzeros", "8 everywhere, as zero_point is false", "other zero points")
         weight = QTensor(
             format=f.weight,
             codes=unpack_awq(t[f"{module}.qweight"]),
             scale=scale.t().contiguous(),
-            zero=unpack_awq(t[f"{module}.qzeros"]),
+            zero=zero,
         )
         return LinearSpec(weight, bias=None if bias is None else bias.float(), name=module)
 

@@ -68,6 +68,11 @@ class Checkpoint:
         self._index = mapping.index
         self._loading = Loading()
         self._formats: dict[str, LinearFormat] = {m: mapping.describe(m) for m in mapping.modules}
+        empty = next((f for f in self._formats.values() if f.n < 1 or f.k < 1), None)
+        if empty is not None:
+            raise CheckpointError(
+                f"{self.path}: {empty.name}: a quantized weight of shape [{empty.n}, {empty.k}] is empty"
+            )
         self._account: Account = account(mapping)
         self._plain = {m: describe_plain(self._index, m) for m in mapping.excluded}
         order = {name.rpartition(".")[0]: i for i, name in reversed(list(enumerate(self._index)))}

@@ -11,16 +11,22 @@ from torch import Tensor
 from qhal_schemes.source import TensorIndex
 
 
-def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = False) -> None:
-    """Scales must be finite and, unless a format rounds small ones to zero, not zero. E8M0 bytes: 255 is NaN."""
+def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = False, positive: bool = False) -> None:
+    """Scales must be finite and, unless a format rounds small ones to zero, not zero. E8M0 bytes: 255 is NaN.
+
+    Scales of weights may be negative (some tools use the code -8 for the largest value), those of inputs may not.
+    """
     if values.dtype == torch.uint8 or values.dtype == torch.float8_e8m0fnu:
         nan = int((values.view(torch.uint8) == 255).sum())
         if nan:
             raise index.bad(name, "exponents below 255 (NaN)", f"{nan} of {values.numel()} are 255")
         return
     numbers = values.float() if values.dtype.itemsize == 1 else values
-    if bool(torch.isfinite(numbers).all()) and (zero_ok or bool((numbers != 0).all())):
+    good = (numbers > 0).all() if positive else (numbers != 0).all()
+    if bool(torch.isfinite(numbers).all()) and (zero_ok or bool(good)):
         return
+    if positive and bool((numbers < 0).any()):
+        raise index.bad(name, "positive scales", f"{int((numbers < 0).sum())} negative of {numbers.numel()}")
     nan, inf = int(torch.isnan(numbers).sum()), int(torch.isinf(numbers).sum())
     zero = int((numbers == 0).sum())
     expected = "finite scales" if zero_ok else "finite scales that are not zero"
@@ -57,6 +63,15 @@ def group_index(index: TensorIndex, name: str, values: Tensor, groups: int) -> N
     low, high = (int(v) for v in torch.aminmax(values))
     if low < 0 or high >= groups:
         raise index.bad(name, f"group numbers 0..{groups - 1}", f"values {low}..{high}")
+
+
+def equal_groups(index: TensorIndex, name: str, values: Tensor, groups: int, size: int) -> None:
+    """A group index gives every group `size` columns, the last one the rest: kernels sort by group and count on it."""
+    found = torch.bincount(values.long(), minlength=groups).tolist()
+    wanted = [min(size, values.numel() - g * size) for g in range(groups)]
+    for g, (have, want) in enumerate(zip(found, wanted, strict=True)):
+        if have != want:
+            raise index.bad(name, f"{want} columns in group {g}", f"{have}")
 
 
 def sequential(values: Tensor, size: int) -> bool:

@@ -57,7 +57,10 @@ class CompressedTensorsMapping(SchemeMapping):
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         self._groups = read_groups(config)
-        self._version = str(config.quantization.get("version", ""))
+        version = config.quantization.get("version")
+        if version is not None and not isinstance(version, str):
+            raise config.bad("version", "the version of compressed-tensors, a text", version)
+        self._version = version or ""
         self._transforms = Transforms.read(config, index)
         self._cache = CacheScheme.read(config, index)
         self._sparse = _sparsity(config)
@@ -195,6 +198,10 @@ class CompressedTensorsMapping(SchemeMapping):
         if sparse and self._sparse is None:
             raise CheckpointError(f"{where}: holds sparse tensors, but sparsity_config names no sparse-24-bitmask")
         stored = ct_weights.locate(self.index, module, group, self._version, sparse)
+        a = group.inputs
+        if a is not None and a.group_size > 0 and stored.k % a.group_size:
+            path = f"config_groups.{group.name}.input_activations.group_size"
+            raise self.config.bad(path, f"a divisor of the {stored.k} columns (K) of {module}", a.group_size)
         for name, dtypes in self._input_names(module, group):
             scalar = name in self.index and self.index[name].shape == ()
             self.index.expect(name, dtypes, () if scalar else (1,))
@@ -256,7 +263,7 @@ class CompressedTensorsMapping(SchemeMapping):
         if a.dynamic is True:
             return Operand(fmt)
         name = f"{module}.{'input_global_scale' if a.strategy == 'tensor_group' else 'input_scale'}"
-        checks.scales(self.index, name, t[name])
+        checks.scales(self.index, name, t[name], positive=True)
         zero = t.get(f"{module}.input_zero_point")
         if zero is not None and a.symmetric:
             if bool(zero.float().ne(0).any()):
@@ -275,7 +282,7 @@ def _sparsity(config: CheckpointConfig) -> str | None:
         return None
     if name != "sparse-24-bitmask":
         raise CheckpointError(
-            f"unsupported: {config.folder / config.file}: sparsity_config.format {name!r}; "
+            f"unsupported: {config.folder / config.file}: sparsity_config.format {str(name)[:80]!r}; "
             f"sparse-24-bitmask and dense can be read, others are planned"
         )
     return str(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from qhal.errors import CheckpointError
-from qhal_schemes.source import load_json
+from qhal_schemes.strict_json import is_file, load_json
 
 _DTYPES = {
     "float32": torch.float32,
@@ -19,6 +20,8 @@ _DTYPES = {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 160
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +43,11 @@ class CheckpointConfig:
     @staticmethod
     def read(folder: Path) -> CheckpointConfig:
         """Read config.json and find the quantization section in it or in a file beside it."""
-        if not folder.is_dir():
+        path = folder / "config.json"
+        if not is_file(path) and not folder.is_dir():
             what = "is a file, expected a checkpoint folder" if folder.exists() else "does not exist"
             raise CheckpointError(f"{folder}: {what}")
-        path = folder / "config.json"
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(f"{folder}: config.json is missing")
         model = load_json(path)
         section, method, file = _section(folder, model)
@@ -58,13 +61,24 @@ class CheckpointConfig:
             return torch.bfloat16
         dtype = _DTYPES.get(str(name).removeprefix("torch."))
         if dtype is None:
-            raise CheckpointError(f"{self.folder / 'config.json'}: dtype {name!r}: known are {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: dtype {_SHORT.repr(name)}: known are {', '.join(_DTYPES)}"
+            )
         return dtype
 
     @property
     def tied(self) -> bool:
         """Whether the output head shares the embedding, so that the file has no lm_head."""
         return bool(self.value("tie_word_embeddings", True))
+
+    def count(self, key: str) -> int | None:
+        """A count of config.json (heads, features), None where it names none; CheckpointError if it is no count."""
+        value = self.value(key)
+        if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key}: expected a positive integer, found {_SHORT.repr(value)}"
+            )
+        return value
 
     def value(self, key: str, default: Any = None) -> Any:
         """A value of config.json, or of its text_config where a multimodal model keeps the decoder's values."""
@@ -76,7 +90,7 @@ class CheckpointConfig:
 
     def bad(self, key: str, expected: str, found: object) -> CheckpointError:
         """The error about a value of the quantization section."""
-        return CheckpointError(f"{self.folder / self.file}: {key}: expected {expected}, found {found!r}")
+        return CheckpointError(f"{self.folder / self.file}: {key}: expected {expected}, found {_SHORT.repr(found)}")
 
     def integer(self, key: str, allowed: Sequence[int] | None = None, default: int | None = None) -> int:
         """An integer of the quantization section, one of `allowed` or positive."""
@@ -130,7 +144,7 @@ def _section(folder: Path, model: Mapping[str, Any]) -> tuple[Mapping[str, Any],
                 return _named(folder, "config.json", place[key], key, default)
     for file in ("quantize_config.json", "quant_config.json"):
         path = folder / file
-        if path.is_file():
+        if is_file(path):
             section = load_json(path)
             old_awq = file == "quant_config.json" or str(section.get("version", "")).lower().startswith("gem")
             return _named(folder, file, section, "", "awq" if old_awq else "gptq")
@@ -145,5 +159,5 @@ def _named(
         raise CheckpointError(f"{where}: expected an object, found {type(section).__name__}")
     method = section.get("quant_method", default)
     if not isinstance(method, str) or not method:
-        raise CheckpointError(f"{where}: quant_method: expected the name of a method, found {method!r}")
+        raise CheckpointError(f"{where}: quant_method: expected the name of a method, found {_SHORT.repr(method)}")
     return section, method, file

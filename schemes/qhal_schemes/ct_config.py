@@ -6,6 +6,7 @@ valid there but not read here is refused by name, never passed over.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,12 +14,18 @@ from typing import Any
 
 from qhal.errors import CheckpointError
 from qhal.formats import Format
+from qhal_schemes.base import CheckpointWarning
 from qhal_schemes.config import CheckpointConfig, integer, names
 
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, MXFP8, MXFP6 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mxfp6-pack-quantized"
 FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP8, MXFP6)
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+_SCALE_DTYPES = ("float32", "float16", "bfloat16", "uint8", "float8_e8m0fnu", "float8_e4m3fn")
+_KEYS = frozenset({
+    "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+})  # fmt: skip
 _BITS = {"int": (2, 3, 4, 5, 6, 7, 8), "float": (4, 6, 8)}
 
 
@@ -69,7 +76,7 @@ def read_groups(config: CheckpointConfig) -> list[Group]:
     section = config.quantization
     status = section.get("quantization_status", "compressed")
     if status not in ("compressed", "frozen"):  # old versions write frozen for compressed files
-        raise _unsupported(config, "quantization_status", f"{status!r}: the weights are not compressed")
+        raise _unsupported(config, "quantization_status", f"{str(status)[:80]!r}: the weights are not compressed")
     groups = section.get("config_groups", {})
     if not isinstance(groups, dict):
         raise config.bad("config_groups", "an object of groups", groups)
@@ -85,11 +92,12 @@ def _group(config: CheckpointConfig, name: str, value: object) -> Group:
     weights = arguments(config, value.get("weights"), path + "weights.")
     if weights is None:
         raise _unsupported(config, path + "weights", "a group that quantizes inputs only")
-    fmt = value.get("format") or config.quantization.get("format")
+    fmt = value.get("format")
+    fmt = config.quantization.get("format") if fmt is None else fmt
     if fmt is None or fmt == "mixed-precision":
         raise config.bad(path + "format", f"one of {', '.join(FORMATS)}", fmt)
     if fmt not in FORMATS:
-        raise _unsupported(config, path + "format", f"{fmt!r}; can be read: {', '.join(FORMATS)}")
+        raise _unsupported(config, path + "format", f"{str(fmt)[:80]!r}; can be read: {', '.join(FORMATS)}")
     targets = names(config, value, "targets", path)
     if not targets:
         raise config.bad(path + "targets", "a list of names", value.get("targets"))
@@ -107,6 +115,8 @@ def _inputs(config: CheckpointConfig, value: object, fmt: str, path: str) -> Arg
     if not a.symmetric and a.kind == "float":
         raise config.bad(path + "symmetric", "true for floats", False)
     known = {"tensor": (True, False), "token": (True,), "group": (True,), "tensor_group": (True, "local")}
+    if a.kind == "int" and fmt not in (PACKED, INT, NAIVE):
+        raise _unsupported(config, path + "type", f"integer inputs of {fmt} weights")
     if a.dynamic not in known.get(a.strategy, ()):
         raise _unsupported(config, path + "strategy", f"inputs {a.strategy} with dynamic {a.dynamic}")
     if a.strategy == "tensor_group" and (a.kind, a.bits) != ("float", 4):
@@ -143,12 +153,22 @@ def arguments(config: CheckpointConfig, value: object, path: str) -> Arguments |
     symmetric, dynamic = value.get("symmetric", True), value.get("dynamic", False)
     if not isinstance(symmetric, bool):
         raise config.bad(path + "symmetric", "true or false", symmetric)
-    if dynamic not in (True, False, "local"):
+    if not isinstance(dynamic, bool) and dynamic != "local":
         raise config.bad(path + "dynamic", "true, false or local", dynamic)
     order = value.get("actorder")
-    if order not in (None, False, True, "group", "dynamic", "weight", "static"):
+    if not (order is None or isinstance(order, bool) or order in ("group", "dynamic", "weight", "static")):
         raise config.bad(path + "actorder", "group, weight or null", order)
     dtype = str(value.get("scale_dtype") or "").removeprefix("torch.")
+    if value.get("scale_dtype") is not None and dtype not in _SCALE_DTYPES:
+        raise config.bad(path + "scale_dtype", f"null or one of {', '.join(_SCALE_DTYPES)}", value["scale_dtype"])
+    unknown = [key for key in value if key not in _KEYS]
+    if unknown:
+        warnings.warn(
+            f"{config.folder / config.file}: {path}{unknown[0][:80]}: no argument of compressed-tensors that is known "
+            f"here; it is not looked at",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     block = _block_structure(config, value, path) if strategy == "block" else (1, 1)
     in_order = order in (True, "group", "dynamic")
     return Arguments(bits, kind, symmetric, strategy, size or -1, block, dynamic, in_order, dtype == "uint8")

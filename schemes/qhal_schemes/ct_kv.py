@@ -53,6 +53,7 @@ class CacheScheme:
             raise CheckpointError(f"{index.folder}: kv_cache_scheme is given, but no attention module is in the file")
         scheme = CacheScheme(config, index, a, dict(sorted(layers.items())))
         for layer in scheme.layers:
+            scheme._check_heads(layer)
             for name, dtypes in scheme.names(layer):
                 shape = index[name].shape if name in index else ()
                 heads = scheme.heads if a.strategy == "attn_head" else 1
@@ -61,11 +62,21 @@ class CacheScheme:
                 index.expect(name, dtypes, () if shape == () and heads == 1 and name in index else wanted)
         return scheme
 
+    def _check_heads(self, layer: int) -> None:
+        """Heads times features must be the rows of k_proj, whose output is what the cache holds."""
+        heads, dim, module = self.heads, self._dim(), f"{self.layers[layer]}.k_proj"
+        leaves = (self.index.entries.get(f"{module}.{leaf}") for leaf in ("weight", "weight_packed", "compressed"))
+        rows = next((e.shape[0] for e in leaves if e is not None and e.shape), None)
+        if heads and dim and rows is not None and rows != heads * dim:
+            raise CheckpointError(
+                f"{self.config.folder / 'config.json'}: num_key_value_heads {heads} and head_dim {dim} need a k_proj "
+                f"of {heads * dim} rows, {module} has {rows}"
+            )
+
     @property
     def heads(self) -> int:
         """Key-value heads, 0 where the configuration does not say."""
-        value = self.config.value("num_key_value_heads", self.config.value("num_attention_heads", 0))
-        return value if type(value) is int else 0
+        return self.config.count("num_key_value_heads") or self.config.count("num_attention_heads") or 0
 
     def names(self, layer: int) -> list[tuple[str, tuple[str, ...]]]:
         """The tensors of one layer's cache and the dtypes they may have; none for a dynamic cache."""
@@ -84,11 +95,9 @@ class CacheScheme:
         return input_format(self.arguments, stored)
 
     def _dim(self) -> int:
-        value = self.config.value("head_dim")
-        if type(value) is int:
-            return value
-        hidden, heads = self.config.value("hidden_size", 0), self.config.value("num_attention_heads", 0)
-        return hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else 0
+        value = self.config.count("head_dim")
+        hidden, heads = self.config.count("hidden_size"), self.config.count("num_attention_heads")
+        return value or (hidden // heads if hidden and heads else 0)
 
     def describe(self, layer: int) -> KVFormat:
         """The format of one layer's cache."""
@@ -106,7 +115,7 @@ class CacheScheme:
         if self.arguments.dynamic is True:
             return Operand(fmt)
         scale, zero_name = self.index.read(f"{module}.{part}_scale"), f"{module}.{part}_zero_point"
-        checks.scales(self.index, f"{module}.{part}_scale", scale)
+        checks.scales(self.index, f"{module}.{part}_scale", scale, positive=True)
         zero = self.index.read(zero_name) if zero_name in self.index else None
         if zero is not None and self.arguments.symmetric:
             if bool(zero.float().ne(0).any()):

@@ -64,9 +64,9 @@ def find_groups(modules: Iterable[str]) -> dict[str, ExpertGroup]:
 def activation(config: CheckpointConfig) -> Activation:
     """The function between the two products, from hidden_act."""
     name = config.value("hidden_act", config.value("hidden_activation", "silu"))
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
-            f"unsupported: {config.folder / 'config.json'}: hidden_act {name!r} between expert products; "
+            f"unsupported: {config.folder / 'config.json'}: hidden_act {str(name)[:80]!r} between expert products; "
             f"known: {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]

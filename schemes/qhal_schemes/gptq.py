@@ -4,8 +4,8 @@ qweight int32 [K*bits/32, N], qzeros int32 [G, N*bits/32], scales [G, N], g_idx 
 W[n, k] = (q - zero[g_idx[k]]) * scale[g_idx[k]]. Both packings are dense bit streams. Sources: AutoGPTQ and GPTQModel,
 checkpoints written by GPTQModel 7.7.
 
-Some files name one zero-point format and hold the other. Where that is certain (sym, and every zero point one off the
-middle) reading is refused; `"qhal_zero_format": "v1"` or `"v2"` in the quantization section decides it.
+Some files name one zero-point format and hold the other. Where sym is true every zero point must be the middle of the
+codes, or reading is refused; `"qhal_zero_format": "v1"` or `"v2"` in the quantization section decides it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig, integer
-from qhal_schemes.matching import PathPatterns
+from qhal_schemes.matching import PathPatterns, compile_pattern
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack, words, wrap
 from qhal_schemes.plain import ELEMENT_OF, BlockRules
@@ -98,7 +98,7 @@ class GPTQMapping(SchemeMapping):
                 f"{module}.qweight", f"K and N that fill whole words of {s.bits}-bit codes", f"N={rows}, K={columns}"
             )
         size = columns if s.group_size == -1 else s.group_size
-        groups = -(-columns // size)
+        groups = -(-columns // max(size, 1))
         scale = self.index.expect(f"{module}.scales", tuple(WIDE), (groups, rows))
         self.index.expect(f"{module}.qzeros", ("I32",), (groups, words(rows, s.bits)))
         bias = f"{module}.bias" in self.index
@@ -120,12 +120,13 @@ class GPTQMapping(SchemeMapping):
         t = self.index.read_all(self.tensors(module))
         scale, g_idx = t[f"{module}.scales"], t[f"{module}.g_idx"]
         checks.scales(self.index, f"{module}.scales", scale)
-        checks.group_index(self.index, f"{module}.g_idx", g_idx, scale.shape[0])
         size = f.k if s.group_size == -1 else s.group_size
+        checks.group_index(self.index, f"{module}.g_idx", g_idx, scale.shape[0])
         if not f.group_index and not checks.sequential(g_idx, size):
             raise self.index.bad(
                 f"{module}.g_idx", f"column k in group k // {size}, as desc_act is false", "another order"
             )
+        checks.equal_groups(self.index, f"{module}.g_idx", g_idx, scale.shape[0], size)
         bias = t.get(f"{module}.bias")
         if bias is not None:
             checks.finite(self.index, f"{module}.bias", bias)
@@ -146,7 +147,9 @@ class GPTQMapping(SchemeMapping):
             zeros = (raw + 1) & ((1 << s.bits) - 1)
         middle = 1 << (s.bits - 1)
         other = middle + 1 if self._v1 else middle - 1
-        if s.sym and "qhal_zero_format" not in self.config.quantization and bool((zeros == other).all()):
+        if not s.sym or "qhal_zero_format" in self.config.quantization or bool((zeros == middle).all()):
+            return zeros
+        if bool((zeros == other).all()):
             raise CheckpointError(
                 f"{self.index.folder}: {module}.qzeros: sym is true, so every zero point must be {middle}; read as "
                 f"{'gptq (v1)' if self._v1 else 'gptq_v2'} all are {other}, read as "
@@ -154,7 +157,10 @@ class GPTQMapping(SchemeMapping):
                 f'set "qhal_zero_format": "{"v2" if self._v1 else "v1"}" (or, to keep the reading as it is, '
                 f'"{"v1" if self._v1 else "v2"}") in the quantization section of {self.config.file}'
             )
-        return zeros
+        low, high = int(zeros.min()), int(zeros.max())
+        raise self.index.bad(
+            f"{module}.qzeros", f"{middle} everywhere, as sym is true (false, if the file is right)", f"{low}..{high}"
+        )
 
     def _settings(self, section: Mapping[str, Any], base: Settings | None, path: str) -> Settings:
         bits = integer(self.config, section, "bits", _BITS, base.bits if base else None, path)
@@ -181,8 +187,8 @@ class GPTQMapping(SchemeMapping):
             if not isinstance(values, dict):
                 raise self.config.bad(f"dynamic[{rule!r}]", "an object of settings", values)
             try:
-                compiled = re.compile(pattern)
-            except (re.error, RecursionError) as bad:
+                compiled = compile_pattern(pattern)
+            except (re.error, RecursionError, OverflowError) as bad:
                 raise self.config.bad(f"dynamic[{rule!r}]", "a regular expression", str(bad)) from None
             settings = None if skip else self._settings(values, self._default, f"dynamic[{rule!r}].")
             rules.append((rule, compiled, settings))
@@ -206,12 +212,18 @@ def _format(bits: int, group_size: int, scale: str) -> Format:
 def _zero_format(config: CheckpointConfig) -> bool:
     """Whether zero points are stored minus one (version 1)."""
     section = config.quantization
-    name = section.get("checkpoint_format") or section.get("format") or "gptq"
-    if section.get("is_marlin_format") is True or name not in ("gptq", "gptq_v2"):
+    named = [n for key in ("checkpoint_format", "format") if (n := section.get(key)) is not None]
+    name = "marlin" if config.boolean("is_marlin_format", False) else (named or ["gptq"])[0]
+    other = next((n for n in (name, *named) if n not in ("gptq", "gptq_v2")), None)
+    if other is not None:
         raise CheckpointError(
-            f"unsupported: {config.folder / config.file}: GPTQ format {name!r}; gptq and gptq_v2 can be read, "
-            f"gptq_p (planar) and marlin layouts are planned"
+            f"unsupported: {config.folder / config.file}: GPTQ format {str(other)[:80]!r}; gptq and gptq_v2 can be "
+            f"read, gptq_p (planar) and marlin layouts are planned"
         )
+    if section.get("pack_dtype", "int32") != "int32":
+        raise config.bad("pack_dtype", "int32, the words of every GPTQ file that can be read", section["pack_dtype"])
+    if len(set(named)) > 1 and "qhal_zero_format" not in section:
+        raise config.bad("format", f"{name}, as checkpoint_format says (zero points differ by one)", named[1])
     override = section.get("qhal_zero_format", "v1" if name == "gptq" else "v2")
     if override not in ("v1", "v2"):
         raise config.bad("qhal_zero_format", "v1 or v2", override)

@@ -22,6 +22,7 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """Fused modules of engines and models, and the projections they join, in order."""
 
+_WARNINGS = 20  # entries that match nothing and are named one by one: looking for near names takes a while
 _ALIAS = {part: fused for fused, parts in FUSED.items() for part in parts}
 LINEAR, EMBEDDING = "Linear", "Embedding"
 _LINEAR_CLASSES = frozenset({LINEAR, "LinearBase", "torch.nn.Linear", "torch.nn.modules.linear.Linear"})
@@ -46,6 +47,31 @@ def fused_parts(name: str) -> tuple[str, ...]:
     return tuple(f"{head}{dot}{part}" for part in FUSED.get(leaf, ()))
 
 
+_REPEAT = re.compile(r"[*+]|\{\d*,\d*\}")
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression of a configuration; re.error also for one whose search could take exponential time.
+
+    That takes a repeated group with a repetition or a choice inside, `(a+)+` or `(a|ab)*`; no list of modules needs it.
+    """
+    plain = _ATOM.sub("x", text)  # escapes and sets are single characters
+    opened: list[bool] = []  # for every open group: has it a repetition or a choice inside?
+    for at, character in enumerate(plain):
+        if character == "(":
+            opened.append(False)
+        elif character == ")" and opened:
+            inner = opened.pop()
+            if inner and _REPEAT.match(plain, at + 1):
+                raise re.error(f"a group that repeats what repeats or chooses, up to character {at + 1}")
+            if inner and opened:
+                opened[-1] = True
+        elif opened and (character == "|" or _REPEAT.match(plain, at)):
+            opened[-1] = True
+    return re.compile(text)
+
+
 class Patterns:
     """A list of names and `re:` patterns of a configuration; remembers which of them matched something."""
 
@@ -58,8 +84,8 @@ class Patterns:
         for p in self.patterns:
             if p.startswith("re:"):
                 try:
-                    self._regex.append((p, re.compile(p[3:])))
-                except (re.error, RecursionError) as bad:
+                    self._regex.append((p, compile_pattern(p[3:])))
+                except (re.error, RecursionError, OverflowError) as bad:
                     raise CheckpointError(f"{what}: {p!r} is no regular expression: {bad}") from None
 
     def find(self, name: str, kind: str = LINEAR) -> str | None:
@@ -98,9 +124,11 @@ class Patterns:
 
     def warn_unused(self, modules: Collection[str]) -> None:
         """One CheckpointWarning for every pattern that matches no module, with the names it may have meant."""
-        for pattern in self.unused():
+        unused = self.unused()
+        for i, pattern in enumerate(unused[: _WARNINGS + 1]):
+            rest = f"; and {len(unused) - _WARNINGS} more" if i == _WARNINGS else near_text(pattern, modules)
             warnings.warn(
-                f"{self.what}: {pattern!r} matches no module{near_text(pattern, modules)}",
+                f"{self.what}: {pattern[:200]!r} matches no module{rest}",
                 CheckpointWarning,
                 stacklevel=3,
             )

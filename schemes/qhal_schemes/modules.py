@@ -34,7 +34,8 @@ class ModuleTable(Mapping[str, dict[str, TensorEntry]]):
         self._table: dict[str, dict[str, TensorEntry]] = {}
         for name, entry in index.entries.items():
             module, _, leaf = name.rpartition(".")
-            self._table.setdefault(module, {})[leaf] = entry
+            if module:  # a parameter of the model itself belongs to no module
+                self._table.setdefault(module, {})[leaf] = entry
 
     def __getitem__(self, module: str) -> dict[str, TensorEntry]:
         return self._table[module]
@@ -92,12 +93,14 @@ def account(mapping: SchemeMapping) -> Account:
         owner = next((m for m in _ancestors(module) if m in quantized), None)
         if owner is not None:
             raise CheckpointError(
-                f"{index.folder / entry.file}: tensor {name} is extra: {mapping.config.method} reads "
+                f"{index.folder / entry.file}: tensor {name} is extra: {mapping.config.method or 'a float model'} has "
                 f"{', '.join(n.rpartition('.')[2] for n in mapping.tensors(owner))} of the quantized module {owner}"
             )
         if leaf in QUANTIZED_SUFFIXES or (leaf == "weight" and entry.dtype in _CODES):
             why = mapping.excluded.get(module)
-            rule = f"{module} is excluded by {why}" if why else f"no module that {mapping.config.method or 'it'} reads"
+            reader = f"no module that {mapping.config.method} reads"
+            reader = reader if mapping.config.method else "the checkpoint has no quantization section"
+            rule = f"{module} is excluded by {why}" if why else reader
             raise CheckpointError(
                 f"{index.folder / entry.file}: tensor {name} ({entry.dtype} {list(entry.shape)}) is extra: it looks "
                 f"quantized, but {rule}"

@@ -6,13 +6,9 @@ whose files are written (compressed_tensors/quantization/utils/helpers.py, calcu
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +26,13 @@ from qhal_schemes.compressed_tensors_writer import (
     POSSIBLE,
     Layout,
     dynamic_inputs,
-    pack_tensors,
     plan_layout,
-    tensor_layouts,
 )
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.matching import Patterns, is_router
+from qhal_schemes.matching import LINEAR, Patterns, is_router, module_class
 from qhal_schemes.modules import ModuleTable
-from qhal_schemes.source import TensorIndex, _inside, load_json
-from qhal_schemes.writing import AtomicDirectory, StreamingSafetensors, TensorLayout
-
-Progress = Callable[[int, int, str], None]
-"""Called after every quantized module with the number done, the number of all, and the module's name."""
+from qhal_schemes.plain import describe_plain
+from qhal_schemes.source import WIDE, TensorIndex
 
 WORDS: dict[str, tuple[str, str | None]] = {
     "int4": ("int4.g128*{scale}@qmax=7.5", None),
@@ -58,7 +49,6 @@ WORDS: dict[str, tuple[str, str | None]] = {
 """
 
 _WORD = re.compile(r"(u?)int([2-8])_(?:g(\d+)|row|channel)")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _CHUNK = 1 << 19  # weights that are encoded at once; bounds the float32 temporaries
 
 
@@ -66,6 +56,8 @@ def resolve_format(name: str | Format, dtype: torch.dtype) -> Layout:
     """What `name` means for a model of `dtype`: a word of WORDS, or a weight format by its own name (weights only)."""
     if isinstance(name, Format):
         return plan_layout(name)
+    if not isinstance(name, str):
+        raise FormatError(f"format {name!r}: expected the name of a format; words: {', '.join(WORDS)}")
     word, scale = name.strip(), dtype_name(dtype)
     found = _WORD.fullmatch(word)
     if found:
@@ -104,8 +96,10 @@ def choose(config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore:
         raise CheckpointError(
             f"{config.folder}: already quantized ({config.method}); quantize the checkpoint that it was made from"
         )
-    patterns = Patterns("ignore", ignore)
-    linears = ModuleTable(index).plain_linears()
+    patterns = Patterns("ignore", (ignore,) if isinstance(ignore, str) else ignore)
+    table = ModuleTable(index)
+    weights = {m: t["weight"] for m, t in table.items() if "weight" in t and module_class(m) == LINEAR}
+    linears = [m for m, weight in weights.items() if len(weight.shape) == 2]
     left: dict[str, str] = {}
     for module in linears:
         rule = patterns.find(module)
@@ -115,6 +109,8 @@ def choose(config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore:
             left[module] = "a router is not quantized"
         elif 0 in index[f"{module}.weight"].shape:
             left[module] = "an empty weight"
+        else:  # a weight of another dtype would stay plain in a file that says every Linear is quantized
+            index.expect(f"{module}.weight", tuple(WIDE), (None, None))
     modules = tuple(m for m in linears if m not in left)
     shared = ["lm_head"] if config.tied and "lm_head.weight" not in index else []
     for name in ("lm_head", *shared):
@@ -129,7 +125,8 @@ def choose(config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore:
 
 
 def _check_shapes(config: CheckpointConfig, index: TensorIndex, modules: Sequence[str], layout: Layout) -> None:
-    size = layout.group.weights.group_size
+    a, inputs = layout.group.weights, layout.group.inputs
+    size = max(a.group_size, -1 if inputs is None else inputs.group_size)
     wrong = {m: k for m in modules if size > 0 and (k := index[f"{m}.weight"].shape[1]) % size}
     if not wrong:
         return
@@ -212,23 +209,22 @@ class QuantizingMapping(SchemeMapping):
     def __init__(self, config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore: Sequence[str]) -> None:
         super().__init__(config, index)
         self._layout = layout
-        self._choice = choose(config, index, layout, ignore)
+        self.choice = choose(config, index, layout, ignore)
 
     @property
     def modules(self) -> Sequence[str]:
         """Every module that is quantized."""
-        return self._choice.modules
+        return self.choice.modules
 
     @property
     def excluded(self) -> Mapping[str, str]:
         """Linear modules that stay plain."""
-        return self._choice.left
+        return self.choice.left
 
     def describe(self, module: str) -> LinearFormat:
         """The format, as a reader of the written checkpoint would describe it."""
-        n, k = self.index[f"{module}.weight"].shape
         fmt = self._layout.input(dtype_name(self.config.dtype))
-        return LinearFormat(module, n, k, self._layout.stored, input=fmt, bias=f"{module}.bias" in self.index)
+        return replace(describe_plain(self.index, module), weight=self._layout.stored, input=fmt)
 
     def read(self, module: str) -> LinearSpec:
         """Read and quantize one module."""
@@ -250,117 +246,3 @@ def quantizing_mapping(
 ) -> QuantizingMapping:
     """A float checkpoint, quantized on the way in; see `resolve_format` for the names."""
     return QuantizingMapping(config, index, resolve_format(quantize, config.dtype), ignore)
-
-
-def quantize_checkpoint(
-    source: str | Path,
-    out: str | Path,
-    format: str | Format,
-    *,
-    ignore: Sequence[str] = ("lm_head",),
-    progress: Progress | None = None,
-    shard_bytes: int = 5_000_000_000,
-) -> dict[str, Any]:
-    """Quantize a float checkpoint into a standard compressed-tensors checkpoint; returns a JSON-able summary.
-
-    format       a word (int4_g32, int8, fp8, mxfp4, ... see WORDS) or a weight format (int4.g32*bf16@qmax=7.5)
-    ignore       module names or `re:` patterns that stay plain; routers and embeddings always do
-    shard_bytes  a larger checkpoint is split into files of at most this size
-
-    One module is in memory at a time. `out` appears whole or not at all, see `AtomicDirectory`. FormatError for a
-    format that no such checkpoint holds; CheckpointError for a source that is already quantized, shapes that do not
-    divide into groups (all are listed, before anything is written), NaN or Inf, an existing target, a full disk.
-    """
-    source, out = Path(source), Path(out)
-    config, index = CheckpointConfig.read(source), TensorIndex.open(source)
-    layout = resolve_format(format, config.dtype)
-    choice = choose(config, index, layout, ignore)
-    shards = _shards(index, choice, layout, shard_bytes)
-    needed = sum(one.nbytes for shard in shards for unit in shard.values() for one in unit.values())
-    done, chosen = 0, set(choice.modules)
-    with AtomicDirectory(out, needed=needed) as folder:
-        copied = _copy_others(source, folder.path)
-        names = _file_names(len(shards))
-        for file, shard in zip(names, shards, strict=True):
-            header = {name: one for unit in shard.values() for name, one in unit.items()}
-            with StreamingSafetensors(folder.path / file, header) as target:
-                for name in shard:
-                    module = name.removesuffix(".weight")
-                    if module not in chosen or module == name:
-                        target.write(name, index.read(name))
-                        continue
-                    for part, tensor in pack_tensors(module, quantize_weight(index, module, layout), layout).items():
-                        target.write(part, tensor)
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(choice.modules), module)
-        _write_json(folder.path, config, layout, choice, dict(zip(names, shards, strict=True)), needed)
-    weights = sum(index[f"{m}.weight"].shape[0] * index[f"{m}.weight"].shape[1] for m in choice.modules)
-    fmt = layout.input(dtype_name(config.dtype))
-    return {
-        "out": str(out),
-        "format": str(layout.weight),
-        "input": None if fmt is None else str(fmt),
-        "modules": len(choice.modules),
-        "weights": weights,
-        "plain": choice.left,
-        "files": [*names, *copied],
-        "bytes": needed,
-        "source_bytes": sum(entry.nbytes for entry in index.values()),
-    }
-
-
-Shard = dict[str, dict[str, TensorLayout]]
-"""Tensor of the source -> the tensors that take its place; a copied one stands for itself."""
-
-
-def _shards(index: TensorIndex, choice: Choice, layout: Layout, limit: int) -> list[Shard]:
-    chosen = set(choice.modules)
-    shards: list[Shard] = [{}]
-    size = 0
-    for name, entry in index.entries.items():
-        module = name.removesuffix(".weight")
-        unit = {name: TensorLayout(entry.dtype, entry.shape)}
-        if name.endswith(".weight") and module in chosen:
-            unit = tensor_layouts(module, entry.shape[0], entry.shape[1], layout)
-        clash = [part for part in unit if part != name and part in index]
-        if clash:
-            raise CheckpointError(f"{index.folder}: {clash[0]} is there already, beside the float weight {name}")
-        nbytes = sum(one.nbytes for one in unit.values())
-        if shards[-1] and size + nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = unit
-        size += nbytes
-    return shards
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def _copy_others(source: Path, target: Path) -> list[str]:
-    """Tokenizer, generation settings and the like; no weights, no hidden files, no folders."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if name == "config.json" or name.startswith(".") or name.endswith(_WEIGHTS) or not path.is_file():
-            continue
-        shutil.copyfile(_inside(source, name), target / name)
-        copied.append(name)
-    return copied
-
-
-def _write_json(
-    folder: Path, config: CheckpointConfig, layout: Layout, choice: Choice, files: Mapping[str, Shard], total: int
-) -> None:
-    if len(files) > 1:
-        weight_map = {part: file for file, shard in files.items() for unit in shard.values() for part in unit}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    model = load_json(config.folder / "config.json")
-    model["quantization_config"] = layout.section(choice.ignore)
-    text = json.dumps(model, indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -24,10 +24,10 @@ def load_scheme(method: str) -> Scheme:
     points = {_target(p): p for p in entry_points(group=GROUP) if p.name == method}
     if not points:
         known = known_methods()
-        near = difflib.get_close_matches(method, known, 1, 0.5)
+        near = difflib.get_close_matches(method[:80], known, 1, 0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise CheckpointError(
-            f"unknown quant_method {method!r}; known: {', '.join(known) or 'none'}{hint} "
+            f"unknown quant_method {method[:80]!r}; known: {', '.join(known) or 'none'}{hint} "
             f"(another format is a package with an entry point in {GROUP!r})"
         )
     if len(points) > 1:

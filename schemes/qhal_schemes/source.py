@@ -6,7 +6,6 @@ Pickled weights are never opened. Specification of the file format: https://gith
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qhal.errors import CheckpointError
+from qhal_schemes.strict_json import is_file, load_json, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,6 +35,7 @@ WIDE = frozenset({"F32", "F16", "BF16"})
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+_LONGEST_NAME, _MOST_AXES = 1024, 32
 _ONE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -149,19 +150,10 @@ class TensorIndex(Mapping[str, TensorEntry]):
         return CheckpointError(f"{self.folder / file}: {name}: expected {expected}, found {found}")
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError for anything else, and for a key that occurs twice."""
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
-    except (OSError, ValueError, RecursionError) as bad:
-        raise CheckpointError(f"{path}: no valid JSON: {bad}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def read_header(path: Path, file: str) -> list[TensorEntry]:
     """The entries of one safetensors file, in file order; every length and offset is checked against the file."""
+    if not is_file(path):  # a pipe would be waited for without end
+        raise CheckpointError(f"{path}: is {'no regular file' if path.exists() else 'missing'}")
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -172,10 +164,10 @@ def read_header(path: Path, file: str) -> list[TensorEntry]:
                     f"{path}: truncated or no safetensors file: {size} bytes, header of {length} bytes"
                 )
             raw = f.read(length)
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = parse_json(raw)
     except OSError as bad:
         raise CheckpointError(f"{path}: cannot be read: {bad.strerror}") from None
-    except (ValueError, RecursionError) as bad:
+    except ValueError as bad:
         raise CheckpointError(f"{path}: corrupt safetensors header: {bad}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: corrupt safetensors header: expected an object")
@@ -196,11 +188,16 @@ def _entry(path: Path, file: str, name: str, e: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (start, stop) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: {name}: corrupt header entry {str(e)[:80]!r}") from None
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise CheckpointError(f"{path}: {name}: corrupt header entry: shape {shape}, offsets {start}:{stop}")
+        raise CheckpointError(f"{path}: {name[:200]!r}: corrupt header entry {str(e)[:80]!r}") from None
+    if not (0 < len(name) <= _LONGEST_NAME and name.isprintable() and all(name.split("."))) or len(shape) > _MOST_AXES:
+        raise CheckpointError(
+            f"{path}: corrupt header entry {name[:200]!r}, a name of {len(name)} characters with {len(shape)} axes: "
+            f"expected 1 to {_LONGEST_NAME} printable characters, no empty part and at most {_MOST_AXES} axes"
+        )
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: unknown dtype {str(dtype)[:80]!r}; known: {', '.join(DTYPES)}")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)):
+        raise CheckpointError(f"{path}: {name}: corrupt header entry {str(e)[:200]!r}")
     if stop - start != prod(shape) * DTYPES[dtype].itemsize:
         raise CheckpointError(
             f"{path}: {name}: {dtype} {list(shape)} needs {prod(shape) * DTYPES[dtype].itemsize} bytes, "
@@ -212,18 +209,18 @@ def _entry(path: Path, file: str, name: str, e: Any, base: int) -> TensorEntry:
 def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The files to read and, for shards, the map from tensor to file."""
     index = folder / _INDEX_FILE
-    if index.is_file():
+    if is_file(index):
         weight_map = load_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
         files = list(dict.fromkeys(weight_map.values()))
         for name in files:
-            if not _inside(folder, name).is_file():
+            if not is_file(_inside(folder, name)):
                 raise CheckpointError(f"{index}: names the file {name}, which is missing")
-        if (folder / _ONE_FILE).is_file() and _ONE_FILE not in files:
+        if is_file(folder / _ONE_FILE) and _ONE_FILE not in files:
             raise CheckpointError(f"{folder}: both {_ONE_FILE} and {_INDEX_FILE} are there; remove one set of weights")
         return files, weight_map
-    if (folder / _ONE_FILE).is_file():
+    if is_file(folder / _ONE_FILE):
         return [_ONE_FILE], None
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(found) == 1:
@@ -249,7 +246,10 @@ def _inside(folder: Path, name: str) -> Path:
     allowed = [folder.resolve()]
     if folder.absolute().parent.name == "snapshots":  # the hub's cache links every file of a snapshot to its blobs
         allowed.append(folder.absolute().parent.parent.resolve() / "blobs")
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as bad:  # a loop of links, a name that no file can have
+        raise CheckpointError(f"{folder}: file name {name[:200]!r} cannot be followed: {bad}") from None
     if not any(target.is_relative_to(root) for root in allowed):
         raise CheckpointError(f"{folder}: {name} is a link to {target}, outside the checkpoint's folder")
     return path
@@ -268,11 +268,3 @@ def _agree(folder: Path, weight_map: dict[str, str], entries: dict[str, TensorEn
 
 def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:
     return len(found) == len(shape) and all(b is None or a == b for a, b in zip(found, shape, strict=True))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is duplicated")
-    return found

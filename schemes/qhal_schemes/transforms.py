@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -190,12 +191,19 @@ def _rules(config: CheckpointConfig, name: str, group: object) -> Sequence[_Rule
                 group=name,
                 kind=kind,
                 location=location,
-                inverse=bool(a.get("inverse", False)),
+                inverse=_flag(config, a, "inverse", where),
                 head_dim=head_dim,
-                randomize=bool(group.get("randomize", False)),
-                trained=bool(group.get("requires_grad", False)),
+                randomize=_flag(config, group, "randomize", path),
+                trained=_flag(config, group, "requires_grad", path),
                 targets=Patterns(f"{where}.targets", names(config, a, "targets", f"{where}.")),
                 ignore=Patterns(f"{where}.ignore", names(config, a, "ignore", f"{where}.")),
             )
         )
     return rules
+
+
+def _flag(config: CheckpointConfig, section: Mapping[str, Any], key: str, path: str) -> bool:
+    value = section.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise config.bad(f"{path}.{key}", "true or false", value)
+    return bool(value)

@@ -60,7 +60,10 @@ class AtomicDirectory:
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> AtomicDirectory:
-        self._check_target()
+        try:
+            self._check_target()
+        except (OSError, ValueError) as bad:  # a name too long, or one that no file can have
+            raise CheckpointError(f"{str(self.target)[:300]!r}: cannot be written: {bad}") from None
         self._catch_signals()
         try:
             self._make_parents()
@@ -93,6 +96,11 @@ class AtomicDirectory:
             raise self._error(bad) from bad
 
     def _check_target(self) -> None:
+        os.fsencode(str(self.target))
+        if "\0" in str(self.target):
+            raise ValueError("a NUL character in the name")
+        if self.target.is_symlink():
+            raise CheckpointError(f"{self.target}: is a link; name the folder itself")
         if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
             what = "a folder that is not empty" if self.target.is_dir() else "a file"
             raise CheckpointError(f"{self.target}: exists already and is {what}; name another one, or remove it first")
@@ -152,12 +160,16 @@ class AtomicDirectory:
 class AtomicFile(AtomicDirectory):
     """The same for one file: `path` is written inside the block and takes the target's name at its end.
 
-    An older file of that name is replaced, or stays as it was if the block fails; CheckpointError if it is a folder.
+    An older file of that name is replaced, or stays as it was if the block fails; CheckpointError if it is a folder,
+    a link or a device.
     """
 
     def _check_target(self) -> None:
-        if self.target.is_dir():
-            raise CheckpointError(f"{self.target}: is a folder; name a file")
+        if self.target.is_symlink():
+            raise CheckpointError(f"{self.target}: is a link to {self.target.resolve()}; name that file itself")
+        if self.target.exists() and not self.target.is_file():
+            what = "a folder" if self.target.is_dir() else "no regular file (a device, a pipe?)"
+            raise CheckpointError(f"{self.target}: is {what}; name a file")
 
     def _create(self) -> None:
         self.path.touch()

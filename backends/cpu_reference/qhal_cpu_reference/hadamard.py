@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qhal.elements import WIDE
 from qhal.errors import FormatError
-from qhal.rotations import TABLES, Dense, Diagonal, Hadamard, Kronecker, Permutation, Rotation
+from qhal.rotations import Dense, Diagonal, Hadamard, Kronecker, Permutation, Rotation, hadamard_table
 from qhal_cpu_reference.rounding import round_once
 
 
@@ -37,8 +37,9 @@ def misfits(kind: tuple[object, ...], n: int) -> Iterator[str]:
     elif name == "hadamard":
         order, k = sizes
         fits = order > 0 and n % order == 0 and k > 0 and order % k == 0 and (order // k) & (order // k - 1) == 0
-        if k > 1 and rest[2] not in TABLES:
-            yield f"no Hadamard table {rest[2]!r} of order {k}; known tables: {', '.join(TABLES) or 'none yet'}"
+        fault = _table_fault(str(rest[2]), k) if k > 1 else ""
+        if fault:
+            yield fault
     elif name == "kronecker":
         left, right = sizes
         known = max(left, 1) * max(right, 1)
@@ -50,6 +51,15 @@ def misfits(kind: tuple[object, ...], n: int) -> Iterator[str]:
         return
     if not fits:
         yield f"rotation {kind} does not fit {n} features"
+
+
+def _table_fault(name: str, k: int) -> str:
+    """Why there is no table of that name and order; "" if there is."""
+    try:
+        hadamard_table(name, k)
+    except FormatError as refusal:
+        return str(refusal)
+    return ""
 
 
 def _apply(x: Tensor, r: Rotation) -> Tensor:
@@ -76,9 +86,8 @@ def _hadamard(x: Tensor, r: Hadamard) -> Tensor:
         y = torch.stack([a + b, a - b], -2).reshape(y.shape)
         step *= 2
     if r.k > 1:
-        # the table as `Rotation.matrix` orients it; times sqrt(k) its entries are +1 and -1 again
-        table = (Hadamard(r.k, r.k, r.table, r.transpose).matrix(r.k) * math.sqrt(r.k)).round()
-        y = table.T @ y
+        table = hadamard_table(r.table, r.k).double()
+        y = (table.T if r.transpose else table) @ y
     return (y / math.sqrt(r.n)).reshape(x.shape)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from qhal.caches import AttentionBatch, KVCache, Limits, Plane, canonical_planes
 from qhal.codebooks import CodebookTensor
+from qhal.codecs import Codec, Collective
 from qhal.errors import FormatError, QhalError, UnsupportedError
 from qhal.formats import Format
 from qhal.groups import Groups
@@ -29,7 +30,18 @@ from qhal.requests import (
 from qhal.rotations import Rotation, kinds
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_cpu_reference import attention, gemm, grouped, hadamard, kv, memory, prepared, quantize, storage
+from qhal_cpu_reference import (
+    attention,
+    gemm,
+    grouped,
+    hadamard,
+    kv,
+    memory,
+    prepared,
+    process_group,
+    quantize,
+    storage,
+)
 from qhal_cpu_reference.prepared import PreparedRotation, PreparedWeight
 from qhal_cpu_reference.support import support
 
@@ -180,6 +192,22 @@ class CpuReference(QuantOps):
     def vq_decode(self, w: Prepared, *, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
         """See `gemm.vq_decode`."""
         return gemm.vq_decode(prepared.as_weight(w), rows, out)
+
+    def comm_quant(
+        self,
+        x: Tensor,
+        collective: Collective,
+        codec: Codec,
+        group: Any,
+        *,
+        splits: Sequence[int] | None = None,
+        decode: bool = True,
+        out: Tensor | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """See `comm.py` (numerics, `simulate`), `codec.py` (bytes) and `process_group.py` (errors and time)."""
+        pending = process_group.start(x, collective, codec, group, splits, decode, out)
+        return pending if async_op else pending.wait()
 
     def kv_planes(
         self, request: KVRequest, *, attention: Sequence[AttentionRequest] = ()

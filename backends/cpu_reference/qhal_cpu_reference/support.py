@@ -16,6 +16,7 @@ import torch
 
 from qhal.caches import canonical_planes
 from qhal.codebooks import STRUCTURED, CodebookFormat
+from qhal.codecs import Codec
 from qhal.elements import WIDE, element
 from qhal.encoding import encode
 from qhal.errors import QhalError
@@ -35,6 +36,7 @@ from qhal.requests import (
     Support,
     VQRequest,
 )
+from qhal_cpu_reference import codec
 from qhal_cpu_reference.gemm import copy_class
 from qhal_cpu_reference.hadamard import misfits
 from qhal_cpu_reference.kv import STATIC
@@ -55,10 +57,6 @@ def support(request: Request) -> Support:
 
 @lru_cache(maxsize=65536)
 def _support(request: Request) -> Support:
-    if isinstance(request, CommRequest):
-        return Support(
-            "not_implemented", "comm_quant is not written yet; use torch.distributed with unquantized tensors"
-        )
     if not isinstance(request, get_args(Request)):
         return Support("unsupported", f"{type(request).__name__} is no request of this interface")
     reasons = list(_reasons(request))
@@ -84,6 +82,12 @@ def _reasons(request: Request) -> Reasons:
         yield from _sizes(n=request.n, k=request.k)
         yield from _codebooks(request.w)
         yield from _float(request.out, "out")
+    elif isinstance(request, CommRequest):
+        yield from _float(request.x, "x")
+        yield from codec.refusals(request)
+        if isinstance(request.codec, Codec):
+            yield from dense(request.codec.format)
+            yield from encodable(request.codec.format)
 
 
 def _full(request: Request) -> Support:
@@ -101,6 +105,9 @@ def _full(request: Request) -> Support:
         executes, numerics = "float64 butterflies and matrices, one rounding at the end", NumericsClass.FP32_ACC
     elif isinstance(request, VQRequest):
         executes, numerics = "sum of codebook entries in fp32, one rounding", NumericsClass.FP32_ACC
+    elif isinstance(request, CommRequest):
+        executes, numerics = codec.words(request), codec.numerics(request)
+        invariant = request.codec.quantize_own and codec.row_wise(request.codec.format)
     else:
         executes = "qhal.encoding.encode"
     if arithmetic is not None:

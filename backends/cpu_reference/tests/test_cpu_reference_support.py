@@ -15,6 +15,7 @@ import qhal
 from qhal import (
     Activation,
     AttentionRequest,
+    Codec,
     CommRequest,
     Format,
     GemmRequest,
@@ -73,7 +74,11 @@ anything = st.one_of(
             st.tuples(st.sampled_from(["hadamard", "diagonal", "dense", "kronecker", "x"]), sizes, sizes), max_size=2
         ).map(tuple),
     ),
-    st.builds(CommRequest, collective=st.just("all_reduce"), codec=formats, world=sizes, x=dtypes, numel=sizes),
+    st.builds(
+        CommRequest, collective=st.sampled_from(["all_reduce", "all_gather", "x"]), world=sizes, x=dtypes, numel=sizes,
+        codec=st.builds(Codec, formats, order=st.sampled_from(["sequential", "parity"]), spikes=st.integers(0, 1)),
+        decode=st.booleans(),
+    ),
     st.sampled_from([None, 3, "gemm", [], GemmRequest(w=None, n="a", k=None, x=([],))]),  # type: ignore[arg-type]
 )  # fmt: skip
 
@@ -210,10 +215,6 @@ def test_only_stored_weights_are_sparse(ops):
 
 
 def test_what_is_not_written_says_so(ops):
-    r = CommRequest(collective="all_reduce", codec=Format.parse("int8_row"), world=2, x=torch.bfloat16, numel=8)
-    assert ops.supports(r).level == "not_implemented"
-    with pytest.raises(UnsupportedError, match="comm_quant"):
-        ops.comm_quant(torch.zeros(2), "all_reduce", None, None)
     with pytest.raises(UnsupportedError, match="graph capture"):
         ops.capture(lambda: None)
 

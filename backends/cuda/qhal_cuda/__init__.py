@@ -13,7 +13,15 @@ def backend() -> BackendInfo:
     """The light description that the entry point `qhal.backends` gives."""
     from qhal_cuda.probe import probe
 
-    return BackendInfo("cuda", (0, 1), order=10, probe=probe, load=_load, offline=_offline)
+    return BackendInfo(
+        "cuda",
+        (0, 1),
+        order=10,
+        probe=probe,
+        load=_load,
+        offline=_offline,
+        archs=("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),
+    )
 
 
 def _load(device: Device) -> QuantOps:

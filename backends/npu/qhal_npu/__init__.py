@@ -13,7 +13,9 @@ def backend() -> BackendInfo:
     """The light description that the entry point `qhal.backends` gives."""
     from qhal_npu.probe import probe
 
-    return BackendInfo("npu", (0, 1), order=30, probe=probe, load=_load, offline=_offline)
+    return BackendInfo(
+        "npu", (0, 1), order=30, probe=probe, load=_load, offline=_offline, archs=("A2", "A3", "A5", "310P")
+    )
 
 
 def _load(device: Device) -> QuantOps:

@@ -11,9 +11,9 @@ from qhal.selection import BackendInfo, Device
 
 def backend() -> BackendInfo:
     """The light description that the entry point `qhal.backends` gives."""
-    from qhal_rocm.probe import probe
+    from qhal_rocm.probe import ARCHITECTURES, probe
 
-    return BackendInfo("rocm", (0, 1), order=20, probe=probe, load=_load, offline=_offline)
+    return BackendInfo("rocm", (0, 1), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(ARCHITECTURES))
 
 
 def _load(device: Device) -> QuantOps:

@@ -1,0 +1,234 @@
+"""The wire of `comm_quant`: what a part of a tensor is between two ranks, byte for byte.
+
+A part [rows, K] is quantized on its own (`qhal.encoding`: blocks never reach into another part). Its bytes are every
+plane in the order of `QTensor.planes()`, nested planes in place: codes, scale (its codes, then its scales), zero,
+offset. A plane is its elements row by row as one little-endian bit stream: element i of b bits fills the bits i * b to
+i * b + b - 1 of the stream, bit j being bit j % 8 of byte j // 8; the last byte is filled up with zeros. Elements of 16
+and 32 bits are little-endian floats; integers are two's complement. With `Codec.planes` the codes are one such stream
+per bit plane, low bits first. Nothing else travels: shape and codec are known to both sides (`comm.py`, header).
+
+`order=parity`: within 64 columns of a row, even ones share a scale and odd ones share the next: the scale grid is
+[rows, 2 * ceil(K / 64)], a last short run has both. Codes stay in column order, so the order is a `group_index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qhal.codecs import Codec
+from qhal.elements import Element, element
+from qhal.encoding import encode
+from qhal.formats import Format
+from qhal.requests import CommRequest, NumericsClass
+from qhal.tensors import QTensor
+
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+VERSION = 1
+_RUN = 64  # columns whose even and odd members are the two groups of order=parity
+
+
+def refusals(r: CommRequest) -> Iterator[str]:
+    """Why this collective cannot be done, besides what `quantize` refuses; nothing if it can."""
+    c = r.codec
+    if not isinstance(c, Codec):
+        yield f"codec={c} is no Codec; write Codec(format)"
+        return
+    f, e = c.format, element(c.format.element)
+    if r.collective not in COLLECTIVES:
+        yield f"collective={r.collective!r}: choose one of {', '.join(COLLECTIVES)}"
+    if r.world < 1 or r.numel < 0:
+        yield f"world={r.world} must be at least 1 and numel={r.numel} at least 0"
+    if c.version != VERSION:
+        yield f"codec version {c.version} is not known here, {VERSION} is"
+    if c.order not in ("sequential", "parity"):
+        yield f"order={c.order!r}: choose sequential or parity"
+    if c.order == "parity" and (f.block is None or str(f.block) != f"g{_RUN // 2}"):
+        yield f"order=parity makes two groups of {_RUN // 2} out of {_RUN} columns: the format must have g{_RUN // 2}"
+    if c.spikes:
+        yield f"spikes={c.spikes}: which extremes, in which 16 bits and where they travel is not laid down yet; use 0"
+    if c.planes and (min(c.planes) < 1 or sum(c.planes) != e.bits or e.bits > 8):
+        yield f"planes={c.planes} must be positive and add up to the {e.bits} bits of {e.name}, at most 8"
+    if c.accumulate not in ("fp32", "fp16", "bf16"):
+        yield f"accumulate={c.accumulate!r}: choose fp32, fp16 or bf16"
+    if r.collective == "all_gather" and not c.quantize_own:
+        yield "all_gather with quantize_own=False would leave every rank with other numbers; use quantize_own=True"
+    if any(level.rule.special == "error" for level in _levels(f)):
+        yield f"{f}: special=error would stop one rank alone; use nan or saturate"
+    if not r.decode:
+        if r.collective not in ("all_gather", "all_to_all"):
+            yield f"decode=False leaves all_gather and all_to_all as a QTensor; the sum of {r.collective} is no QTensor"
+        if not c.quantize_own:
+            yield "decode=False needs quantize_own=True: a part that is not quantized does not fit into the QTensor"
+        if not row_wise(f):
+            yield f"decode=False needs scales that travel with their rows (row, g<k>); {f} has blocks across rows"
+
+
+def words(r: CommRequest) -> str:
+    """What runs, for people."""
+    if r.collective in ("all_gather", "all_to_all"):
+        return f"{r.codec.format} codes and scales over all_to_all_single, decoded in fp32, one rounding"
+    back = ", and back" if r.collective == "all_reduce" else ""
+    return f"two-shot: {r.codec.format} codes to their owner, summed in rank order in {r.codec.accumulate}{back}"
+
+
+def numerics(r: CommRequest) -> NumericsClass:
+    """Moving is exact; a sum is as good as its type."""
+    if r.collective in ("all_gather", "all_to_all"):
+        return NumericsClass.EXACT
+    return NumericsClass.FP32_ACC if r.codec.accumulate == "fp32" else NumericsClass.REDUCED_ACC
+
+
+def row_wise(f: Format) -> bool:
+    """Whether no block reaches beyond its row: a row's bits then depend on that row alone."""
+    return all(level.block is None or level.block.kind in ("row", "group") for level in _levels(f))
+
+
+def _levels(f: Format) -> Iterator[Format]:
+    yield f
+    for plane in (f.scale, f.zero, f.offset):
+        if plane is not None:
+            yield from _levels(plane)
+
+
+def encode_part(x: Tensor, codec: Codec) -> QTensor:
+    """Rows [rows, K] as codes and scales: `encode`, with the groups of codec.order."""
+    if codec.order == "sequential":
+        return encode(x, codec.format)
+    rows, k = x.shape
+    wide = pad(x, (0, -k % _RUN))  # zeros change no scale
+    runs = wide.shape[1] // _RUN
+    q = encode(wide.reshape(rows, runs, _RUN // 2, 2).transpose(-1, -2).reshape(wide.shape), codec.format)
+    codes = q.codes.reshape(rows, runs, 2, _RUN // 2).transpose(-1, -2).reshape(wide.shape)[:, :k].contiguous()
+    return replace(q, codes=codes, group_index=_parity(k))
+
+
+def wire_bytes(q: QTensor, codec: Codec) -> Tensor:
+    """What travels for a part that `encode_part` made: uint8 [wire_size(codec, rows, K)], laid out as said above."""
+    streams = [
+        _pack(plane, e, codec.planes if name == "codes" else ())
+        for (name, plane), e in zip(_planes(q), _elements(q.format), strict=True)
+    ]
+    return torch.cat(streams)
+
+
+def read_wire(data: Tensor, codec: Codec, rows: int, k: int) -> QTensor:
+    """The part [rows, K] that these bytes stand for: the inverse of `wire_bytes`, bit for bit."""
+    at = 0
+
+    def take(e: Element, n: int, columns: int, widths: tuple[int, ...]) -> Tensor:
+        nonlocal at
+        size = _size(e, n * columns, widths)
+        at += size
+        return _unpack(data[at - size : at], e, n * columns, widths).reshape(n, columns)
+
+    index = None if codec.order == "sequential" else _parity(k)
+    return _build(codec.format, rows, k, _columns(codec, k), take, codec.planes, index)
+
+
+@lru_cache(maxsize=4096)
+def wire_size(codec: Codec, rows: int, k: int) -> int:
+    """Bytes of a part [rows, K]."""
+    return _bytes(codec.format, rows, k, _columns(codec, k), codec.planes)
+
+
+def _columns(codec: Codec, k: int) -> int:
+    """How many columns the scale grid covers."""
+    return k if codec.order == "sequential" else k + -k % _RUN
+
+
+def _parity(k: int) -> Tensor:
+    column = torch.arange(k)
+    return (column // _RUN * 2 + column % 2).int()
+
+
+def _planes(q: QTensor) -> list[tuple[str, Tensor]]:
+    return [(name, plane) for name, plane in q.planes().items() if name != "group_index"]
+
+
+def _elements(f: Format) -> Iterator[Element]:
+    """The element of every plane, in the order of `QTensor.planes()`."""
+    for level in _levels(f):
+        yield element(level.element)
+
+
+def _bytes(f: Format, n: int, k: int, columns: int, widths: tuple[int, ...] = ()) -> int:
+    total = _size(element(f.element), n * k, widths)
+    if f.block is not None:
+        grid = f.block.grid(n, columns)
+        total += sum(_bytes(plane, *grid, grid[1]) for plane in (f.scale, f.zero, f.offset) if plane is not None)
+    return total
+
+
+def _build(
+    f: Format,
+    n: int,
+    k: int,
+    columns: int,
+    take: Callable[[Element, int, int, tuple[int, ...]], Tensor],
+    widths: tuple[int, ...] = (),
+    index: Tensor | None = None,
+) -> QTensor:
+    codes = take(element(f.element), n, k, widths)
+    if f.block is None:
+        return QTensor(f, codes)
+    grid = f.block.grid(n, columns)
+
+    def plane(inner: Format | None) -> Tensor | QTensor | None:
+        if inner is None:
+            return None
+        return take(element(inner.element), *grid, ()) if inner.plain else _build(inner, *grid, grid[1], take)
+
+    return QTensor(f, codes, scale=plane(f.scale), zero=plane(f.zero), offset=plane(f.offset), group_index=index)
+
+
+def _size(e: Element, count: int, widths: tuple[int, ...] = ()) -> int:
+    return sum(-(-count * bits // 8) for bits in widths or (e.bits,))
+
+
+def _pack(codes: Tensor, e: Element, widths: tuple[int, ...] = ()) -> Tensor:
+    raw = codes.contiguous().flatten().view(torch.uint8)
+    if e.bits > 8:
+        return raw
+    streams, shift = [], 0
+    for bits in widths or (e.bits,):
+        streams.append(_pack_bits((raw >> shift) & ((1 << bits) - 1), bits))
+        shift += bits
+    return torch.cat(streams)
+
+
+def _unpack(data: Tensor, e: Element, count: int, widths: tuple[int, ...] = ()) -> Tensor:
+    if e.bits > 8:
+        return data.clone().view(e.storage)  # a copy: a view needs an aligned start
+    raw, shift, at = torch.zeros(count, dtype=torch.uint8), 0, 0
+    for bits in widths or (e.bits,):
+        size = -(-count * bits // 8)
+        raw |= _unpack_bits(data[at : at + size], bits, count) << shift
+        shift, at = shift + bits, at + size
+    if e.kind == "int":
+        half = 1 << (e.bits - 1)
+        return ((raw.int() ^ half) - half).to(e.storage)
+    return raw.view(e.storage)
+
+
+def _pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes of `bits` bits as a bit stream: eight codes are a word of `bits` bytes."""
+    if bits == 8:
+        return codes
+    count = codes.numel()
+    words = pad(codes, (0, -count % 8)).reshape(-1, 8).long() << (torch.arange(8) * bits)
+    stream = (words.sum(1, keepdim=True) >> (torch.arange(bits) * 8)) & 255
+    return stream.to(torch.uint8).flatten()[: -(-count * bits // 8)]
+
+
+def _unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
+    if bits == 8:
+        return stream
+    whole = pad(stream, (0, -stream.numel() % bits)).reshape(-1, bits).long()
+    words = (whole << (torch.arange(bits) * 8)).sum(1, keepdim=True)
+    return ((words >> (torch.arange(8) * bits)) & ((1 << bits) - 1)).to(torch.uint8).flatten()[:count]

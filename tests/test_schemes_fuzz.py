@@ -1,0 +1,257 @@
+"""Mutated checkpoints: each is refused by one clear error, or decodes to the numbers of the unmutated one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import struct
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qhal.errors import CheckpointError, QhalError
+from qhal_schemes import Checkpoint, CheckpointWarning, open_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+SMALL = Path(__file__).parent / "golden"
+CASES = [
+    "awq/autoawq_b4_g128_gemm",
+    "compressed_tensors/moe_qwen3_fp8_dynamic",
+    "compressed_tensors/w4a16_g128_sym",
+    "gptq/b4_g128_sym_desc_act_v1",
+]
+VALUES = [None, "", -1, 3, 10**9, float("nan"), True, False, [], {}, [None], {"a": None}]
+
+
+def copied(case: str, folder: Path) -> Path:
+    folder.mkdir()
+    for path in (SMALL / case / "checkpoint").iterdir():
+        if path.name in ("config.json", "model.safetensors"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def decoded(ckpt: Checkpoint, modules: list[str]) -> Tensors:
+    return {m: ckpt.stored(m) for m in modules}
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        if key not in ("meta", "observer_kwargs", "dynamic", "targets"):
+            yield from places(inner, (*path, key))
+
+
+def edited(config: dict[str, Any], path: tuple[Any, ...], value: Any, *, delete: bool = False) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    place: Any = config
+    for key in path[:-1]:
+        place = place[key]
+    if delete:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return config
+
+
+def outcome(folder: Path, modules: list[str], right: Tensors, what: object) -> str:
+    """Either "refused" by one bounded error, or "same": every module that is still quantized has its numbers."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)
+            ckpt = open_checkpoint(folder)
+            ckpt.summary()
+            ckpt.layer_formats()
+            found = decoded(ckpt, modules)
+    except QhalError as bad:
+        assert 20 < len(str(bad)) < 6000, what
+        return "refused"
+    for module, weight in found.items():
+        assert torch.equal(weight, right[module]), f"{what} changed {module} silently"
+    return "same"
+
+
+# ---------------------------------------------------------------- sweeps over golden cases
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mutated_configurations(tmp_path: Path, case: str) -> None:
+    folder = copied(case, tmp_path / "c")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    ckpt = open_checkpoint(folder)
+    modules = list(ckpt.modules(quantized=True)[:2])
+    right = decoded(ckpt, modules)
+    seen = {"refused": 0, "same": 0}
+    for path in places(config):
+        if path[0] not in ("quantization_config", "hidden_act", "dtype", "num_hidden_layers", "tie_word_embeddings"):
+            continue
+        if path[-1] in ("observer", "observer_kwargs", "zp_dtype") or "meta" in path[:-1]:
+            continue  # how scales were found: not needed to read them
+        if "moe" in case and "input_activations" not in path and path[0] != "hidden_act":
+            continue  # a large one: only what the others do not have
+        for i, value in enumerate([*VALUES, None]):
+            new = edited(config, path, value, delete=i == len(VALUES))
+            file.write_text(json.dumps(new))
+            seen[outcome(folder, modules, right, (path, value))] += 1
+    assert min(seen.values()) > 30, seen
+
+
+def mutated(t: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Changes that can never decode to the right numbers, or never change them."""
+    for dtype in (torch.float64, torch.int64, torch.int8, torch.bool, torch.float8_e5m2):
+        if dtype != t.dtype:
+            yield f"as {dtype}", t.float().to(dtype)
+    yield "one axis more", t.unsqueeze(0)
+    if t.dim() != 1:
+        yield "flat", t.reshape(-1)
+    yield "scalar", t.reshape(-1)[0]
+    yield "empty", t.reshape(-1)[:0]
+    for axis in range(t.dim()):
+        raw = t.contiguous().view(torch.uint8) if t.dtype.itemsize == 1 else t
+        if t.shape[axis] > 1:
+            yield f"one less on axis {axis}", raw.narrow(axis, 0, t.shape[axis] - 1).view(t.dtype)
+        yield f"one more on axis {axis}", torch.cat([raw, raw.narrow(axis, 0, 1)], axis).view(t.dtype)
+        yield f"none on axis {axis}", raw.narrow(axis, 0, 0).view(t.dtype)
+    if t.dim() == 2 and t.shape[0] != t.shape[1]:
+        yield "transposed", t.t()
+    if t.is_floating_point() and t.dtype.itemsize > 1:
+        for value in (float("nan"), float("inf"), -float("inf"), 0.0):
+            bad = t.clone()
+            bad.view(-1)[-1] = value
+            yield f"{value}", bad
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mutated_tensors(tmp_path: Path, case: str) -> None:
+    folder = copied(case, tmp_path / "c")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    ckpt = open_checkpoint(folder)
+    module = ckpt.modules(quantized=True)[0]
+    right = decoded(ckpt, [module])
+    count = 0
+    for name in (n for n in tensors if n.rpartition(".")[0] == module):
+        rest = {n: t for n, t in tensors.items() if n != name}
+        changes = [(what, rest | {name: t}) for what, t in mutated(tensors[name])]
+        changes += [("dropped", rest), ("renamed", rest | {f"{name}_": tensors[name]})]
+        changes += [("doubled", tensors | {f"{name}.{module}": tensors[name].clone()})]
+        for what, new in changes:
+            save_file({n: t.contiguous() for n, t in new.items()}, file)
+            found = outcome(folder, [module], right, (name, what))
+            assert found == "refused" or what == "scalar", (name, what)
+            count += 1
+    assert count > 30
+
+
+def test_bit_flips_and_cuts_of_the_header(tmp_path: Path) -> None:
+    folder = copied("compressed_tensors/w4a16_g128_sym", tmp_path / "c")
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    ckpt = open_checkpoint(folder)
+    modules = list(ckpt.modules(quantized=True)[:1])
+    right = decoded(ckpt, modules)
+    length = struct.unpack("<Q", raw[:8])[0]
+    for i in range(150):
+        flipped = bytearray(raw)
+        flipped[i * 7919 % (8 + length)] ^= 1 << (i % 8)
+        file.write_bytes(flipped)
+        outcome(folder, modules, right, i)
+    for size in (0, 7, 8, *(len(raw) * i // 8 for i in range(1, 8)), len(raw) - 1):
+        file.write_bytes(raw[:size])
+        assert outcome(folder, modules, right, size) == "refused"
+    for wrong in (0, 1, length - 1, length + 1, len(raw), 1 << 63, (1 << 64) - 1):
+        file.write_bytes(struct.pack("<Q", wrong) + raw[8:])
+        assert outcome(folder, modules, right, wrong) == "refused"
+
+
+# ---------------------------------------------------------------- files
+
+
+def refused(action: Callable[[], object], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match) as info:
+        action()
+    assert len(str(info.value)) < 6000
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("a.weight", {"dtype": ["F32"]}, "unknown dtype"),
+        ("a.weight", {"dtype": {}}, "unknown dtype"),
+        ("a.weight", {"shape": [1] * 50_000}, "50000 axes: expected .* at most 32 axes"),
+        ("a.weight", {"shape": [10**400]}, "corrupt header entry"),
+        ("x" * 5000 + ".weight", {}, "a name of 5007 characters"),
+        ("a\0b.weight", {}, "printable characters"),
+        ("\x1b[2J.weight", {}, "printable characters"),
+        ("", {}, "a name of 0 characters"),
+        (".weight", {}, "no empty part"),
+        ("\ud800.weight", {}, "corrupt safetensors header"),
+    ],
+)
+def test_header_entries(tmp_path: Path, name: str, change: dict[str, Any], match: str) -> None:
+    entry = {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} | change
+    text = json.dumps({name: entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    (tmp_path / "config.json").write_text("{}")
+    refused(lambda: open_checkpoint(tmp_path), match)
+
+
+def test_a_duplicated_key_among_many_is_found_fast(tmp_path: Path) -> None:
+    pairs = ",".join(f'"k{i}": 0' for i in range(100_000))
+    (tmp_path / "config.json").write_text(f'{{{pairs}, "k99999": 1}}')
+    start = time.perf_counter()
+    refused(lambda: open_checkpoint(tmp_path), "key 'k99999' is duplicated")
+    assert time.perf_counter() - start < 10, "linear in the number of keys"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"a": ' + "[" * 500 + "]" * 500 + "}", "nested more than 64 levels"),
+        ('{"quantization_config": {"quant_method": ' + "[" * 60 + "]" * 60 + "}}", "expected the name of a method"),
+        ('{"a": "\\ud800"}', "no valid JSON"),
+        (json.dumps({"quantization_config": {"quant_method": "x" * 100_000}}), "unknown quant_method 'xxx"),
+    ],
+)
+def test_json_that_would_break_its_users(tmp_path: Path, text: str, match: str) -> None:
+    save_file({"m.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    refused(lambda: open_checkpoint(tmp_path), match)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_weights_that_are_no_regular_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    os.mkfifo(file)  # reading it would wait for ever
+    refused(lambda: open_checkpoint(tmp_path), "no regular file")
+    file.unlink()
+    file.mkdir()
+    refused(lambda: open_checkpoint(tmp_path), "no regular file")
+    file.rmdir()
+    file.symlink_to(file)
+    refused(lambda: open_checkpoint(tmp_path), "cannot be|is missing")
+    file.unlink()
+    file.symlink_to("nothing")
+    refused(lambda: open_checkpoint(tmp_path), "is missing")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "a\0b", ".", "config.json"])
+def test_file_names_of_an_index(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    refused(lambda: open_checkpoint(tmp_path), "cannot be|outside|missing|no valid JSON|no safetensors file")
+
+
+def test_folders_that_no_system_has(tmp_path: Path) -> None:
+    refused(lambda: open_checkpoint(tmp_path / ("x" * 300)), "cannot be read: File name too long")
+    refused(lambda: open_checkpoint(tmp_path / "a\0b"), "does not exist|cannot be read")
