@@ -129,8 +129,9 @@ def dequantize(
             for module in ckpt.modules(quantized=True):
                 spec = ckpt.spec(module)
                 target.write(f"{module}.weight", (spec.stored() if stored else spec.effective()).to(chosen))
-                if spec.bias is not None:
-                    target.write(f"{module}.bias", spec.bias.to(chosen))
+                if spec.bias is not None:  # a stored bias stands before an output rotation, the spec's behind it
+                    bias = ckpt.tensor(f"{module}.bias") if stored else spec.bias
+                    target.write(f"{module}.bias", bias.to(chosen))
                 shown.advance(task)
             for name in plain:
                 value = ckpt.tensor(name)

@@ -6,13 +6,14 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qhal.errors import CheckpointError
+from qhal.errors import CheckpointError, ShardError
 from qhal.layer_formats import ExpertsFormat, LayerFormat, LinearFormat
 from qhal.specs import ExpertsSpec, KVSpec, LinearSpec
 from qhal_schemes import experts as expert_modules
@@ -44,6 +45,8 @@ def open_checkpoint(path: str | Path, quantize: str | None = None) -> Checkpoint
     tensors that are missing, extra or of a wrong shape or dtype, and modules that are neither quantized nor excluded
     by a named rule. What only values can show (NaN scales, group indices) is found when a module is read.
     """
+    if not isinstance(path, str | PathLike):
+        raise CheckpointError(f"open_checkpoint({path!r}): give the path of a checkpoint folder")
     folder = Path(path)
     config = CheckpointConfig.read(folder)
     index = TensorIndex.open(folder)
@@ -187,12 +190,16 @@ class Checkpoint:
         A fused name that the file does not have (`qkv_proj`) stands for its parts. Each part is cut before they are
         joined, so that every rank holds its own slice of each projection.
         """
+        if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise CheckpointError(f"{self.path}: {names!r}: give a module's name, or a list of names to fuse")
         wanted = [names] if isinstance(names, str) else list(names)
         parts = [p for name in wanted for p in self._parts(name)]
         if not parts:
             raise CheckpointError(f"{self.path}: no module names were given")
         specs = [self.spec(part) for part in parts]
         if shard is not None:
+            if not isinstance(shard, tuple) or [type(n) for n in shard] != [int, int, int] or shard[0] not in (0, 1):
+                raise ShardError(f"shard={shard!r}: give (dim, rank, world), dim 0 for rows or 1 for columns")
             dim, rank, world = shard
             specs = [spec.shard(dim, rank, world) for spec in specs]
         return LinearSpec.concat(specs)
@@ -219,11 +226,12 @@ class Checkpoint:
     def experts_spec(self, prefix: str, experts: range | tuple[int, int] | None = None) -> ExpertsSpec:
         """Experts stacked: [E, 2I, K] gate rows first, [E, K, I]. experts: range or (first, count), default all."""
         group = self._group(prefix)
-        if isinstance(experts, range):
-            if experts.step != 1:
-                raise CheckpointError(f"{prefix}: experts must be consecutive, got {experts}")
+        if isinstance(experts, range) and experts.step == 1:
             experts = (experts.start, len(experts))
-        first, count = experts if experts is not None else (0, group.count)
+        pair = (0, group.count) if experts is None else experts
+        if not isinstance(pair, tuple) or [type(n) for n in pair] != [int, int]:
+            raise CheckpointError(f"{prefix}: experts={experts!r}: give a range of step 1, or (first, count)")
+        first, count = pair
         act = expert_modules.activation(self._mapping.config)
         return expert_modules.read_group(group, self.spec, act, first, count)
 
@@ -243,6 +251,9 @@ class Checkpoint:
 
     def kv_format(self, layer: int) -> KVSpec | None:
         """How the cache of a layer is quantized, static scales read; None: the checkpoint does not quantize it."""
+        count = self._mapping.config.value("num_hidden_layers")
+        if type(layer) is not int or layer < 0 or (type(count) is int and layer >= count):
+            raise CheckpointError(f"{self.path}: no layer {layer!r}; layers are 0..{count - 1 if count else '?'}")
         return self._mapping.kv(layer)
 
     # ---------------------------------------------------------------- accounts

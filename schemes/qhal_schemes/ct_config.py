@@ -20,6 +20,8 @@ from qhal_schemes.config import CheckpointConfig, integer, names
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, MXFP8, MXFP6 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mxfp6-pack-quantized"
 FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP8, MXFP6)
+_WHOLE = ("mixed-precision", "dense")
+"""What stands for a whole file whose groups have formats of their own."""
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _SCALE_DTYPES = ("float32", "float16", "bfloat16", "uint8", "float8_e8m0fnu", "float8_e4m3fn")
 _KEYS = frozenset({
@@ -92,8 +94,11 @@ def _group(config: CheckpointConfig, name: str, value: object) -> Group:
     weights = arguments(config, value.get("weights"), path + "weights.")
     if weights is None:
         raise _unsupported(config, path + "weights", "a group that quantizes inputs only")
+    whole = config.quantization.get("format")
+    if whole is not None and whole not in (*FORMATS, *_WHOLE):
+        raise _unsupported(config, "format", f"{str(whole)[:80]!r}; can be read: {', '.join((*FORMATS, *_WHOLE))}")
     fmt = value.get("format")
-    fmt = config.quantization.get("format") if fmt is None else fmt
+    fmt = whole if fmt is None else fmt
     if fmt is None or fmt == "mixed-precision":
         raise config.bad(path + "format", f"one of {', '.join(FORMATS)}", fmt)
     if fmt not in FORMATS:

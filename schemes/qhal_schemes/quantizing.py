@@ -111,6 +111,7 @@ def choose(config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore:
             left[module] = "an empty weight"
         else:  # a weight of another dtype would stay plain in a file that says every Linear is quantized
             index.expect(f"{module}.weight", tuple(WIDE), (None, None))
+    _refuse_fused_experts(config, index, patterns)
     modules = tuple(m for m in linears if m not in left)
     shared = ["lm_head"] if config.tied and "lm_head.weight" not in index else []
     for name in ("lm_head", *shared):
@@ -122,6 +123,18 @@ def choose(config: CheckpointConfig, index: TensorIndex, layout: Layout, ignore:
         )
     _check_shapes(config, index, modules, layout)
     return Choice(modules, left, (*left, *shared))
+
+
+def _refuse_fused_experts(config: CheckpointConfig, index: TensorIndex, patterns: Patterns) -> None:
+    """Experts kept as one 3-D parameter are no Linear modules: they must not stay plain without a word."""
+    for name, entry in index.items():
+        if len(entry.shape) < 3 or "experts" not in name.split("."):
+            continue
+        if patterns.find(name) is None:
+            raise CheckpointError(
+                f"unsupported: {config.folder / entry.file}: {name} {list(entry.shape)} holds all experts in one "
+                f"parameter; only experts with a module each are quantized. Name it in `ignore` to keep it plain"
+            )
 
 
 def _check_shapes(config: CheckpointConfig, index: TensorIndex, modules: Sequence[str], layout: Layout) -> None:
