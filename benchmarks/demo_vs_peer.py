@@ -3,10 +3,10 @@
     python benchmarks/demo_vs_peer.py [FOLDER] [--text FILE] [--backend auto] [--repeats 7] [--json]
 
 FOLDER is any checkpoint both can read; the default is the demo's (`make demo` makes it). Every runtime is a process of
-its own; decode speed is measured in turns (A B, B A, ...), and the ratios are medians of the ratios of the turns. The bar
-is on the clock, so run it on an idle machine; tokens per second of processor time, which other programs hardly change,
-stand beside it. Bars: perplexity equal to four digits, decode ratio at least 1, and peak memory while loading at most
-1.25 times what the loaded model keeps plus its largest module.
+its own; decode speed is measured in turns (A B, B A, ...), and the ratios are medians of the ratios of the turns. The
+bar is on the clock, so run it on an idle machine; tokens per second of processor time, which other programs hardly
+change, stand beside it. Bars: perplexity equal to four digits, decode ratio at least 1, and peak memory while loading
+at most 1.25 times what the loaded model keeps plus its largest module.
 """
 
 from __future__ import annotations

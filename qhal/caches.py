@@ -15,10 +15,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qhal.elements import element
+from qhal.elements import Element, decode, element
 from qhal.errors import FormatError
 from qhal.formats import Format
 from qhal.requests import KVRequest
+from qhal.rounding import to_plane
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,38 @@ def _planes(name: str, fmt: Format, axes: tuple[int, ...], page: int) -> list[Pl
     return found
 
 
+def _part(request: KVRequest, name: str) -> tuple[Format, str] | None:
+    """(format of the plane's numbers, kind of its blocks) of "k.scale", "v.scale.codes", ..."""
+    prefixes = ("latent", "rope") if request.kind == "mla" else ("k", "v")
+    row, _, rest = name.partition(".")
+    part, _, level = rest.partition(".")
+    if row not in prefixes or part not in ("scale", "zero", "offset"):
+        return None
+    fmt = request.k if row == prefixes[0] else request.v
+    plane: Format | None = getattr(fmt, part)
+    if plane is None or fmt.block is None or level not in ("", "codes", "scale"):
+        return None
+    if level == "scale":
+        return None if plane.scale is None else (plane.scale, "tensor")
+    return plane, fmt.block.kind
+
+
+def _static_element(request: KVRequest, name: str) -> Element | None:
+    """The element type of a canonical plane of numbers; None for a plane that only a private layout has."""
+    found = _part(request, name)
+    return None if found is None else element(found[0].element)
+
+
+def _is_paged(request: KVRequest, name: str) -> bool:
+    found = _part(request, name)
+    return name.endswith(".codes") if found is None else found[1] in ("row", "group")
+
+
+def _shift(name: str) -> bool:
+    """Whether the plane is added or subtracted: it may be 0, and starts there."""
+    return name.endswith((".zero", ".offset"))
+
+
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """Everything of a cache that must move together.
@@ -111,28 +144,47 @@ class KVCache:
         planes: Sequence[Plane] | None = None,
         layout: str = "canonical",
     ) -> KVCache:
-        """A cache of `pages` zeroed pages; static scales are 1. Pass what `QuantOps.kv_planes` returned."""
+        """A cache of `pages` zeroed pages; static scales are 1, zero points and offsets 0.
+
+        planes  what `QuantOps.kv_planes` returned. FormatError for less than one page
+        """
+        if type(pages) is not int or pages < 1:
+            raise FormatError(f"a cache has at least 1 page, not {pages!r}")
         tensors: dict[str, Tensor] = {}
         host: dict[str, float] = {}
         for p in canonical_planes(request) if planes is None else planes:
             if p.paged:
                 tensors[p.name] = torch.zeros(p.shaped(pages), dtype=p.dtype, device=device)
             else:
-                value = 0 if p.name.endswith(".zero") else 1
-                tensors[p.name] = torch.full(p.shape, value, device=device, dtype=torch.float32).to(p.dtype)
+                value = 0.0 if _shift(p.name) else 1.0
+                e = _static_element(request, p.name)
+                number = torch.full(p.shape, value, device=device, dtype=torch.float32)
+                tensors[p.name] = (number if e is None else to_plane(number, e)).to(p.dtype)
                 if p.shape == (1,):
-                    host[p.name] = float(value)
+                    host[p.name] = value
         return KVCache(request, tensors, layout, host)
 
     def set_static(self, name: str, value: Tensor) -> None:
-        """Write a static scale (or zero point) and its host copy."""
+        """Write a static scale (or zero point, or offset), numbers in the plane's order, and its host copy.
+
+        FormatError for a paged plane, and for values that the plane cannot hold: scales are finite and not 0.
+        """
         plane = self.planes.get(name)
-        if plane is None or value.numel() != plane.numel():
+        paged = plane is not None and name not in self.host and _is_paged(self.request, name)
+        if plane is None or paged or value.numel() != plane.numel():
             known = ", ".join(f"{n} {tuple(t.shape)}" for n, t in self.planes.items())
-            raise FormatError(f"no static plane {name!r} of {value.numel()} values; planes: {known}")
-        plane.copy_(value.reshape(plane.shape))
+            why = "; its pages are written by quant_kv" if paged else ""
+            raise FormatError(f"no static plane {name!r} of {value.numel()} values{why}; planes: {known}")
+        number = value.detach().reshape(plane.shape).float()
+        e = _static_element(self.request, name)
+        codes = (number if e is None else to_plane(number, e)).to(plane.dtype)
+        held = codes.float() if e is None else decode(e.name, codes)
+        if not bool((torch.isfinite(number) & torch.isfinite(held) & ((held != 0) | _shift(name))).all()):
+            needed = "finite" if _shift(name) else "finite and not 0"
+            raise FormatError(f"{name} = {number.flatten()[:4].tolist()} must be {needed} as {plane.dtype}")
+        plane.copy_(codes)
         if plane.numel() == 1:
-            self.host[name] = float(plane.float().item())
+            self.host[name] = float(held.item())
 
     @property
     def pages(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from qhal.blocks import Block
 from qhal.elements import element
 from qhal.errors import FormatError
-from qhal.grammar import read
+from qhal.grammar import MAX_DEPTH, read, shown
 from qhal.rules import Rule
 
 
@@ -38,7 +38,13 @@ class Format:
     rule: Rule = Rule()  # noqa: RUF009 - frozen value
 
     def __post_init__(self) -> None:
+        if not isinstance(self.element, str):
+            raise FormatError(f"an element is a name such as 'int4', not {type(self.element).__name__}")
         e = element(self.element)
+        if self.op not in ("*", "/") or self.offset_sign not in (1, -1):
+            raise FormatError(f"{self.element}: op={self.op!r} is '*' or '/', offset_sign={self.offset_sign!r} 1 or -1")
+        if self._depth > MAX_DEPTH:
+            raise FormatError(f"{self.element}: planes nest more than {MAX_DEPTH} levels deep")
         if (self.block is None) != (self.scale is None):
             raise FormatError(f"{self.element}: a block and a scale belong together (write {self.element}.row*fp32)")
         if self.offset is not None and self.block is None:
@@ -46,9 +52,11 @@ class Format:
         if self.zero is not None and not e.integer and e.kind != "float":
             raise FormatError(f"{self.element}: a zero point has no meaning for this element")
         if self.sparsity is not None:
-            n, m = self.sparsity
-            if not 0 < n < m:
-                raise FormatError(f"sparsity {n}:{m}: the first number must be positive and below the second")
+            pair = self.sparsity
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(type(v) is int for v in pair)):
+                raise FormatError(f"sparsity {pair!r}: two whole numbers such as (2, 4)")
+            if not 0 < pair[0] < pair[1]:
+                raise FormatError(f"sparsity {pair[0]}:{pair[1]}: 0 < first number < second number")
         if self.rule.qmax is not None and self.rule.qmax == self._reach:
             object.__setattr__(self, "rule", replace(self.rule, qmax=None))  # one arithmetic, one name
         if self.scale is None:
@@ -64,6 +72,8 @@ class Format:
         >>> str(Format.parse("int4.channel*bf16"))
         'int4.row*bf16'
         """
+        if not isinstance(text, str):
+            raise FormatError(f"a format name is text such as 'int4.g128*bf16', not {type(text).__name__}")
         return _parse(text)
 
     def __str__(self) -> str:
@@ -117,6 +127,11 @@ class Format:
         return self.rule.qmax if self.rule.qmax is not None else self._reach
 
     @property
+    def _depth(self) -> int:
+        """Levels of planes, this one included; every plane below passed the same check, so this ends."""
+        return 1 + max((p._depth for p in (self.scale, self.zero, self.offset) if p is not None), default=0)
+
+    @property
     def _reach(self) -> float:
         e = element(self.element)
         centred = e.kind == "uint" and self.zero is not None and self.rule.domain == "amax"
@@ -132,7 +147,7 @@ def _parse(text: str) -> Format:
     try:
         return _build(read(text))
     except FormatError as bad:
-        raise FormatError(f"format {text!r}: {bad}") from None
+        raise FormatError(f"format {shown(text)}: {bad}") from None
 
 
 def _build(parts: dict[str, Any]) -> Format:

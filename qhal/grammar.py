@@ -16,7 +16,7 @@ from dataclasses import fields
 from typing import Any
 
 from qhal.blocks import Block
-from qhal.elements import element
+from qhal.elements import ELEMENTS, element
 from qhal.errors import FormatError
 from qhal.rules import Rule
 
@@ -51,18 +51,28 @@ ALIASES: dict[str, str] = {
 """Short names of whole formats. An alias is expanded only when it is the whole name: inside a name the same word is
 an element (`int8` as a zero point), and the canonical name is what everything prints."""
 
-_GROUPED = re.compile(r"(u?)int([2-8])_g(\d+)$")
+MAX_DEPTH = 8
+"""How many levels of planes a format may nest; files use two."""
+_SHOWN = 80
+_GROUPED = re.compile(r"(u?)int([2-8])_g([0-9]{1,9})")
 _WORD = re.compile(r"[a-z0-9]+")
-_BLOCK = re.compile(r"(tensor|row|channel|token|col|head)|g(\d+)|flat(\d+)|(\d+)x(\d+)")
+_BLOCK = re.compile(r"(tensor|row|channel|token|col|head)|g([0-9]{1,9})|flat([0-9]{1,9})|([0-9]{1,9})x([0-9]{1,9})")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?")
 _RULES = {f.name for f in fields(Rule)}
+
+
+def shown(text: str) -> str:
+    """The text as an error quotes it: a long one is cut in the middle."""
+    half = _SHOWN // 2
+    return repr(text if len(text) <= _SHOWN else f"{text[:half]}...{text[-half:]}")
 
 
 def read(text: str) -> dict[str, Any]:
     """The fields of the format called `text` (name or alias), planes as nested dicts; FormatError where it stops."""
-    if not isinstance(text, str) or not text.strip():
+    if not text.strip():
         raise FormatError("an empty name; examples: int4.g128*bf16, mxfp4, e4m3fn.row*fp32")
     name = text.strip()
-    grouped = _GROUPED.match(name)
+    grouped = _GROUPED.fullmatch(name)
     if grouped:
         u, bits, size = grouped.groups()
         name = f"uint{bits}-uint{bits}.g{size}*bf16@domain=minmax" if u else f"int{bits}.g{size}*bf16"
@@ -77,16 +87,19 @@ class _Reader:
     """A recursive-descent reader over one name; `rest` is what has not been read yet."""
 
     def __init__(self, text: str, asked: str) -> None:
-        self.text, self.asked, self.at = text, asked, 0
+        self.text, self.asked, self.at, self.depth = text, asked, 0, 0
 
     @property
     def rest(self) -> str:
         return self.text[self.at :]
 
     def error(self, why: str) -> FormatError:
-        near = difflib.get_close_matches(self.asked, [*ALIASES, "int4_g128", "int4.g128*bf16"], n=3, cutoff=0.5)
+        known = [*ALIASES, "int4_g128", "int4.g128*bf16"]
+        near = difflib.get_close_matches(self.asked[:_SHOWN].lower(), known, n=3, cutoff=0.5)
         hint = f"; near it: {', '.join(near)}" if near else ""
-        return FormatError(f"{why}; read {self.text[: self.at]!r}, stopped before {self.rest!r}{hint}")
+        if re.search("[A-Z]", self.asked):
+            hint = f"; write lower case{hint}"
+        return FormatError(f"{why}; read {shown(self.text[: self.at])}, stopped before {shown(self.rest)}{hint}")
 
     def take(self, literal: str) -> bool:
         if self.rest.startswith(literal):
@@ -98,17 +111,24 @@ class _Reader:
         match = _WORD.match(self.rest)
         if not match:
             raise self.error("expected an element such as int4, uint8, e4m3fn, bf16")
+        whole = re.match(r"[a-z0-9_]+", self.rest)
+        if whole and (whole[0] in ALIASES or _GROUPED.fullmatch(whole[0])) and whole[0] not in ELEMENTS:
+            raise self.error(f"{whole[0]!r} is an alias, and an alias must be the whole name; write it out")
         try:
             element(match[0])
         except FormatError as unknown:
-            raise self.error(str(unknown)) from None
+            raise self.error(str(unknown) if len(match[0]) <= _SHOWN else "unknown element") from None
         self.at += match.end()
         return match[0]
 
     def plane(self) -> dict[str, Any]:
         if not self.take("("):
             return {"element": self.word()}
+        self.depth += 1
+        if self.depth >= MAX_DEPTH:
+            raise self.error(f"planes nest more than {MAX_DEPTH} levels deep")
         inner = self.format()
+        self.depth -= 1
         if not self.take(")"):
             raise self.error("expected ')'")
         return inner
@@ -138,7 +158,7 @@ class _Reader:
                 if "offset" not in parts and self.take(literal):
                     parts["offset_sign"], parts["offset"] = sign, self.plane()
         if self.take("%"):
-            match = re.match(r"(\d+):(\d+)", self.rest)
+            match = re.match(r"([0-9]{1,9}):([0-9]{1,9})", self.rest)
             if not match:
                 raise self.error("expected a sparsity such as 2:4")
             self.at += match.end()
@@ -150,14 +170,13 @@ class _Reader:
     def rule(self) -> Rule:
         chosen: dict[str, Any] = {}
         while True:
-            match = re.match(r"(\w+)=([\w.+-]+)", self.rest)
+            match = re.match(r"([a-z0-9]+)=([a-z0-9_.+-]+)", self.rest)
             if not match or match[1] not in _RULES or match[1] in chosen:
                 raise self.error(f"expected key=value once for each of: {', '.join(sorted(_RULES))}")
             key, value = match.groups()
-            try:
-                chosen[key] = float(value) if key == "qmax" else value
-            except ValueError:
-                raise self.error(f"qmax={value!r} is no number") from None
+            if key == "qmax" and not _NUMBER.fullmatch(value):
+                raise self.error(f"qmax={shown(value)} is no number")
+            chosen[key] = float(value) if key == "qmax" else value
             self.at += match.end()
             if not self.take(","):
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qhal.errors import BatchError
@@ -21,8 +22,9 @@ class Offsets:
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.offsets.dim() != 1 or self.offsets.numel() < 2 or self.offsets.is_floating_point():
-            raise BatchError(f"offsets must be int32 [E+1], got {self.offsets.dtype} {tuple(self.offsets.shape)}")
+        o = self.offsets
+        if not _integers(o) or o.dim() != 1 or o.numel() < 2:
+            raise BatchError(f"offsets must be int32 [E+1], got {_found(o)}")
 
 
 @dataclass(eq=False)
@@ -35,6 +37,10 @@ class Masked:
     counts: Tensor
     expected: int | None = None
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not _integers(self.counts) or self.counts.dim() != 1:
+            raise BatchError(f"counts must be int32 [E], got {_found(self.counts)}")
 
 
 @dataclass(eq=False)
@@ -49,6 +55,21 @@ class Indexed:
     weights: Tensor | None = None
     pairs: bool = False
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not _integers(self.ids) or self.ids.dim() != 2:
+            raise BatchError(f"ids must be int32 [T, top_k], got {_found(self.ids)}")
+        w = self.weights
+        if w is not None and not (isinstance(w, Tensor) and w.is_floating_point() and w.shape == self.ids.shape):
+            raise BatchError(f"weights must be float32 {tuple(self.ids.shape)}, got {_found(w)}")
+
+
+def _integers(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+
+
+def _found(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 Groups = Offsets | Masked | Indexed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from qhal.errors import FormatError
 from qhal.layer_formats import ExpertsFormat, LinearFormat
 from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support, VQRequest
 from qhal.specs import Operand
@@ -71,8 +72,19 @@ class PreparedLinear:
         self.decode_index = 1 if len(self.weight.inputs) > 1 else 0
 
     def __call__(self, x: Tensor, *, decode: bool = False) -> Tensor:
-        """[..., K] -> [..., N]. decode: every sequence of this step decodes one token (selects `decode_input`)."""
-        shape = x.shape
+        """[..., K] -> [..., N]. decode: every sequence of this step decodes one token (selects `decode_input`).
+
+        Rows may have any stride, the last axis must have stride 1: FormatError, nothing is copied silently.
+        """
+        try:
+            shape = x.shape
+        except AttributeError:
+            raise FormatError(f"{self.format.name}: x is a {type(x).__name__}, must be a tensor [..., K]") from None
+        if len(shape) == 2 and self.direct:  # gemm looks at the strides itself
+            return self.ops.linear(x, self, decode=decode)
+        if len(shape) == 0 or (x.stride(-1) != 1 and shape[-1] > 1 and x.numel()):
+            found = f"{tuple(shape)} with strides {x.stride()}"
+            raise FormatError(f"{self.format.name}: x is {found}, must be [..., K] with 1 as its last stride")
         if len(shape) == 2:
             return self.ops.linear(x, self, decode=decode)
         y = self.ops.linear(x.reshape(-1, shape[-1]), self, decode=decode)

@@ -71,9 +71,20 @@ class Diagonal:
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """y[:, j] = x[:, index[j]]. index int64 [n]."""
+    """y[:, j] = x[:, index[j]]. index int64 [n], every feature once: values are checked where they are used."""
 
     index: Tensor
+
+    def __post_init__(self) -> None:
+        if self.index.is_floating_point() or self.index.dtype == torch.bool or self.index.dim() != 1:
+            raise FormatError(f"a permutation is int64 [n], not {self.index.dtype} {tuple(self.index.shape)}")
+
+    def checked(self) -> Tensor:
+        """The index as int64; FormatError unless it names every feature once. Reads the values."""
+        index = self.index.long()
+        if not torch.equal(index.sort().values, torch.arange(index.numel(), device=index.device)):
+            raise FormatError(f"a permutation of {index.numel()} features must name each of them once")
+        return index
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -91,7 +102,7 @@ class Permutation:
     def matrix(self, n: int) -> Tensor:
         """float64 [n, n]."""
         _fits(self, n, self.index.numel())
-        return torch.eye(n, dtype=torch.float64)[:, self.index.long()]
+        return torch.eye(n, dtype=torch.float64)[:, self.checked()]
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,10 @@ class Kronecker:
     left: Tensor | None
     right: Tensor | None
 
+    def __post_init__(self) -> None:
+        for factor in (self.left, self.right):
+            _square(self, factor)
+
     @property
     def kind(self) -> tuple[object, ...]:
         """("kronecker", l, r), 0 for an identity."""
@@ -185,6 +200,9 @@ class Dense:
     """x_block @ matrix for every consecutive block of b features. matrix [b, b], any float dtype."""
 
     block: Tensor
+
+    def __post_init__(self) -> None:
+        _square(self, self.block)
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -247,6 +265,11 @@ def _inverted(m: Tensor) -> Tensor:
 
 def _repeat(block: Tensor, times: int) -> Tensor:
     return torch.kron(torch.eye(times, dtype=block.dtype), block)
+
+
+def _square(r: object, m: Tensor | None) -> None:
+    if m is not None and (m.dim() != 2 or m.shape[0] != m.shape[1] or not m.is_floating_point()):
+        raise FormatError(f"{type(r).__name__} needs a square float matrix, not {m.dtype} {tuple(m.shape)}")
 
 
 def _fits(r: object, n: int, period: int) -> None:

@@ -26,6 +26,8 @@ _PLANES = ("scale", "zero", "offset")
 
 def bounds(size: int, rank: int, world: int, what: str) -> tuple[int, int]:
     """First and last index of part `rank` of `world` equal parts; ShardError if the axis does not divide."""
+    if type(rank) is not int or type(world) is not int or world < 1:
+        raise ShardError(f"rank {rank!r} of {world!r}: both are whole numbers, and there is at least 1 rank")
     if not 0 <= rank < world:
         raise ShardError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
     if size % world:
@@ -35,14 +37,14 @@ def bounds(size: int, rank: int, world: int, what: str) -> tuple[int, int]:
 
 def shard(t: QTensor, dim: int, rank: int, world: int) -> QTensor:
     """Part `rank` of `world` along N (dim 0) or K (dim 1)."""
-    _axis(dim)
+    check_axis(dim)
     start, stop = bounds(t.shape[dim - 2], rank, world, f"{'rows' if dim == 0 else 'columns'} of {t.format}")
     return narrow(t, dim, start, stop)
 
 
 def narrow(t: QTensor, dim: int, start: int, stop: int) -> QTensor:
     """Rows (dim 0) or columns (dim 1) start:stop of the last two axes."""
-    _axis(dim)
+    check_axis(dim)
     n, k = t.shape[-2:]
     size = (n, k)[dim]
     if not 0 <= start <= stop <= size:
@@ -61,12 +63,12 @@ def narrow(t: QTensor, dim: int, start: int, stop: int) -> QTensor:
         assert t.format.block is not None
         if dim == 0 and t.group_index is not None and plane.shape[-2] == 1:
             continue  # one row of groups serves every row
-        first, last, grid_dim = _grid_range(t.format.block, (n, k), dim, start, stop, f"{t.format} ({name})")
+        first, last, grid_dim = grid_range(t.format.block, (n, k), dim, start, stop, f"{t.format} ({name})")
         changed[name] = plane if last < 0 else _cut_plane(plane, grid_dim, first, last)
     return replace(t, **changed)
 
 
-def _grid_range(
+def grid_range(
     block: Block, shape: tuple[int, int], dim: int, start: int, stop: int, what: str
 ) -> tuple[int, int, int]:
     """Grid indices first:last and the grid axis that a cut keeps; last -1: the whole plane."""
@@ -89,7 +91,7 @@ def _grid_range(
 
 def concat(parts: Sequence[QTensor], dim: int) -> QTensor:
     """Fuse along N (dim 0: projections that share an input) or K (dim 1: the parts of a row-parallel weight)."""
-    _axis(dim)
+    check_axis(dim)
     if not parts:
         raise ShardError("nothing to fuse: no parts were given")
     first = parts[0]
@@ -219,9 +221,10 @@ def permute_rows(t: QTensor, index: Tensor) -> QTensor:
     return replace(t, **changed)
 
 
-def _axis(dim: int) -> None:
-    if dim not in (0, 1):
-        raise ShardError(f"dim {dim}: 0 cuts rows (N), 1 cuts columns (K)")
+def check_axis(dim: int) -> None:
+    """ShardError unless dim is 0 or 1."""
+    if type(dim) is not int or dim not in (0, 1):
+        raise ShardError(f"dim {dim!r}: 0 cuts rows (N), 1 cuts columns (K)")
 
 
 def _cut(x: Tensor, dim: int, start: int, stop: int) -> Tensor:

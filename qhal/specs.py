@@ -20,40 +20,13 @@ from qhal.elements import dtype_name
 from qhal.errors import FormatError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import Activation, ExpertsFormat, KVFormat, LinearFormat
+from qhal.operands import Operand as Operand  # the field of a spec; its home for importers is here
+from qhal.operands import cut_operand, cut_weight_operand, same_operand
 from qhal.rotations import Rotation
-from qhal.sharding import bounds
+from qhal.sharding import bounds, check_axis
 from qhal.tensors import QTensor
 
 Weight = QTensor | CodebookTensor | Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """How one operand of a product is quantized. A given `scale` fixes the outermost level; finer levels are computed.
-
-    scale  static scale, one value [1] or per feature; kept on the host too, so no kernel argument costs a sync
-    zero   static zero point of the same shape
-    clip   (low, high): the fractions of the range that are kept, see Rule.clip
-    """
-
-    format: Format
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-    clip: tuple[float, float] = (1.0, 1.0)
-
-    @property
-    def static(self) -> bool:
-        """Whether the scale is given rather than computed from the data."""
-        return self.scale is not None
-
-    def equal(self, other: Operand | None) -> bool:
-        """Same format, scale, zero and clip."""
-        if other is None or (self.format, self.clip) != (other.format, other.clip):
-            return False
-        return all(
-            (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
-            for a, b in ((self.scale, other.scale), (self.zero, other.zero))
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +103,7 @@ class LinearSpec:
 
         ShardError where a block of the weight or a rotation straddles the cut.
         """
+        check_axis(dim)
         n, k = self.weight.shape[-2:]
         size = (n, k)[dim]
         start, stop = bounds(size, rank, world, f"{self.name}: {'rows' if dim == 0 else 'columns'}")
@@ -157,7 +131,9 @@ class LinearSpec:
             weight=weight,
             low_rank=low_rank,
             bias=bias,
-            input=self.input if dim == 0 else _cut_operand(self.input, size, start, stop),
+            input=self.input if dim == 0 else cut_operand(self.input, size, start, stop),
+            decode_input=self.decode_input if dim == 0 else cut_operand(self.decode_input, size, start, stop),
+            operand=cut_weight_operand(self.operand, (n, k), dim, start, stop, self.name),
             rotate_in=rotate_in,
             rotate_out=rotate_out,
         )
@@ -165,14 +141,16 @@ class LinearSpec:
     @staticmethod
     def concat(parts: Sequence[LinearSpec]) -> LinearSpec:
         """Fuse projections that read the same input (q, k, v; gate, up); ShardError if their input sides differ."""
+        if not parts:
+            raise ShardError("nothing to fuse: no parts were given")
         first = parts[0]
         if len(parts) == 1:
             return first
         names = [p.name for p in parts]
         for what, same in (
-            ("input quantization", all(_same_operand(p.input, first.input) for p in parts)),
-            ("decode input", all(_same_operand(p.decode_input, first.decode_input) for p in parts)),
-            ("weight operand", all(_same_operand(p.operand, first.operand) for p in parts)),
+            ("input quantization", all(same_operand(p.input, first.input) for p in parts)),
+            ("decode input", all(same_operand(p.decode_input, first.decode_input) for p in parts)),
+            ("weight operand", all(same_operand(p.operand, first.operand) for p in parts)),
             ("input rotation", all(rotations.same(p.rotate_in, first.rotate_in) for p in parts)),
         ):
             if not same:
@@ -184,6 +162,10 @@ class LinearSpec:
         if all(isinstance(w, QTensor) for w in weights):
             joined = QTensor.concat([w for w in weights if isinstance(w, QTensor)], 0)
         elif all(isinstance(w, Tensor) for w in weights):
+            kinds = {(w.dtype, *w.shape[:-2], w.shape[-1]) for w in weights if isinstance(w, Tensor)}
+            if len(kinds) > 1:
+                found = ", ".join(f"{w.dtype} {tuple(w.shape)}" for w in weights if isinstance(w, Tensor))
+                raise ShardError(f"cannot fuse {names}: weights of one dtype and one K join, not {found}")
             joined = torch.cat([w for w in weights if isinstance(w, Tensor)], -2)
         elif all(isinstance(w, CodebookTensor) for w in weights):
             joined = CodebookTensor.concat([w for w in weights if isinstance(w, CodebookTensor)], 0)
@@ -263,15 +245,3 @@ class KVSpec:
         """The frozen summary."""
         q, p = (None if o is None else o.format for o in (self.q, self.p))
         return KVFormat(self.kind, self.k.format, self.v.format, q, p, self.heads, self.k_dim, self.v_dim, self.name)
-
-
-def _same_operand(a: Operand | None, b: Operand | None) -> bool:
-    return a is b or (a is not None and a.equal(b))
-
-
-def _cut_operand(o: Operand | None, size: int, start: int, stop: int) -> Operand | None:
-    """Static per-feature scales of a row-parallel input follow their features."""
-    if o is None or o.scale is None or o.scale.numel() != size or size == 1:
-        return o
-    zero = o.zero if o.zero is None or o.zero.numel() == 1 else o.zero[..., start:stop]
-    return replace(o, scale=o.scale[..., start:stop], zero=zero)

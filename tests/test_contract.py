@@ -185,3 +185,60 @@ def test_a_declared_fusion_is_accepted() -> None:
             return x
 
     assert Fused().fusions == {"linear"}
+
+
+def cache_of(k: str, pages: int = 1) -> qhal.KVCache:
+    request = qhal.KVRequest(
+        kind="mha", k=qhal.Format.parse(k), v=qhal.Format.parse("bf16"), heads=1, k_dim=8, v_dim=8, page=8
+    )
+    return qhal.KVCache.allocate(request, pages, "cpu")
+
+
+def test_static_planes_hold_codes_of_numbers() -> None:
+    cache = cache_of("e4m3fn.tensor*e8m0")
+    assert (cache.planes["k.scale"].item(), cache.host["k.scale"]) == (127, 1.0)
+    cache.set_static("k.scale", torch.tensor(0.25))
+    assert (cache.planes["k.scale"].item(), cache.host["k.scale"]) == (125, 0.25)
+    with pytest.raises(qhal.FormatError, match="powers of two"):
+        cache.set_static("k.scale", torch.tensor(0.3))
+    shifted = cache_of("uint8.tensor*fp32+fp32")
+    assert (shifted.planes["k.offset"].item(), shifted.host["k.offset"]) == (0.0, 0.0)
+    shifted.set_static("k.offset", torch.tensor([0.0]))
+    two = cache_of("e2m1.g4*(e4m3fn.tensor*e8m0)")
+    assert two.planes["k.scale.scale"].item() == 127
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e30])
+def test_static_scales_are_finite_and_not_zero(value: float) -> None:
+    cache = cache_of("e4m3fn.tensor*fp16")
+    with pytest.raises(qhal.FormatError, match="must be finite and not 0"):
+        cache.set_static("k.scale", torch.tensor(value))
+    assert cache.planes["k.scale"].item() == 1.0
+
+
+def test_paged_planes_are_not_static() -> None:
+    cache = cache_of("int8.row*fp32")
+    for name in ("k.codes", "k.scale"):
+        with pytest.raises(qhal.FormatError, match="its pages are written by quant_kv"):
+            cache.set_static(name, torch.ones(cache.planes[name].shape))
+
+
+@pytest.mark.parametrize("pages", [0, -1, 1.5, True])
+def test_a_cache_has_pages(pages: int) -> None:
+    with pytest.raises(qhal.FormatError, match="at least 1 page"):
+        cache_of("bf16", pages)
+
+
+def test_groups_check_their_tensors() -> None:
+    floats = torch.zeros(4, 2)
+    for make in (
+        lambda: qhal.Offsets([0, 1]),  # type: ignore[arg-type]
+        lambda: qhal.Offsets(torch.zeros(3)),
+        lambda: qhal.Masked(torch.zeros(3)),
+        lambda: qhal.Indexed(floats),
+        lambda: qhal.Indexed(torch.zeros(4, dtype=torch.int32)),
+        lambda: qhal.Indexed(floats.int(), torch.zeros(4, 3)),
+    ):
+        with pytest.raises(qhal.BatchError, match=r"must be (int32|float32)"):
+            make()
+    assert qhal.Indexed(floats.int(), floats).ids.shape == (4, 2)

@@ -185,6 +185,14 @@ MALFORMED = {
     "nf4-int4.g64*fp32": "a zero point has no meaning",
     "mxfp5": "near it: ",
     "int4_g32x": "near it: int4_g128",
+    "INT4.row*bf16": "write lower case",
+    "int4_g\u0663\u0662": "expected the end",
+    "int4.g\u0663*bf16": "expected a block",
+    "int4.g128*bf16@qmax=1_0": "qmax='1_0' is no number",
+    "int4.g128*bf16@qmax=inf": "qmax='inf' is no number",
+    "int8-int4_g32.row*fp32": "an alias must be the whole name",
+    "mxfp4.row*fp32": "an alias must be the whole name",
+    "int8.row*q4_0": "an alias must be the whole name",
 }
 
 
@@ -202,6 +210,11 @@ def test_malformed_names_say_what_is_wrong(name: str) -> None:
         ({"element": "int4", "block": Block("row")}, "belong together"),
         ({"element": "int4", "scale": Format("fp32")}, "belong together"),
         ({"element": "int4", "offset": Format("fp32")}, "an offset needs a block"),
+        ({"element": "int4", "op": "+"}, "op='.' is"),
+        ({"element": "int4", "offset_sign": 2}, "offset_sign=2 1 or -1"),
+        ({"element": "int4", "sparsity": (2.0, 4)}, "two whole numbers"),
+        ({"element": "int4", "sparsity": "24"}, "two whole numbers"),
+        ({"element": 4}, "an element is a name"),
     ],
 )
 def test_senseless_formats_are_refused(kwargs: dict[str, Any], text: str) -> None:
@@ -238,3 +251,29 @@ def test_dtype_names() -> None:
     assert dtype_name(torch.float8_e4m3fnuz) == "e4m3fnuz"
     with pytest.raises(FormatError, match=r"torch\.int32 is no element"):
         dtype_name(torch.int32)
+
+
+def test_nesting_ends() -> None:
+    deep = "int8.row*(" * 2000 + "fp32" + ")" * 2000
+    with pytest.raises(FormatError, match="nest more than 8 levels deep") as caught:
+        Format.parse(deep)
+    assert len(str(caught.value)) < 600
+    f = Format("fp32")
+    for _ in range(7):
+        f = Format("int8", Block("row"), f)
+    assert Format.parse(str(f)) == f
+    with pytest.raises(FormatError, match="nest more than 8 levels deep"):
+        Format("int8", Block("row"), f)
+
+
+@pytest.mark.parametrize("name", [None, 3, [], b"int4"])
+def test_names_are_text(name: Any) -> None:
+    with pytest.raises(FormatError, match="a format name is text"):
+        Format.parse(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "int4.g128*bf16@qmax=" + "9" * 5000 + "z", "int4.g" + "9" * 5000])
+def test_long_names_are_cut_in_errors(name: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        Format.parse(name)
+    assert len(str(caught.value)) < 900

@@ -89,6 +89,58 @@ def test_static_input_scales_follow_their_features() -> None:
     assert replace(spec, input=one).shard(1, 0, 2).input is one
 
 
+def test_static_scales_of_decode_inputs_and_weight_operands_follow_the_cut() -> None:
+    feature = Operand(Format.parse("int8.col*fp32"), random(1, K).abs())
+    rows = Operand(Format.parse("e4m3fn.row*fp32"), random(N, 1).abs())
+    tiles = Operand(Format.parse("e4m3fn.8x32*fp32"), torch.arange(4.0) + 1)
+    spec = LinearSpec(weight(), input=feature, decode_input=feature, operand=rows)
+    half = spec.shard(1, 1, 2)
+    assert half.decode_input is not None
+    assert half.operand is rows
+    assert feature.scale is not None
+    assert rows.scale is not None
+    assert half.decode_input.scale is not None
+    assert torch.equal(half.decode_input.scale, feature.scale[:, K // 2 :])
+    top = spec.shard(0, 1, 2)
+    assert top.operand is not None
+    assert top.decode_input is feature
+    assert top.operand.scale is not None
+    assert torch.equal(top.operand.scale, rows.scale[N // 2 :])
+    for dim, kept in ((0, [[3.0, 4.0]]), (1, [[2.0], [4.0]])):
+        cut = replace(spec, operand=tiles).shard(dim, 1, 2).operand
+        assert cut is not None
+        assert cut.scale is not None
+        assert cut.scale.tolist() == kept
+    with pytest.raises(ShardError, match="inside a block of 8"):
+        replace(spec, operand=tiles).shard(0, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("cut", "text"),
+    [
+        ((2, 0, 2), "dim 2: 0 cuts rows"),
+        ((-1, 0, 2), "dim -1: 0 cuts rows"),
+        ((1.0, 0, 2), "dim 1.0: 0 cuts rows"),
+        ((0, 0, 0), "there is at least 1 rank"),
+        ((0, 0.0, 2), "both are whole numbers"),
+        ((0, 0, "2"), "both are whole numbers"),
+        ((0, 2, 2), "ranks count from 0 to 1"),
+    ],
+)
+def test_cuts_are_whole_numbers(cut: Any, text: str) -> None:
+    for thing in (LinearSpec(weight()), LinearSpec(random(N, K)), weight()):
+        with pytest.raises(ShardError, match=text):
+            thing.shard(*cut)
+
+
+def test_plain_weights_that_do_not_join() -> None:
+    with pytest.raises(ShardError, match="nothing to fuse"):
+        LinearSpec.concat([])
+    for other in (random(N, K + 1), random(N, K).bfloat16(), random(2, N, K)):
+        with pytest.raises(ShardError, match="weights of one dtype and one K join"):
+            LinearSpec.concat([LinearSpec(random(N, K), name="a"), LinearSpec(other, name="b")])
+
+
 @pytest.mark.parametrize(
     ("change", "dim", "text"),
     [

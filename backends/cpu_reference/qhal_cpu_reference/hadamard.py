@@ -68,7 +68,7 @@ def _apply(x: Tensor, r: Rotation) -> Tensor:
         size = r.values.numel() if isinstance(r, Diagonal) else r.index.numel()
         if size != n:
             raise FormatError(f"{type(r).__name__} of size {size} does not fit {n} features")
-        return x * r.values.double().reshape(-1) if isinstance(r, Diagonal) else x[..., r.index.long().reshape(-1)]
+        return x * r.values.double().reshape(-1) if isinstance(r, Diagonal) else x[..., r.checked()]
     if isinstance(r, Hadamard):
         return _hadamard(_blocks(x, r, r.n), r).reshape(x.shape)
     if isinstance(r, Dense):

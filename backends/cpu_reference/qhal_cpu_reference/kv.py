@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qhal.caches import KVCache
-from qhal.elements import WIDE, element
+from qhal.caches import KVCache, canonical_planes
+from qhal.elements import WIDE, decode, element
 from qhal.encoding import encode
 from qhal.errors import BatchError, FormatError
 from qhal.formats import Format
@@ -22,6 +22,7 @@ STATIC = ("tensor", "head", "col")
 def quant_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     """Everything is checked and quantized before the first slot is written."""
     first, second = rows_of(cache)
+    _check_planes(cache)
     tokens = slots.numel() if isinstance(slots, Tensor) else -1
     for name, x, axes in ((first[0], k, first[2]), (second[0], v, second[2])):
         if x.dtype not in WIDE.values() or tuple(x.shape) != (tokens, *axes):
@@ -84,10 +85,10 @@ def _encode(cache: KVCache, name: str, fmt: Format, axes: tuple[int, ...], x: Te
     heads, dim = (1, *axes)[-2:]
     rows = x.reshape(x.shape[0], *_view(fmt, heads, dim))
     static = fmt.block is not None and fmt.block.kind in STATIC
-    scale = cache.planes[f"{name}.scale"] if static and fmt.scale is not None and fmt.scale.plain else None
-    zero = cache.planes[f"{name}.zero"] if static and fmt.zero is not None else None
+    scale = _numbers(cache, f"{name}.scale", fmt.scale) if static and fmt.scale is not None else None
+    zero = _numbers(cache, f"{name}.zero", fmt.zero) if static and fmt.zero is not None else None
     if fmt.scale is not None and not fmt.scale.plain:  # a two-level scale: the outer value is static
-        scale = cache.planes[f"{name}.scale.scale"]
+        scale = _numbers(cache, f"{name}.scale.scale", fmt.scale.scale)
     if not static:
         rows = rows.flatten(0, 1)  # one matrix of (token, head) rows
     q = encode(rows, fmt, scale=scale, zero=zero)
@@ -102,6 +103,21 @@ def _encode(cache: KVCache, name: str, fmt: Format, axes: tuple[int, ...], x: Te
         elif plane is not None:
             found[f"{name}.{part}"] = plane.to(cache.planes[f"{name}.{part}"].dtype)
     return found
+
+
+def _numbers(cache: KVCache, name: str, fmt: Format | None) -> Tensor:
+    """The numbers of a static plane: `encode` takes numbers, not codes."""
+    assert fmt is not None
+    return decode(fmt.element, cache.planes[name])
+
+
+def _check_planes(cache: KVCache) -> None:
+    """FormatError unless the cache has the canonical planes of its request, of any strides."""
+    for p in canonical_planes(cache.request):
+        plane, shape = cache.planes.get(p.name), p.shaped(cache.pages)
+        if plane is None or plane.dtype != p.dtype or tuple(plane.shape) != shape:
+            found = "no such plane" if plane is None else f"{plane.dtype} {tuple(plane.shape)}"
+            raise FormatError(f"the cache's {p.name} must be {p.dtype} {shape}, found {found}")
 
 
 def _view(fmt: Format, heads: int, dim: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What this backend executes, for every request: one function per kind, each a list of reasons to refuse.
 
-Whether a format can be quantized to is asked of its definition (`qhal.encoding`) on rows of zeros, so this table
+Whether a format can be quantized to is asked of its definition (`qhal.encoding`) on two rows of numbers, so this table
 cannot promise what the definition refuses.
 """
 
@@ -274,15 +274,17 @@ def _float(dtype: torch.dtype | None, name: str, *, optional: bool = False) -> R
 
 @lru_cache(maxsize=4096)
 def _encode_fault(f: Format, static: bool) -> str:
-    """Why the definition refuses to quantize two rows of zeros to `f`; "" if it does not."""
+    """Why the definition refuses to quantize two rows of numbers to `f`, or makes no numbers of them; else ""."""
     columns = 16 * f.sparsity[1] if f.sparsity is not None else 64
     one = torch.ones(1) if static else None
     zero = torch.zeros(1) if static and f.zero is not None else None
+    kept = 1.0 if f.sparsity is None else torch.arange(columns) % f.sparsity[1] < f.sparsity[0]
+    rows = torch.linspace(-1, 1, 2 * columns).reshape(2, columns) * kept
     try:
-        encode(torch.zeros(2, columns), f, scale=one, zero=zero).dequantize()
+        value = encode(rows, f, scale=one, zero=zero).dequantize()
     except QhalError as refusal:
         return str(refusal)
-    return ""
+    return "" if bool(torch.isfinite(value).all()) else f"{f}: values within 1 become NaN or Inf"
 
 
 def dense(f: Format) -> Reasons:

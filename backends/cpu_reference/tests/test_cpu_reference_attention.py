@@ -10,12 +10,13 @@ import torch
 
 from qhal import AttentionRequest, BatchError, Format, FormatError, KVCache, KVRequest, Limits, UnsupportedError
 from qhal.tensors import same_bits
+from qhal_cpu_reference.kv import read
 
 PAGE = 4
 KV = ["bf16", "fp16", "fp32", "e4m3fn.tensor*fp32", "e4m3fn.head*bf16", "e4m3fn.row*fp32", "e5m2.tensor*fp32",
       "int8.row*fp32", "int8.tensor*fp32", "int8.head*fp32", "int8-fp32.col*fp32", "int8-int8.head*fp32",
       "int8.g4*fp16", "int4.row*fp16", "uint4-fp16.row*fp16@domain=minmax", "e2m1.g4*e8m0",
-      "e2m1.g4*(e4m3fn.tensor*fp32)"]  # fmt: skip
+      "e2m1.g4*(e4m3fn.tensor*fp32)", "int8.g4*(e4m3fn.tensor*bf16)"]  # fmt: skip
 
 
 def kv_request(k: str = "fp32", v: str | None = None, *, heads: int = 2, k_dim: int = 8, v_dim: int = 8) -> KVRequest:
@@ -322,3 +323,20 @@ def test_errors(ops):
     for fmt in ("int8.128x128*fp32", "int3.row*fp32", "e2m1.g16*(e4m3fn.row*fp32)", "lut4.row*fp32"):
         with pytest.raises(UnsupportedError):
             ops.kv_planes(replace(request.kv, k=Format.parse(fmt)))
+    for name, plane in (("k.scale", None), ("k.codes", torch.zeros(4, PAGE, 2, 8)), ("v.scale", torch.zeros(2))):
+        broken = KVCache.allocate(kv_request("int8.row*fp32"), 4, "cpu")
+        if plane is None:
+            del broken.planes[name]
+        else:
+            broken.planes[name] = plane
+        with pytest.raises(FormatError, match=f"the cache's {name} must be"):
+            ops.quant_kv(rows, rows, broken, torch.tensor([0]))
+
+
+def test_static_power_of_two_scales_are_read_and_written(ops):
+    cache = KVCache.allocate(kv_request("e4m3fn.tensor*e8m0"), 1, "cpu")
+    cache.set_static("k.scale", torch.tensor(0.5))
+    x = torch.tensor([[[1.0, -2.0, 0.5, 3.0, 0, 0, 0, 0]] * 2])
+    ops.quant_kv(x, x, cache, torch.tensor([1]))
+    assert torch.equal(cache.planes["k.codes"][0, 1].float(), x[0] * 2)
+    assert torch.equal(read(cache, 0, torch.tensor([0]), 2)[1], x[0])

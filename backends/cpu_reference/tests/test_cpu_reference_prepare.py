@@ -12,9 +12,12 @@ from qhal import (
     FormatError,
     GemmRequest,
     GroupedRequest,
+    Hadamard,
+    LinearSpec,
     NumericsClass,
     Operand,
 )
+from qhal.layers import prepare_linear
 from qhal.tensors import same_bits
 from qhal_cpu_reference import storage
 
@@ -147,3 +150,15 @@ def test_what_does_not_fit_the_request_is_refused(ops, make):
     far = replace(ordered, group_index=torch.full((32,), 4, dtype=torch.int32))
     with pytest.raises(FormatError, match="group_index reaches"):
         ops.prepare(far, replace(r, group_index=True))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_layer_refuses_what_it_cannot_read_in_one_line(ops, make, turned):
+    chain = (Hadamard(32),) if turned else ()
+    layer = prepare_linear(LinearSpec(make("int4.g8*bf16", (8, 32)), rotate_in=chain, name="m"), ops)
+    x = torch.randn(4, 2, 32).bfloat16()
+    assert torch.equal(layer(x), layer(x.reshape(-1, 32)).reshape(4, 2, 8))
+    assert layer(x[0, 0]).shape == (8,) and layer(x[:, :1]).shape == (4, 1, 8)
+    for bad in (None, [1.0], torch.tensor(1.0), x.mT.contiguous().mT, x[:, 0].T.contiguous().T):
+        with pytest.raises(FormatError, match=r"x is|x has strides"):
+            layer(bad)

@@ -110,9 +110,12 @@ def test_quantize_is_honest_both_ways(ops, x, static, dtype):
         assert not answer
         return
     data = torch.zeros(2, 16).to(dtype)
+    if x.sparsity is None:
+        data = torch.linspace(-1, 1, 32).reshape(2, 16).to(dtype)
     o = Operand(x, scale=torch.ones(1) if static else None, zero=torch.zeros(1) if static and x.zero else None)
     if answer:
-        assert ops.quantize(data, o).shape == (2, 16)
+        q = ops.quantize(data, o)
+        assert q.shape == (2, 16) and torch.isfinite(q.dequantize()).all()
     else:
         with pytest.raises(UnsupportedError) as refused:
             ops.quantize(data, o)
@@ -212,6 +215,12 @@ def test_only_stored_weights_are_sparse(ops):
         AttentionRequest(**{**attention, "q": sparse}),
     ):
         assert "only a stored weight is sparse" in ops.supports(refused).reason
+
+
+@pytest.mark.parametrize("name", ["bf16.row*bf16", "fp32.row*fp32", "uint4.row*fp32@domain=signed"])
+def test_scales_that_cannot_be_computed_are_not_claimed(ops, name):
+    request = QuantizeRequest(x=torch.float32, format=Format.parse(name))
+    assert not ops.supports(request) and ops.supports(replace(request, static=True))
 
 
 def test_what_is_not_written_says_so(ops):

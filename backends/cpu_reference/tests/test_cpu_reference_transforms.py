@@ -151,3 +151,6 @@ def test_hadamard_errors(ops):
             ops.hadamard(torch.zeros(2, 24), chain)
     with pytest.raises(FormatError, match="out is"):
         ops.hadamard(torch.zeros(2, 8), (Hadamard(8),), out=torch.zeros(2, 4))
+    for index in ([0, 1, 9], [0, 1, 1], [0, 1, -1]):
+        with pytest.raises(FormatError, match="must name each of them once"):
+            ops.hadamard(torch.zeros(2, 3), (Permutation(torch.tensor(index)),))
