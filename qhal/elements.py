@@ -111,14 +111,14 @@ def values(name: str) -> Tensor | None:
     """float32 value of every code of a table-decoded element (mini floats, nf4), else None."""
     if name in _MINI:
         e, m, bias = _MINI[name]
-        codes = torch.arange(1 << (1 + e + m))
+        codes = torch.arange(1 << (1 + e + m), device="cpu")  # cached: never on a default device
         exponent, mantissa = (codes >> m) & ((1 << e) - 1), codes & ((1 << m) - 1)
         normal = (1 + mantissa / 2.0**m) * torch.exp2((exponent - bias).double())
         subnormal = mantissa * 2.0 ** (1 - bias - m)
         magnitude = torch.where(exponent == 0, subnormal.double(), normal)
         sign = 1.0 - 2.0 * (codes >> (e + m)).double()
         return (sign * magnitude).float()
-    return torch.tensor(_NF4) if name == "nf4" else None
+    return torch.tensor(_NF4, device="cpu") if name == "nf4" else None
 
 
 def decode(name: str, codes: Tensor, table: Tensor | None = None) -> Tensor:

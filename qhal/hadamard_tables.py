@@ -149,7 +149,8 @@ TABLE_SHA256: dict[str, str] = {name: source.sha256 for name, source in SOURCES.
 def load(name: str) -> Tensor:
     """The table of that name, int8 [order, order], built and checked once. FormatError if its hash is another."""
     source = SOURCES[name]
-    table = source.build().contiguous()
+    with torch.device("cpu"):  # cached: never on a default device
+        table = source.build().contiguous()
     found = hashlib.sha256(table.numpy().tobytes()).hexdigest()
     if found != TABLE_SHA256[name]:
         raise FormatError(

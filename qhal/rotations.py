@@ -38,7 +38,7 @@ def sylvester(n: int) -> Tensor:
     """The natural-order Sylvester-Hadamard matrix [n, n] of +1 and -1, float64; n a power of two."""
     if n < 1 or n & (n - 1):
         raise FormatError(f"a Sylvester matrix has a power of two as order, not {n}")
-    h = torch.ones(1, 1, dtype=torch.float64)
+    h = torch.ones(1, 1, dtype=torch.float64, device="cpu")  # cached: never on a default device
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h

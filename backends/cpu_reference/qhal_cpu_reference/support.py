@@ -50,7 +50,8 @@ Reasons = Iterator[str]
 def support(request: Request) -> Support:
     """The answer to any request, well-formed or not."""
     try:
-        return _support(request)
+        with torch.device("cpu"):  # engines ask while models are built on the meta device; the answer is the same
+            return _support(request)
     except Exception as fault:  # total by contract: a request that cannot be read is refused with the reason
         return Support("unsupported", f"the request cannot be read ({type(fault).__name__}: {fault})")
 
