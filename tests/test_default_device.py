@@ -1,4 +1,4 @@
-"""Engines build models with a default device (meta, an accelerator): answers and cached tables must not depend on it."""
+"""Engines build models with a default device (meta, an accelerator): answers and tables must not depend on it."""
 
 from __future__ import annotations
 
