@@ -2,7 +2,7 @@
 # make dev    just the environment in .venv                             make lint   style, types, import rules
 PYTHON ?= python3
 VENV ?= .venv
-# any torch >= 2.11 works; for CPU-only wheels see README "Install"
+# pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/rocm -e backends/npu
@@ -19,7 +19,8 @@ $(VENV)/.installed: pyproject.toml requirements-dev.txt $(wildcard backends/*/py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qhal needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	sed 1d requirements-dev.txt > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(DISTRIBUTIONS)
 	@touch $@
 
