@@ -25,7 +25,7 @@ from qhal_schemes.matching import fused_parts, near_text
 from qhal_schemes.modules import Account, account
 from qhal_schemes.plain import PlainMapping, describe_plain, read_plain
 from qhal_schemes.registry import load_scheme
-from qhal_schemes.source import TensorEntry, TensorIndex
+from qhal_schemes.source import TensorEntry
 from qhal_schemes.summary import summarize
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ _TOWERS = re.compile(r"vis|audio|image|encoder|mtp|draft")  # their layers are c
 
 
 def open_checkpoint(path: str | Path, quantize: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder from its JSON files and safetensors headers; no weight is read, nothing is executed.
+    """Open a checkpoint from its JSON files and the headers of its weights; no weight is read, nothing is executed.
 
+    path      a folder, or a single file where a format keeps everything in one
     quantize  the name of a format: a checkpoint without quantization is quantized as its modules are read
 
     CheckpointError for an unknown quant_method (listing the known ones), files that are missing, corrupt or pickled,
@@ -46,10 +47,10 @@ def open_checkpoint(path: str | Path, quantize: str | None = None) -> Checkpoint
     by a named rule. What only values can show (NaN scales, group indices) is found when a module is read.
     """
     if not isinstance(path, str | PathLike):
-        raise CheckpointError(f"open_checkpoint({path!r}): give the path of a checkpoint folder")
+        raise CheckpointError(f"open_checkpoint({path!r}): give the path of a checkpoint")
     folder = Path(path)
     config = CheckpointConfig.read(folder)
-    index = TensorIndex.open(folder)
+    index = config.index(folder)
     if quantize is None:
         mapping = load_scheme(config.method).open(config, index) if config.method else PlainMapping(config, index)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from qhal.errors import CheckpointError
+from qhal_schemes import claims
+from qhal_schemes.source import TensorIndex
 from qhal_schemes.strict_json import is_file, load_json
 
 _DTYPES = {
@@ -32,6 +34,7 @@ class CheckpointConfig:
     quantization  the quantization section, empty for a checkpoint without one
     method        its quant_method, "" without one
     file          the file that the section came from, for error messages
+    index         opens the tensors of the folder, or of the single file, that was read
     """
 
     folder: Path
@@ -39,19 +42,26 @@ class CheckpointConfig:
     quantization: Mapping[str, Any]
     method: str
     file: str
+    index: Callable[[Path], TensorIndex] = TensorIndex.open
 
     @staticmethod
-    def read(folder: Path) -> CheckpointConfig:
-        """Read config.json and find the quantization section in it or in a file beside it."""
-        path = folder / "config.json"
-        if not is_file(path) and not folder.is_dir():
-            what = "is a file, expected a checkpoint folder" if folder.exists() else "does not exist"
-            raise CheckpointError(f"{folder}: {what}")
-        if not is_file(path):
-            raise CheckpointError(f"{folder}: config.json is missing")
-        model = load_json(path)
-        section, method, file = _section(folder, model)
-        return CheckpointConfig(folder, model, section, method, file)
+    def read(path: Path) -> CheckpointConfig:
+        """Read config.json and find the quantization section in it or in a file beside it (`qhal_schemes.claims`).
+
+        path: a folder, or a single file of a format that has no folder
+        """
+        single = is_file(path)
+        if not single and not path.is_dir():
+            raise CheckpointError(f"{path}: {'is neither a folder nor a file' if path.exists() else 'does not exist'}")
+        stored = None if single or not is_file(path / "config.json") else load_json(path / "config.json")
+        claimed = _section(path, stored or {}) or claims.find(path, stored or {})
+        model = stored if claimed is None or claimed.model is None else claimed.model
+        if model is None:
+            what = "is a file, expected a checkpoint folder" if single else "config.json is missing"
+            raise CheckpointError(f"{path}: {what}")
+        claimed = claimed or claims.Claimed("", {}, "config.json")
+        folder = path.parent if single else path
+        return CheckpointConfig(folder, model, claimed.section, claimed.method, claimed.file, claimed.index)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,28 +146,11 @@ def names(config: CheckpointConfig, section: Mapping[str, Any], key: str, path: 
     return tuple(value)
 
 
-def _section(folder: Path, model: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
+def _section(folder: Path, model: Mapping[str, Any]) -> claims.Claimed | None:
+    """The quantization section of config.json."""
     text = model.get("text_config")
     for place in (model, text if isinstance(text, dict) else {}):
         for key, default in (("quantization_config", None), ("compression_config", "compressed-tensors")):
             if place.get(key) is not None:
-                return _named(folder, "config.json", place[key], key, default)
-    for file in ("quantize_config.json", "quant_config.json"):
-        path = folder / file
-        if is_file(path):
-            section = load_json(path)
-            old_awq = file == "quant_config.json" or str(section.get("version", "")).lower().startswith("gem")
-            return _named(folder, file, section, "", "awq" if old_awq else "gptq")
-    return {}, "", "config.json"
-
-
-def _named(
-    folder: Path, file: str, section: object, key: str, default: str | None
-) -> tuple[Mapping[str, Any], str, str]:
-    where = f"{folder / file}: {key}" if key else f"{folder / file}"
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{where}: expected an object, found {type(section).__name__}")
-    method = section.get("quant_method", default)
-    if not isinstance(method, str) or not method:
-        raise CheckpointError(f"{where}: quant_method: expected the name of a method, found {_SHORT.repr(method)}")
-    return section, method, file
+                return claims.named(folder / "config.json", place[key], key, default)
+    return None

@@ -50,7 +50,8 @@ def quantize_checkpoint(
     divide into groups (all are listed, before anything is written), NaN or Inf, an existing target, a full disk.
     """
     source, out = Path(source), Path(out)
-    config, index = CheckpointConfig.read(source), TensorIndex.open(source)
+    config = CheckpointConfig.read(source)
+    index = config.index(source)
     layout = resolve_format(format, config.dtype)
     mapping = QuantizingMapping(config, index, layout, ignore)
     Checkpoint(mapping)  # what could not be read back is refused before anything is written

@@ -57,7 +57,10 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TensorIndex(Mapping[str, TensorEntry]):
-    """Every tensor of a checkpoint by name, in the order of its files. Reading is lazy and per tensor."""
+    """Every tensor of a checkpoint by name, in the order of its files. Reading is lazy and per tensor.
+
+    A format with files of another kind derives from this class and overrides `read_all` (see `claims.Claimed.index`).
+    """
 
     folder: Path
     entries: dict[str, TensorEntry]
@@ -66,8 +69,11 @@ class TensorIndex(Mapping[str, TensorEntry]):
 
     @staticmethod
     def open(folder: Path) -> TensorIndex:
-        """Read and check the headers of `model.safetensors`, or of the shards that its index names."""
-        files, weight_map = _files(folder)
+        """Read and check the headers of `model.safetensors`, or of the shards that its index names.
+
+        Where neither is there, any one index (`*.safetensors.index.json`) or one safetensors file will do.
+        """
+        files, weight_map, source = _files(folder)
         entries: dict[str, TensorEntry] = {}
         for name in files:
             for entry in read_header(_inside(folder, name), name):
@@ -76,7 +82,7 @@ class TensorIndex(Mapping[str, TensorEntry]):
                     raise CheckpointError(f"{folder}: tensor {entry.name} is duplicated, in {first} and in {name}")
                 entries[entry.name] = entry
         if weight_map is not None:
-            _agree(folder, weight_map, entries)
+            _agree(folder / source, weight_map, entries)
         others = [p.name for pattern in ("*.safetensors", *_PICKLED) for p in sorted(folder.glob(pattern))]
         return TensorIndex(folder, entries, tuple(name for name in others if name not in files))
 
@@ -206,25 +212,23 @@ def _entry(path: Path, file: str, name: str, e: Any, base: int) -> TensorEntry:
     return TensorEntry(name, dtype, shape, file, base + start, base + stop)
 
 
-def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The files to read and, for shards, the map from tensor to file."""
-    index = folder / _INDEX_FILE
-    if is_file(index):
-        weight_map = load_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
-        files = list(dict.fromkeys(weight_map.values()))
-        for name in files:
-            if not is_file(_inside(folder, name)):
-                raise CheckpointError(f"{index}: names the file {name}, which is missing")
+def _files(folder: Path) -> tuple[list[str], dict[str, str] | None, str]:
+    """The files to read and, for shards, the map from tensor to file and the index that holds it."""
+    indices = sorted(p.name for p in folder.glob("*.safetensors.index.json"))
+    if _INDEX_FILE in indices:
+        files, weight_map = _indexed(folder, _INDEX_FILE)
         if is_file(folder / _ONE_FILE) and _ONE_FILE not in files:
             raise CheckpointError(f"{folder}: both {_ONE_FILE} and {_INDEX_FILE} are there; remove one set of weights")
-        return files, weight_map
+        return files, weight_map, _INDEX_FILE
     if is_file(folder / _ONE_FILE):
-        return [_ONE_FILE], None
+        return [_ONE_FILE], None, ""
+    if len(indices) == 1:
+        return *_indexed(folder, indices[0]), indices[0]
+    if indices:
+        raise CheckpointError(f"{folder}: {' and '.join(indices)} are there; remove the other sets of weights")
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(found) == 1:
-        return found, None
+        return found, None, ""
     if found:
         raise CheckpointError(
             f"{folder}: {len(found)} safetensors files but no {_INDEX_FILE}; found {', '.join(found)}"
@@ -236,6 +240,19 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             f"convert them to safetensors where you trust them"
         )
     raise CheckpointError(f"{folder}: no weights: expected {_ONE_FILE} or {_INDEX_FILE}")
+
+
+def _indexed(folder: Path, file: str) -> tuple[list[str], dict[str, str]]:
+    """The shards that an index names, in its order, and its map."""
+    index = folder / file
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
+    files = list(dict.fromkeys(weight_map.values()))
+    for name in files:
+        if not is_file(_inside(folder, name)):
+            raise CheckpointError(f"{index}: names the file {name}, which is missing")
+    return files, weight_map
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -255,15 +272,15 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _agree(folder: Path, weight_map: dict[str, str], entries: dict[str, TensorEntry]) -> None:
+def _agree(index: Path, weight_map: dict[str, str], entries: dict[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         entry = entries.get(name)
         if entry is None or entry.file != file:
             where = "no shard has it" if entry is None else f"{entry.file} has it"
-            raise CheckpointError(f"{folder / _INDEX_FILE}: tensor {name} is missing from {file}; {where}")
+            raise CheckpointError(f"{index}: tensor {name} is missing from {file}; {where}")
     for name, entry in entries.items():
         if name not in weight_map:
-            raise CheckpointError(f"{folder / entry.file}: tensor {name} is extra: {_INDEX_FILE} does not list it")
+            raise CheckpointError(f"{index.parent / entry.file}: tensor {name} is extra: {index.name} does not list it")
 
 
 def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:
