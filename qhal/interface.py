@@ -188,9 +188,14 @@ class QuantOps(ABC):
         """q [T, H, D] -> [T, H, Dv] over the cache; MLA: q [T, H, R+P], absorbed, latent first -> [T, H, R].
 
         Head h reads key-value head h // (H // G). s = scale * q.k, soft-capped c * tanh(s / c) if asked; causal masks
-        align bottom right; window w keeps the last w keys, the query's own included. p = softmax(s) with the maximum
-        subtracted; `sinks` float32 [H] join the denominator (and so the lse) only. Q is quantized to request.q;
-        exp(s - max) is rounded to request.p before P.V, its sum is not.
+        align bottom right; window w keeps the last w keys, the query's own included; with request.tree the batch's tree
+        says which of the new tokens see each other. p = softmax(s) with the maximum subtracted; `sinks` float32 [H]
+        join the denominator (and so the lse) only.
+        Q is quantized to request.q with the bits of `quantize`: `row` and `g<k>` scales are computed per (token, head),
+        `tensor` and `head` scales and zero points are the cache's planes "q.scale" and "q.zero".
+        P: e = exp(s - max) in fp32 is rounded to request.p before P.V; under a static scale to the code of e / p.scale,
+        half to even, saturated (1 / largest code, where the plane starts, saturates nothing). The denominator sums the
+        unrounded e. A kernel that subtracts a running maximum rounds other numbers, by no larger steps.
         lse float32 [T, H], natural log, is written if given. A row without keys gives zeros and lse -inf. Entries past
         a length or in unused pages, NaN included, do not leak.
         """
@@ -254,8 +259,11 @@ class QuantOps(ABC):
     def kv_planes(
         self, request: KVRequest, *, attention: Sequence[AttentionRequest] = ()
     ) -> tuple[str, tuple[Plane, ...]]:
-        """The layout and every plane of a cache that those attentions can read. Needs no device."""
-        return "canonical", canonical_planes(request)
+        """The layout and every plane of a cache that those attentions can read, static scales of Q and P included.
+
+        Needs no device.
+        """
+        return "canonical", canonical_planes(request, attention)
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
         """Buffers and workspace for one AttentionRequest; see AttentionBatch."""

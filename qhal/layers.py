@@ -7,18 +7,28 @@ x' = rotate_in(x).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
+from qhal.caches import KVCache
 from qhal.elements import dtype_name
-from qhal.errors import ShardError
+from qhal.errors import FormatError, ShardError
 from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat, LinearFormat
 from qhal.prepared import Prepared, PreparedExperts, PreparedLinear
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, KVRequest, NumericsClass, Request
+from qhal.requests import (
+    AttentionRequest,
+    GemmRequest,
+    GroupedRequest,
+    HadamardRequest,
+    KVRequest,
+    NumericsClass,
+    Request,
+)
 from qhal.rotations import Rotation, kinds
-from qhal.specs import ExpertsSpec, LinearSpec, Operand
+from qhal.specs import ExpertsSpec, KVSpec, LinearSpec, Operand
 
 
 def gemm_request(
@@ -50,11 +60,20 @@ def gemm_request(
 
 
 def requests(
-    f: LayerFormat, dtype: torch.dtype, *, m: tuple[int, int] = (1, 8192), numerics: NumericsClass | None = None
+    f: LayerFormat,
+    dtype: torch.dtype,
+    *,
+    m: tuple[int, int] = (1, 8192),
+    numerics: NumericsClass | None = None,
+    page: int = 16,
 ) -> Iterator[Request]:
-    """Every request that a layer makes of a backend, in the order of execution. Needs no weights and no device."""
+    """Every request that a layer makes of a backend, in the order of execution. Needs no weights and no device.
+
+    page  slots of a page of a cache. What reads the cache is asked with `attention_request`: its heads and scale are
+          the model's
+    """
     if isinstance(f, KVFormat):
-        yield KVRequest(kind=f.kind, k=f.k, v=f.v, heads=f.heads, k_dim=f.k_dim, v_dim=f.v_dim, page=16)
+        yield kv_request(f, page=page)
         return
     if isinstance(f, ExpertsFormat):
         yield from expert_requests(f, dtype, m=m, numerics=numerics)
@@ -64,6 +83,74 @@ def requests(
     yield gemm_request(f, dtype, m=m, numerics=numerics)
     if f.rotate_out:
         yield HadamardRequest(kinds=f.rotate_out, n=f.n, x=dtype)
+
+
+def kv_request(f: KVFormat, *, page: int) -> KVRequest:
+    """The cache that a layer's format needs, in pages of `page` slots."""
+    return KVRequest(kind=f.kind, k=f.k, v=f.v, heads=f.heads, k_dim=f.k_dim, v_dim=f.v_dim, page=page)
+
+
+def attention_request(
+    f: KVFormat,
+    dtype: torch.dtype,
+    *,
+    page: int,
+    heads: int,
+    scale: float,
+    phase: Literal["prefill", "decode", "mixed"],
+) -> AttentionRequest:
+    """Attention over that cache with Q and P as the format says; heads are query heads, `dtype` that of q and out.
+
+    Over a latent cache whose rope rows are plain, a quantized q is the latent part: the rope part stays in `dtype`.
+    Window, soft-cap, sinks, lse and trees are the model's: set them with `dataclasses.replace`.
+    """
+    plain = Format(dtype_name(dtype))
+    return AttentionRequest(
+        kv=kv_request(f, page=page),
+        heads=heads,
+        scale=scale,
+        phase=phase,
+        q=f.q or plain,
+        q_rope=plain if f.kind == "mla" and f.q is not None and f.v.plain else None,
+        p=f.p or plain,
+        out=dtype,
+    )
+
+
+def set_static(cache: KVCache, spec: KVSpec) -> None:
+    """Write the static scales and zero points that a checkpoint gives into the cache of its layer.
+
+    FormatError for a cache of other formats or planes (Q and P have theirs only in a cache made from
+    `kv_planes(request, attention=[...])`), and for a static plane that the spec has no value for; only p.scale may keep
+    its start.
+    """
+    for name, mine, theirs in (("k", spec.k.format, cache.request.k), ("v", spec.v.format, cache.request.v)):
+        if mine.storage != theirs.storage:
+            raise FormatError(f"{spec.name}: the checkpoint's {name} is {mine}, the cache holds {theirs}")
+    rows = ("latent", "rope") if spec.kind == "mla" else ("k", "v")
+    found = {}
+    for name, operand in ((rows[0], spec.k), (rows[1], spec.v), ("q", spec.q), ("p", spec.p)):
+        if operand is None:
+            continue
+        if operand.clip != (1.0, 1.0):
+            raise FormatError(f"{spec.name}: {name}={operand.format} has clip {operand.clip}; attention clips nothing")
+        level = operand.format.scale
+        outer = "scale" if level is None or level.plain else "scale.scale"
+        for plane, value in ((f"{name}.{outer}", operand.scale), (f"{name}.zero", operand.zero)):
+            static = plane in cache.static
+            if value is not None and not static:
+                have = ", ".join(sorted(cache.static)) or "none"
+                raise FormatError(
+                    f"{spec.name}: the cache has no static plane {plane} for {operand.format}; it has {have}"
+                )
+            if value is None and static and plane != "p.scale":
+                raise FormatError(
+                    f"{spec.name}: {plane} of {operand.format} is static, but the spec has no value for it"
+                )
+            if value is not None:
+                found[plane] = value.reshape(()).expand(cache.planes[plane].shape) if value.numel() == 1 else value
+    for plane, value in found.items():
+        cache.set_static(plane, value)
 
 
 def expert_requests(

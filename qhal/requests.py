@@ -110,7 +110,19 @@ class KVRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """Attention over a paged cache. q, p: the formats of the operands of Q.K and P.V; out: the result's dtype."""
+    """Attention over a paged cache.
+
+    q       how Q is held for Q.K: a plain float; `row` or `g<k>` scales, computed per (token, head); or static `tensor`
+            or `head` scales, which are planes of the cache ("q.scale", "q.zero")
+    q_rope  mla: the format of q's rope part where it differs, then q is that of the latent part; None: q is one row of
+            R + P. Plain, or scales computed per (token, head)
+    p       how exp(s - max), in [0, 1], is held for P.V: a plain float, or any element with one static scale, the plane
+            "p.scale": `int8.tensor*fp32`, `uint8.tensor*fp32`, `e4m3fn.tensor*fp32`
+    out     the result's dtype
+    window  the last w keys, the query's own included
+    tree    the new tokens see each other as the plan's `tree` says (`AttentionBatch.plan`), and every earlier key; with
+            causal, without window
+    """
 
     kv: KVRequest
     heads: int
@@ -126,10 +138,13 @@ class AttentionRequest:
     lse: bool = False
     graph: bool = False
     batch_invariant: bool = False
+    q_rope: Format | None = None
+    tree: bool = False
 
     def __str__(self) -> str:
-        flags = [f for f in ("causal", "window", "softcap", "sinks", "lse") if getattr(self, f)]
-        return f"attention[{self.phase}] heads={self.heads} q={self.q} p={self.p} {','.join(flags)} over {self.kv}"
+        flags = [f for f in ("causal", "window", "softcap", "sinks", "lse", "tree") if getattr(self, f)]
+        q = f"{self.q}" if self.q_rope is None else f"{self.q} q_rope={self.q_rope}"
+        return f"attention[{self.phase}] heads={self.heads} q={q} p={self.p} {','.join(flags)} over {self.kv}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +237,9 @@ class Arithmetic:
             operand = f">{request.operand.storage}" if request.operand else ""
             return Arithmetic(str(request.x[0].storage), w + operand)
         if isinstance(request, AttentionRequest):
+            rope = "" if request.q_rope is None else f"+{request.q_rope.storage}"
             return Arithmetic(
-                f"{request.q.storage}.{request.kv.k.storage}", f"{request.p.storage}.{request.kv.v.storage}"
+                f"{request.q.storage}{rope}.{request.kv.k.storage}", f"{request.p.storage}.{request.kv.v.storage}"
             )
         return None
 

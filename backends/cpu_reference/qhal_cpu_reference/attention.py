@@ -1,8 +1,8 @@
 """attention: one sequence after the other over its pages, all heads at once, in float64.
 
 s = scale * q.k, soft-capped; p = exp(s - max); o = (sum of p * v) / (sum of p, and of exp(sink - max)); one rounding.
-q is rounded to request.q and every exp(s - max) to request.p before the product with v, as kernels do; their sum is of
-the unrounded ones. Keys and values are the dequantizations of their codes.
+q is quantized to request.q and every exp(s - max), rounded to fp32, to request.p before the product with v, as kernels
+do; their sum is of the unrounded ones. Keys and values are the dequantizations of their codes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.elements import WIDE, element
 from qhal.encoding import encode
 from qhal.errors import BatchError, FormatError
+from qhal.formats import Format
 from qhal.requests import AttentionRequest, KVRequest
-from qhal_cpu_reference.kv import read
+from qhal_cpu_reference.kv import STATIC, read
 from qhal_cpu_reference.rounding import round_once
 
 
@@ -28,9 +29,16 @@ class CpuBatch(AttentionBatch):
         self.kv_bounds = torch.zeros(limits.batch, dtype=torch.int32)
         self.page_table = torch.zeros(limits.batch, limits.pages, dtype=torch.int64)
         self._device_lens: Tensor | None = None
+        self._trees: list[Tensor | None] = []
 
     def plan(
-        self, query_lens: Tensor, kv_lens: Tensor, page_table: Tensor, *, kv_lens_device: Tensor | None = None
+        self,
+        query_lens: Tensor,
+        kv_lens: Tensor,
+        page_table: Tensor,
+        *,
+        kv_lens_device: Tensor | None = None,
+        tree: Tensor | None = None,
     ) -> None:
         """Checks everything against the limits, then copies."""
         count, limits, page = query_lens.numel(), self.limits, self.request.kv.page
@@ -53,14 +61,35 @@ class CpuBatch(AttentionBatch):
                 f"a sequence of {int(kv_lens.max())} tokens needs {need} pages of {page}; "
                 f"the batch was made for {limits.pages}, the page table has {page_table.shape[1]}"
             )
+        trees = self._split(tree, query_lens)
         self.sequences = count
+        self._trees = trees
         self.query_lens[:count] = query_lens
         self.kv_bounds[:count] = kv_lens
         self.page_table[:count, :need] = page_table[:count, :need].to(torch.int64)
         self._device_lens = kv_lens_device
 
-    def rows(self, pages: int) -> list[tuple[int, int, Tensor]]:
-        """(query length, key length, pages) of every sequence; BatchError for pages outside the cache."""
+    def _split(self, tree: Tensor | None, query_lens: Tensor) -> list[Tensor | None]:
+        """[q, q] of every sequence; None without trees."""
+        lens = query_lens.tolist()
+        if (tree is not None) != self.request.tree:
+            given = "given" if tree is not None else "missing"
+            raise BatchError(f"tree is {given}, the batch was made for a request with tree={self.request.tree}")
+        if tree is None:
+            return [None] * len(lens)
+        needed = sum(n * n for n in lens)
+        if tree.dtype != torch.bool or tuple(tree.shape) != (needed,):
+            found = f"{tree.dtype} {tuple(tree.shape)}"
+            raise BatchError(f"tree is {found}; {lens} query tokens need bool [{needed}], the sum of their squares")
+        parts = [part.reshape(n, n).clone() for part, n in zip(tree.split([n * n for n in lens]), lens, strict=True)]
+        for b, part in enumerate(parts):
+            if not bool(part.diagonal().all()):
+                blind = (~part.diagonal()).nonzero().flatten().tolist()
+                raise BatchError(f"tree of sequence {b}: tokens {blind} do not see themselves; set their diagonal")
+        return list(parts)
+
+    def rows(self, pages: int) -> list[tuple[int, int, Tensor, Tensor | None]]:
+        """(query length, key length, pages, tree) of every sequence; BatchError for pages outside the cache."""
         found = []
         for b in range(self.sequences):
             bound = int(self.kv_bounds[b])
@@ -70,7 +99,7 @@ class CpuBatch(AttentionBatch):
             table = self.page_table[b, : -(-length // self.request.kv.page)]
             if table.numel() and (int(table.min()) < 0 or int(table.max()) >= pages):
                 raise BatchError(f"sequence {b}: pages {table.tolist()}; the cache has 0 to {pages - 1}")
-            found.append((int(self.query_lens[b]), length, table))
+            found.append((int(self.query_lens[b]), length, table, self._trees[b]))
         return found
 
 
@@ -82,19 +111,21 @@ def attend(
     if not same_cache(cache.request, kv):
         raise FormatError(f"the cache is {cache.request}, the batch was made for {kv}")
     rows = batch.rows(cache.pages)
-    tokens = sum(length for length, _, _ in rows)
+    tokens = sum(queries for queries, _, _, _ in rows)
     mla = kv.kind == "mla"
     dim, wide = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
     _check(q, request, sinks, tokens, dim)
     result = _buffer(out, (tokens, request.heads, wide), request.out, "out")
     logs = None if lse is None else _buffer(lse, (tokens, request.heads), torch.float32, "lse")
-    q = encode(q.detach().reshape(tokens * request.heads, dim), request.q).dequantize().reshape(q.shape)
+    q = _queries(q.detach(), request, cache)
+    p_scale = None if request.p.plain else _static(cache, "p.scale", request.p)
     at = 0
-    for queries, length, pages in rows:
+    for queries, length, pages, tree in rows:
         k, v = read(cache, 0, pages, length), read(cache, 1, pages, length)
         if mla:  # one key-value head: keys are latent and rope together, values are the latent rows
             k, v = torch.cat([k, v], -1), k
-        o, log = one_sequence(q[at : at + queries].double(), k.double(), v.double(), request, sinks)
+        seen = visible(queries, length, request, tree)
+        o, log = one_sequence(q[at : at + queries].double(), k.double(), v.double(), request, seen, sinks, p_scale)
         result[at : at + queries] = round_once(o, request.out)
         if logs is not None:
             logs[at : at + queries] = log
@@ -103,9 +134,18 @@ def attend(
 
 
 def one_sequence(
-    q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: AttentionRequest,
+    seen: Tensor,
+    sinks: Tensor | None,
+    p_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """q [t, H, D], k [L, G, D], v [L, G, Dv], all float64 -> o [t, H, Dv] and the natural log of the denominator."""
+    """q [t, H, D], k [L, G, D], v [L, G, Dv], all float64 -> o [t, H, Dv] and the natural log of the denominator.
+
+    seen  bool [t, L]: which keys a query sees
+    """
     (t, heads, dim), (length, groups, _) = q.shape, k.shape
     if length == 0:
         return q.new_zeros(t, heads, v.shape[-1]), q.new_full((t, heads), -torch.inf)
@@ -113,7 +153,6 @@ def one_sequence(
     s = torch.einsum("tgjd,lgd->gjtl", q.reshape(t, groups, share, dim), k) * request.scale
     if request.softcap is not None:
         s = request.softcap * torch.tanh(s / request.softcap)
-    seen = visible(t, length, request)
     s = torch.where(seen, s, -torch.inf)
     top = s.amax(-1, keepdim=True)
     sink = None if sinks is None else sinks.double().reshape(groups, share, 1, 1)
@@ -123,20 +162,59 @@ def one_sequence(
     total = e.sum(-1, keepdim=True)
     if sink is not None:
         total = total + torch.exp(sink - top)
-    p_dtype = element(request.p.element).storage
-    p = e if p_dtype == torch.float32 else round_once(e, p_dtype).double()
-    o = _weighted(p, v, seen) / total.permute(2, 0, 1, 3)
+    o = _weighted(_weights(e, request.p, p_scale), v, seen) / total.permute(2, 0, 1, 3)
     o = torch.where(seen.any(-1)[:, None, None, None], o, 0.0)  # a row that sees no key is 0 / 0 until here
     log = torch.where(seen.any(-1)[:, None, None], (top + torch.log(total)).squeeze(-1).permute(2, 0, 1), -torch.inf)
     return o.reshape(t, heads, v.shape[-1]), log.reshape(t, heads)
 
 
-def visible(t: int, length: int, request: AttentionRequest) -> Tensor:
-    """bool [t, L]: the last query stands at the last key (bottom right); a window ends with the query's own key."""
+def visible(t: int, length: int, request: AttentionRequest, tree: Tensor | None = None) -> Tensor:
+    """bool [t, L]: the last query stands at the last key (bottom right); a window ends with the query's own key.
+
+    tree  bool [t, t] in place of the causal mask among the last t keys
+    """
     position = torch.arange(length - t, length)[:, None]
     key = torch.arange(length)[None, :]
+    if tree is not None:
+        new = min(t, length)  # keys of new tokens that are in the cache
+        return torch.cat([torch.ones(t, length - new, dtype=torch.bool), tree[:, t - new :]], 1)
     seen = key <= position if request.causal else torch.ones(t, length, dtype=torch.bool)
     return seen if request.window is None else seen & (key > position - request.window)
+
+
+def _queries(q: Tensor, request: AttentionRequest, cache: KVCache) -> Tensor:
+    """float32 [T, H, D]: Q as the request holds it."""
+    if request.q_rope is None:
+        return _held(q, request.q, cache)
+    latent = request.kv.k_dim
+    parts = (_held(q[..., :latent], request.q, cache), _held(q[..., latent:], request.q_rope, cache))
+    return torch.cat(parts, -1)
+
+
+def _held(q: Tensor, fmt: Format, cache: KVCache) -> Tensor:
+    if fmt.block is not None and fmt.block.kind in STATIC:
+        zero = None if fmt.zero is None else _static(cache, "q.zero", fmt)
+        return encode(q, fmt, scale=_static(cache, "q.scale", fmt), zero=zero).dequantize()
+    outer = None if fmt.scale is None or fmt.scale.plain else _static(cache, "q.scale.scale", fmt)
+    return encode(q.flatten(0, 1), fmt, scale=outer).dequantize().reshape(q.shape)
+
+
+def _static(cache: KVCache, name: str, fmt: Format) -> Tensor:
+    """The numbers of a static plane of Q or P, wide floats or whole numbers."""
+    plane = cache.planes.get(name)
+    if plane is None:
+        raise FormatError(
+            f"the cache has no plane {name} for {name[0]}={fmt}; make it from kv_planes(request, attention=[...])"
+        )
+    return plane.float()
+
+
+def _weights(e: Tensor, p: Format, scale: Tensor | None) -> Tensor:
+    """exp(s - max) as the product with v sees it, float64."""
+    if not p.plain:
+        return encode(e.float(), p, scale=scale).dequantize().double()
+    dtype = element(p.element).storage
+    return e if dtype == torch.float32 else round_once(e, dtype).double()
 
 
 def _weighted(p: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ class CpuReference(QuantOps):
         self._require(request)
         for reader in attention:
             self._require(reader)
-        return "canonical", canonical_planes(request)
+        return "canonical", canonical_planes(request, attention)
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
         """See `attention.CpuBatch`."""

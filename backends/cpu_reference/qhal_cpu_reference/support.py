@@ -60,7 +60,7 @@ def support(request: Request) -> Support:
 def _support(request: Request) -> Support:
     if not isinstance(request, get_args(Request)):
         return Support("unsupported", f"{type(request).__name__} is no request of this interface")
-    reasons = list(_reasons(request))
+    reasons = list(dict.fromkeys(_reasons(request)))
     if not reasons:
         return _full(request)
     return Support("unsupported", "; ".join(reasons), nearest=_nearest(request, reasons))
@@ -223,12 +223,27 @@ def _attention(r: AttentionRequest) -> Reasons:
         yield f"softcap={r.softcap} must be positive"
     if r.window is not None and r.window < 1:
         yield f"window={r.window} must be at least 1"
-    if r.q.block is not None and r.q.block.kind not in ("row", "group"):
-        yield f"q={r.q}: static and cross-token scales of q are not written yet; use row or g<k>"
+    if r.tree and (r.window is not None or not r.causal):
+        yield "tree: new tokens see what the tree says and every earlier key; ask without window and with causal"
+    if r.q_rope is not None:
+        if r.kv.kind != "mla":
+            yield f"q_rope={r.q_rope}: only the queries of mla have a rope part of their own"
+        block, scale = r.q_rope.block, r.q_rope.scale
+        if block is not None and (block.kind not in ("row", "group") or scale is None or not scale.plain):
+            yield f"q_rope={r.q_rope}: use a plain float, or scales computed per (token, head)"
+        yield from dense(r.q_rope)
+        yield from encodable(r.q_rope)
+    try:
+        planes = canonical_planes(r.kv, [r])
+    except QhalError as bad:
+        yield str(bad)
+        return
     yield from dense(r.q)
-    yield from encodable(r.q)
-    if not r.p.plain or element(r.p.element).kind != "float":
-        yield f"p={r.p}: P is kept in a plain float type such as fp32, bf16 or e4m3fn"
+    yield from encodable(r.q, static=any(p.name.startswith("q.") for p in planes))
+    if r.p.plain and element(r.p.element).kind != "float":
+        yield f"p={r.p}: P without a scale is a plain float type such as fp32, bf16 or e4m3fn"
+    yield from dense(r.p)
+    yield from encodable(r.p, static=not r.p.plain)
     yield from _float(r.out, "out")
     if r.graph:
         yield _NO_GRAPH

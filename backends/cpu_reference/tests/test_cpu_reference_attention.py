@@ -19,59 +19,6 @@ KV = ["bf16", "fp16", "fp32", "e4m3fn.tensor*fp32", "e4m3fn.head*bf16", "e4m3fn.
       "e2m1.g4*(e4m3fn.tensor*fp32)", "int8.g4*(e4m3fn.tensor*bf16)"]  # fmt: skip
 
 
-def kv_request(k: str = "fp32", v: str | None = None, *, heads: int = 2, k_dim: int = 8, v_dim: int = 8) -> KVRequest:
-    return KVRequest(
-        kind="mha", k=Format.parse(k), v=Format.parse(v or k), heads=heads, k_dim=k_dim, v_dim=v_dim, page=PAGE
-    )
-
-
-def attention_request(kv: KVRequest, **kw) -> AttentionRequest:
-    usual = {
-        "heads": 4,
-        "scale": 0.35,
-        "phase": "mixed",
-        "q": Format("fp32"),
-        "p": Format("fp32"),
-        "out": torch.float32,
-    }
-    return AttentionRequest(kv=kv, **{**usual, **kw})
-
-
-def fill(ops, kv: KVRequest, lens: list[int], seed: int = 0, *, poison: bool = True):
-    """A cache with every sequence's rows in shuffled pages; unused slots hold NaN where the format has one."""
-    g = torch.Generator().manual_seed(seed)
-    need = [-(-n // PAGE) for n in lens]
-    pages = sum(need) + 3
-    cache = KVCache.allocate(kv, pages, "cpu")
-    for name, t in cache.planes.items():
-        static = not any(p.name == name and p.paged for p in ops.kv_planes(kv)[1])
-        if static and name.endswith("scale"):
-            cache.set_static(name, (torch.rand(t.shape, generator=g) * 0.02 + 0.01))
-        elif poison and t.dtype.is_floating_point and not static:
-            t.copy_(torch.full(t.shape, float("nan")).to(t.dtype))
-    order = torch.randperm(pages, generator=g)
-    table = torch.full((len(lens), max(need, default=0) + 1), 10_000, dtype=torch.int32)  # never read past a length
-    at = 0
-    for b, count in enumerate(need):
-        table[b, :count] = order[at : at + count].int()
-        at += count
-    rows = []
-    for b, n in enumerate(lens):
-        mla = kv.kind == "mla"
-        k = torch.randn(n, *(() if mla else (kv.heads,)), kv.k_dim, generator=g)
-        v = torch.randn(n, *(() if mla else (kv.heads,)), kv.v_dim, generator=g)
-        slots = table[b, torch.arange(n) // PAGE] * PAGE + torch.arange(n).int() % PAGE
-        ops.quant_kv(k, v, cache, slots)
-        rows.append((k, v))
-    return cache, table, rows
-
-
-def plan(ops, request: AttentionRequest, queries: list[int], lens: list[int], table: torch.Tensor):
-    batch = ops.attention_batch(request, Limits(batch=8, tokens=64, pages=16))
-    batch.plan(torch.tensor(queries, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32), table)
-    return batch
-
-
 def by_torch(q, k, v, request: AttentionRequest, sinks=None):
     """One sequence by scaled_dot_product_attention where it can, else by a loop over scalars; float64."""
     t, heads, _ = q.shape
@@ -108,7 +55,7 @@ VARIANTS = [{}, {"causal": False}, {"window": 3}, {"window": 1}, {"softcap": 2.0
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("queries", [[1, 1, 1, 1], [1, 4, 5, 9], [0, 3, 2, 1]])
-def test_attention_is_torchs(ops, variant, queries):
+def test_attention_is_torchs(ops, variant, queries, kv_request, attention_request, fill, plan):
     lens = [1, 4, 5, 9]  # one, a page, a page and one, two pages and one
     request = attention_request(kv_request(), lse=True, **variant)
     cache, table, rows = fill(ops, request.kv, lens)
@@ -126,7 +73,7 @@ def test_attention_is_torchs(ops, variant, queries):
 
 
 @pytest.mark.parametrize("name", KV)
-def test_quantized_caches_hold_what_quantize_makes(ops, name):
+def test_quantized_caches_hold_what_quantize_makes(ops, name, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request(name))
     assert ops.supports(request), ops.supports(request).reason
     cache, table, rows = fill(ops, request.kv, [6, 3])
@@ -161,7 +108,7 @@ def expected(ops, fmt: Format, cache: KVCache, name: str, x: torch.Tensor) -> to
     return torch.stack([torch.stack(r) for r in rows])
 
 
-def test_codes_and_scales_are_the_bits_of_quantize(ops):
+def test_codes_and_scales_are_the_bits_of_quantize(ops, kv_request):
     for name in ("int8.row*fp32", "int8.g4*fp16", "e4m3fn.row*fp32"):
         kv = kv_request(name)
         cache = KVCache.allocate(kv, 2, "cpu")
@@ -184,7 +131,7 @@ def test_codes_and_scales_are_the_bits_of_quantize(ops):
                 assert all(same_bits(after[s], old[s]) for s in untouched)
 
 
-def test_relabelling_pages_changes_no_bit(ops):
+def test_relabelling_pages_changes_no_bit(ops, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request("int8.row*fp32"))
     cache, table, _ = fill(ops, request.kv, [9, 5])
     batch = plan(ops, request, [2, 5], [9, 5], table)
@@ -200,7 +147,7 @@ def test_relabelling_pages_changes_no_bit(ops):
     assert torch.equal(ops.attention(q, KVCache(cache.request, strided), batch), o)
 
 
-def test_hidden_nan_does_not_leak_and_seen_nan_does(ops):
+def test_hidden_nan_does_not_leak_and_seen_nan_does(ops, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request(), window=3)
     cache, table, _ = fill(ops, request.kv, [7], poison=True)
     batch = plan(ops, request, [7], [7], table)
@@ -214,7 +161,7 @@ def test_hidden_nan_does_not_leak_and_seen_nan_does(ops):
     assert y[[0, 1, 2, 4, 5, 6]].isnan().all()
 
 
-def test_rows_without_keys_give_zeros(ops):
+def test_rows_without_keys_give_zeros(ops, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request(), lse=True, sinks=True)
     cache, table, _ = fill(ops, request.kv, [0, 2])
     batch = plan(ops, request, [2, 4], [0, 2], table)  # the second sequence has more queries than keys
@@ -226,7 +173,7 @@ def test_rows_without_keys_give_zeros(ops):
     assert ops.attention(torch.randn(0, 4, 8), cache, empty, sinks=torch.zeros(4)).shape == (0, 4, 8)
 
 
-def test_exact_families(ops):
+def test_exact_families(ops, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request(), causal=False)
     cache, table, rows = fill(ops, request.kv, [8])
     batch = plan(ops, request, [1], [8], table)
@@ -237,7 +184,7 @@ def test_exact_families(ops):
     assert torch.allclose(ops.attention(q, cache, batch).double(), peaked, atol=1e-6)
 
 
-def test_declared_p_and_q_are_used(ops):
+def test_declared_p_and_q_are_used(ops, kv_request, attention_request, fill, plan):
     kv = kv_request()
     cache, table, rows = fill(ops, kv, [7])
     q = torch.randn(1, 4, 8)
@@ -256,7 +203,7 @@ def test_declared_p_and_q_are_used(ops):
     )
 
 
-def test_mla(ops):
+def test_mla(ops, attention_request, fill, plan):
     kv = KVRequest(kind="mla", k=Format("bf16"), v=Format("bf16"), heads=1, k_dim=16, v_dim=4, page=PAGE)
     request = attention_request(kv, out=torch.bfloat16)
     cache, table, rows = fill(ops, kv, [6])
@@ -268,7 +215,7 @@ def test_mla(ops):
     assert torch.allclose(o.double(), want, atol=2**-8, rtol=2**-8)
 
 
-def test_device_lengths_win_within_their_bounds(ops):
+def test_device_lengths_win_within_their_bounds(ops, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request())
     cache, table, rows = fill(ops, request.kv, [9])
     batch = ops.attention_batch(request, Limits(batch=1, tokens=1, pages=3))
@@ -284,7 +231,7 @@ def test_device_lengths_win_within_their_bounds(ops):
         ops.attention(q, cache, batch)
 
 
-def test_errors(ops):
+def test_errors(ops, kv_request, attention_request, fill, plan):
     request = attention_request(kv_request("int8.row*fp32"))
     cache, table, _ = fill(ops, request.kv, [5])
     batch = ops.attention_batch(request, Limits(batch=1, tokens=4, pages=2))
@@ -333,7 +280,7 @@ def test_errors(ops):
             ops.quant_kv(rows, rows, broken, torch.tensor([0]))
 
 
-def test_static_power_of_two_scales_are_read_and_written(ops):
+def test_static_power_of_two_scales_are_read_and_written(ops, kv_request):
     cache = KVCache.allocate(kv_request("e4m3fn.tensor*e8m0"), 1, "cpu")
     cache.set_static("k.scale", torch.tensor(0.5))
     x = torch.tensor([[[1.0, -2.0, 0.5, 3.0, 0, 0, 0, 0]] * 2])
