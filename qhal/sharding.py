@@ -221,10 +221,39 @@ def permute_rows(t: QTensor, index: Tensor) -> QTensor:
     return replace(t, **changed)
 
 
+def transposed(t: QTensor) -> QTensor:
+    """[..., N, K] as [..., K, N]: the same codes, every block turned (row to col, g<k> to kx1, n x k to k x n)."""
+    block, fmt = t.format.block, t.format
+    if t.group_index is not None:
+        raise ShardError(f"{fmt}: a group index orders columns; act-order groups have no transpose")
+    if fmt.sparsity is not None:
+        raise ShardError(f"{fmt}: {fmt.sparsity[0]}:{fmt.sparsity[1]} runs lie along K; they have no transpose")
+    if block is not None and block.kind == "flat":
+        raise ShardError(f"{fmt}: blocks of {block.cols} run along rows; they have no transpose")
+    if block is not None:
+        turned = {"row": Block("col"), "head": Block("col"), "col": Block("row"), "tensor": block}
+        fmt = replace(fmt, block=turned.get(block.kind, Block("tile", block.cols, block.rows)))
+    changed: dict[str, Any] = {"codes": _turn(t.codes)}
+    for name in _PLANES:
+        plane = getattr(t, name)
+        if plane is not None:
+            changed[name] = _turn(plane) if isinstance(plane, Tensor) else transposed(plane)
+            if not isinstance(plane, Tensor):
+                fmt = replace(fmt, **{name: changed[name].format})
+    return replace(t, format=fmt, **changed)
+
+
 def check_axis(dim: int) -> None:
     """ShardError unless dim is 0 or 1."""
     if type(dim) is not int or dim not in (0, 1):
         raise ShardError(f"dim {dim!r}: 0 cuts rows (N), 1 cuts columns (K)")
+
+
+def _turn(x: Tensor) -> Tensor:
+    """Last two axes exchanged, contiguous; one-byte floats as bytes: not every device copies them."""
+    if x.element_size() == 1 and x.is_floating_point():
+        return x.view(torch.uint8).transpose(-1, -2).contiguous().view(x.dtype)
+    return x.transpose(-1, -2).contiguous()
 
 
 def _cut(x: Tensor, dim: int, start: int, stop: int) -> Tensor:

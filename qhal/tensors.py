@@ -148,6 +148,14 @@ class QTensor:
         """Rows in the order of `index` [N]: exact for tensor, row, col, g<k>; ShardError for tiles and flat blocks."""
         return sharding.permute_rows(self, index)
 
+    def transposed(self) -> QTensor:
+        """[..., K, N] whose dequantization is that of this tensor transposed, to the bit; planes are copies.
+
+        Blocks turn: row to col and back, g<k> to kx1, n x k to k x n, short last blocks too. ShardError for flat
+        blocks, group_index and n:m sparsity: they have a direction.
+        """
+        return sharding.transposed(self)
+
 
 def _check(t: QTensor) -> None:
     f, codes = t.format, t.codes

@@ -341,6 +341,45 @@ def test_codebook_cuts() -> None:
         CodebookTensor.concat([t, t], 0)
 
 
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(
+    st.sampled_from([*FORMATS, "int8.head*fp32", "int8-fp32.row*fp32", "e4m3fn.head*bf16", "bf16", "e4m3fn"]),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.sampled_from([(), (2,)]),
+    st.booleans(),
+)
+def test_a_transpose_is_the_transpose_of_the_value(name: str, n: int, k: int, lead: Shape, one_zero: bool) -> None:
+    f = Format.parse(name)
+    t = random_tensor(f, (*lead, n, k), torch.Generator().manual_seed(n * k), one_zero=one_zero)
+    if f.sparsity is not None or "flat" in name:
+        with pytest.raises(ShardError, match="no transpose"):
+            t.transposed()
+        return
+    turned = t.transposed()
+    assert turned.codes.is_contiguous()
+    assert same_bits(turned.dequantize(), t.dequantize().transpose(-1, -2).contiguous())
+    assert turned.format == Format.parse(str(turned.format))
+    back = turned.transposed()
+    heads = "head" in name  # a head block comes back as row: the same grid
+    assert back.equal(t) or (heads and same_bits(back.dequantize(), t.dequantize()))
+
+
+def test_act_order_has_no_transpose() -> None:
+    t = random_tensor(Format.parse("int4.g16*bf16"), (8, 64), torch.Generator().manual_seed(0), index=True)
+    with pytest.raises(ShardError, match="group index orders columns"):
+        t.transposed()
+
+
+def test_transposed_blocks_are_named() -> None:
+    for name, turned in (("int4.g32*bf16", "int4.32x1*bf16"), ("e4m3fn.128x64*fp32", "e4m3fn.64x128*fp32"),
+                         ("int8.row*fp32", "int8.col*fp32"), ("int8.col*fp32", "int8.row*fp32"),
+                         ("int4.4x1*fp16", "int4.g4*fp16"), ("nvfp4", "e2m1.16x1*(e4m3fn.tensor*fp32)"),
+                         ("q4_k", "uint4.32x1*(uint6.8x1*fp16)-(uint6.8x1*fp16)")):  # fmt: skip
+        t = random_tensor(Format.parse(name), (8, 64), torch.Generator().manual_seed(0))
+        assert str(t.transposed().format) == turned
+
+
 def test_encoded_weights_shard_like_their_source() -> None:
     x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     for name in ("int4_g32", "int8_row", "mxfp4", "mxfp8"):
