@@ -7,16 +7,18 @@ so outlier columns, column groups, residual stages and lattices are one loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from qhal import lattices
 from qhal.errors import FormatError, ShardError
+from qhal.named_tables import NamedTables
 from qhal.sharding import bounds
 
-STRUCTURED: dict[str, Callable[[], Tensor]] = {}
+STRUCTURED = NamedTables({name: partial(lattices.load, name) for name in lattices.TABLE_SHA256})
 """Named codebooks that are constructed, not stored: name -> function that gives the table [V, a, b]."""
 
 

@@ -100,7 +100,10 @@ class QuantOps(ABC):
 
     @abstractmethod
     def supports(self, request: Request) -> Support:
-        """What would happen. Total (never raises), pure, the same on every rank, and needs no device."""
+        """What would happen. Total (never raises), pure, the same on every rank, and needs no device.
+
+        The answer depends on the request and on the named tables (`named_tables.revision`) alone.
+        """
 
     def quantize(
         self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None

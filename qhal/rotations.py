@@ -7,7 +7,7 @@ for requests, `blocks(n)` the period that a map mixes (what a tensor-parallel cu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from qhal import hadamard_tables
 from qhal.errors import FormatError, ShardError
+from qhal.named_tables import NamedTables
 
-TABLES: dict[str, Callable[[], Tensor]] = {
-    name: partial(hadamard_tables.load, name) for name in hadamard_tables.TABLE_SHA256
-}
+TABLES = NamedTables({name: partial(hadamard_tables.load, name) for name in hadamard_tables.TABLE_SHA256})
 """Hadamard tables of order k that are no power of two, by name: function that gives the [k, k] matrix of +1 and -1."""
 
 

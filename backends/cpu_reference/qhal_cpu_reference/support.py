@@ -22,6 +22,7 @@ from qhal.encoding import encode
 from qhal.errors import QhalError
 from qhal.formats import Format
 from qhal.layer_formats import Activation
+from qhal.named_tables import revision
 from qhal.requests import (
     Arithmetic,
     AttentionRequest,
@@ -51,13 +52,14 @@ def support(request: Request) -> Support:
     """The answer to any request, well-formed or not."""
     try:
         with torch.device("cpu"):  # engines ask while models are built on the meta device; the answer is the same
-            return _support(request)
+            return _support(request, revision())
     except Exception as fault:  # total by contract: a request that cannot be read is refused with the reason
         return Support("unsupported", f"the request cannot be read ({type(fault).__name__}: {fault})")
 
 
 @lru_cache(maxsize=65536)
-def _support(request: Request) -> Support:
+def _support(request: Request, tables: int) -> Support:
+    """The answer while the named tables (Hadamard, codebooks) are at that revision."""
     if not isinstance(request, get_args(Request)):
         return Support("unsupported", f"{type(request).__name__} is no request of this interface")
     reasons = list(dict.fromkeys(_reasons(request)))

@@ -154,3 +154,14 @@ def test_hadamard_errors(ops):
     for index in ([0, 1, 9], [0, 1, 1], [0, 1, -1]):
         with pytest.raises(FormatError, match="must name each of them once"):
             ops.hadamard(torch.zeros(2, 3), (Permutation(torch.tensor(index)),))
+
+
+def test_a_hadamard_table_registered_after_it_was_refused(ops, monkeypatch):
+    """The answer used to be cached for ever."""
+    chain = (Hadamard(48, 12, "later12"),)
+    request = HadamardRequest(kinds=rotations.kinds(chain), n=48, x=torch.float32)
+    assert "no Hadamard table 'later12'" in ops.supports(request).reason
+    monkeypatch.setitem(rotations.TABLES, "later12", rotations.TABLES["quarot-12"])
+    assert ops.supports(request)
+    x = torch.randn(3, 48)
+    assert torch.equal(ops.hadamard(x, chain), ops.hadamard(x, (Hadamard(48, 12, "quarot-12"),)))
