@@ -130,7 +130,7 @@ class QuantOps(ABC):
     ) -> Prepared:
         """Re-lay a weight [N, K] (experts [E, N, K]) for the device; fold, compile, choose kernels for all request.m.
 
-        inputs   how a plain x is quantized, by the index that `gemm(input=)` takes
+        inputs   how a plain x is quantized, by the index that `gemm(input=)` takes; per expert if Operand.per_expert
         operand  the weight is rounded to this before the product
         bias     float32 [N] (experts [E, N]), added once, in fp32, before the result is rounded
         into     new values at the old addresses, for refits under live graphs; a changed host scale is refused there

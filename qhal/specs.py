@@ -154,7 +154,7 @@ class LinearSpec:
             ("input rotation", all(rotations.same(p.rotate_in, first.rotate_in) for p in parts)),
         ):
             if not same:
-                raise ShardError(f"cannot fuse {names}: their {what} differs")
+                raise ShardError(f"cannot fuse {names}: their {what} differs, and one product has one")
         if any(p.rotate_out or p.low_rank for p in parts):
             raise ShardError(f"cannot fuse {names}: an output rotation or low-rank branch belongs to one projection")
         weights = [p.weight for p in parts]
@@ -200,30 +200,51 @@ class ExpertsSpec:
         """Experts first:first+count, for expert parallelism."""
         parts = []
         for spec in (self.gate_up, self.down):
-            if not isinstance(spec.weight, QTensor):
-                raise ShardError(f"{spec.name}: only QTensor expert weights can be selected")
-            bias = None if spec.bias is None else spec.bias[first : first + count]
-            parts.append(replace(spec, weight=spec.weight.select(first, count), bias=bias))
+            part = replace(
+                spec,
+                weight=_select(spec.weight, first, count, spec.name),
+                bias=None if spec.bias is None else spec.bias[first : first + count],
+                input=spec.input and spec.input.experts(first, count),
+                decode_input=spec.decode_input and spec.decode_input.experts(first, count),
+                operand=spec.operand and spec.operand.experts(first, count),
+            )
+            parts.append(part)
         return replace(self, gate_up=parts[0], down=parts[1])
 
     def shard(self, rank: int, world: int) -> ExpertsSpec:
         """Tensor-parallel part: gate and up by rows (each half by itself), down by columns."""
         inner = self.down.weight.shape[-1]
         start, stop = bounds(inner, rank, world, f"{self.name}: intermediate features")
-        w = self.gate_up.weight
-        if not isinstance(w, QTensor):
-            raise ShardError(f"{self.name}: only QTensor expert weights can be cut")
-        halves = [w.narrow(0, start, stop)]
-        if self.activation.gated:
-            halves.append(w.narrow(0, inner + start, inner + stop))
-        bias = self.gate_up.bias
-        if bias is not None:
-            cuts = [bias[..., start:stop]] + (
-                [bias[..., inner + start : inner + stop]] if self.activation.gated else []
+        spec = self.gate_up
+        fixed = None if spec.operand is None else spec.operand.expert(0).scale
+        if fixed is not None and fixed.numel() > 1:
+            raise ShardError(
+                f"{spec.name}: {fixed.numel()} static scales of the weight operand cannot follow gate and up"
             )
-            bias = torch.cat(cuts, -1)
-        gate_up = replace(self.gate_up, weight=QTensor.concat(halves, 0), bias=bias)
+        runs = [(start, stop)] + [(inner + start, inner + stop)] * self.activation.gated
+        bias = None if spec.bias is None else torch.cat([spec.bias[..., a:b] for a, b in runs], -1)
+        gate_up = replace(spec, weight=_row_runs(spec.weight, runs, spec.name), bias=bias)
         return replace(self, gate_up=gate_up, down=self.down.shard(1, rank, world))
+
+
+def _select(w: Weight, first: int, count: int, name: str) -> Weight:
+    """Experts first:first+count of a stacked weight."""
+    if isinstance(w, CodebookTensor):
+        raise ShardError(f"{name}: codebook weights are not stacked ({w.format}); there are no experts to select")
+    if isinstance(w, QTensor):
+        return w.select(first, count)
+    if w.dim() < 3 or not 0 <= first <= first + count <= w.shape[0]:
+        raise ShardError(f"{name}: {w.dtype} {tuple(w.shape)}: no experts {first}:{first + count}")
+    return w[first : first + count]
+
+
+def _row_runs(w: Weight, runs: Sequence[tuple[int, int]], name: str) -> Weight:
+    """The rows of several runs, one after another."""
+    if isinstance(w, CodebookTensor):
+        raise ShardError(f"{name}: codebook weights are not stacked ({w.format}); experts of them cannot be cut")
+    if isinstance(w, QTensor):
+        return QTensor.concat([w.narrow(0, a, b) for a, b in runs], 0)
+    return torch.cat([w[..., a:b, :] for a, b in runs], -2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qhal import QTensor
+import qhal
+from qhal import Indexed, Offsets, QTensor
 from qhal.errors import CheckpointError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import ExpertsFormat, LinearFormat
+from qhal.layers import prepare_experts
 from qhal.rotations import sylvester
 from qhal_schemes import open_checkpoint
 from qhal_schemes.packing import pack
@@ -205,7 +207,7 @@ def test_experts_that_cannot_be_stacked(write_checkpoint: Write) -> None:
         tensors[f"{m}.input_scale"] = torch.tensor([1.0 + i])
     inputs = {"num_bits": 8, "strategy": "tensor", "dynamic": False}
     ckpt = open_checkpoint(write_checkpoint(tensors, ct(weights, "int-quantized", inputs), name="static"))
-    with pytest.raises(ShardError, match="input quantization differs"):
+    with pytest.raises(ShardError, match=r"gate_proj.*up_proj.*input quantization differs, and one product has one"):
         ckpt.experts_spec("model.layers.0.mlp.experts")
     odd = open_checkpoint(
         write_checkpoint(
@@ -214,6 +216,38 @@ def test_experts_that_cannot_be_stacked(write_checkpoint: Write) -> None:
     )
     with pytest.raises(CheckpointError, match=r"unsupported: .*hidden_act 'mish'"):
         odd.experts_spec("model.layers.0.mlp.experts")
+
+
+def test_experts_with_input_scales_of_their_own(write_checkpoint: Write) -> None:
+    """Static W8A8: gate and up of an expert share a scale, experts do not. It used to be refused."""
+    names, prefix = ("gate_proj", "up_proj", "down_proj"), "model.layers.0.mlp.experts"
+    tensors = expert_tensors(names)
+    for e in range(3):
+        for name in names:
+            scale = torch.tensor([0.25 + e + 8 * (name == "down_proj")])
+            tensors[f"{prefix}.{e}.{name}.input_scale"] = scale.bfloat16()
+    inputs = {"num_bits": 8, "strategy": "tensor", "dynamic": False}
+    config = ct({"num_bits": 8, "strategy": "channel"}, "int-quantized", inputs)
+    ckpt = open_checkpoint(write_checkpoint(tensors, config))
+    spec = ckpt.experts_spec(prefix)
+    assert spec.format in ckpt.layer_formats()
+    for part, base in ((spec.gate_up, 0.25), (spec.down, 8.25)):
+        assert part.input is not None and part.input.per_expert and part.input.scale is not None
+        assert part.input.scale.tolist() == [[base], [base + 1], [base + 2]]
+    one = ckpt.experts_spec(prefix, range(1, 2)).gate_up.input
+    assert one is not None and one.scale is not None and one.scale.tolist() == [[1.25]]
+    ops = qhal.select("cpu_reference")
+    layer = prepare_experts(spec, ops)
+    k = spec.format.gate_up.k
+    x = torch.randn(6, k).bfloat16()
+    ids = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0], [2, 1]], dtype=torch.int32)
+    y = layer(x, Indexed(ids, torch.full((6, 2), 0.5)))
+    assert y.shape == x.shape and bool(torch.isfinite(y).all())
+    alone = prepare_experts(spec.experts(1, 1), ops)
+    rows = x[(ids == 1).any(1)]
+    only = torch.where(ids == 1, ids, -1)[(ids == 1).any(1)]
+    whole = layer(rows, Indexed(only, torch.ones(only.shape)))
+    assert torch.equal(alone(rows, Offsets(torch.tensor([0, rows.shape[0]], dtype=torch.int32))), whole)
 
 
 # ---------------------------------------------------------------- plain checkpoints and accounts

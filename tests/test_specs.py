@@ -16,6 +16,7 @@ from qhal import (
     Diagonal,
     ExpertsSpec,
     Format,
+    FormatError,
     Hadamard,
     KVSpec,
     LinearSpec,
@@ -276,6 +277,71 @@ def test_stacked_plain_weights_are_cut_along_their_own_axes() -> None:
     assert part.bias is not None
     assert torch.equal(part.bias, spec.bias[:, 4:])
     assert torch.equal(spec.shard(1, 1, 2).stored(), spec.stored()[:, :, K // 2 :])
+
+
+def test_plain_experts_are_cut_and_selected() -> None:
+    """They used to be refused."""
+    for gated in (True, False):
+        gate_up = LinearSpec(random(4, 64 if gated else 32, K).bfloat16(), bias=random(4, 64 if gated else 32))
+        down = LinearSpec(random(4, K, 32).bfloat16(), name="down")
+        spec = ExpertsSpec(gate_up, down, Activation(gated=gated))
+        rows = torch.arange(16, 32)
+        rows = torch.cat([rows, rows + 32]) if gated else rows
+        part = spec.shard(1, 2)
+        assert torch.equal(part.gate_up.stored(), gate_up.stored()[:, rows])
+        assert part.gate_up.bias is not None and gate_up.bias is not None
+        assert torch.equal(part.gate_up.bias, gate_up.bias[:, rows])
+        assert torch.equal(part.down.stored(), down.stored()[:, :, 16:])
+        some = spec.experts(1, 2)
+        assert torch.equal(some.gate_up.stored(), gate_up.stored()[1:3])
+        assert torch.equal(some.down.stored(), down.stored()[1:3])
+        assert some.format.experts == 2
+        with pytest.raises(ShardError, match=r"down: torch.bfloat16 \(4, 64, 32\): no experts 2:5"):
+            replace(spec, gate_up=down).experts(2, 3)
+
+
+def test_codebook_experts_are_refused_by_name() -> None:
+    book = CodebookTensor((4, 8), (CodebookSegment(torch.zeros(4, 1, 1).int(), (torch.zeros(256, 1, 8),)),))
+    spec = ExpertsSpec(LinearSpec(book, name="up"), LinearSpec(book, name="down"), Activation(gated=False))
+    with pytest.raises(ShardError, match=r"up: codebook weights are not stacked \(vq1x8\[256\]\)"):
+        spec.experts(0, 1)
+    with pytest.raises(ShardError, match="up: codebook weights are not stacked"):
+        spec.shard(0, 2)
+
+
+INT8 = Format.parse("int8.tensor*fp32")
+
+
+def test_static_scales_of_experts() -> None:
+    parts = [Operand(INT8, torch.tensor([0.5 * (e + 1)]), torch.tensor([e])) for e in range(4)]
+    own = Operand.stack(parts, "layer")
+    assert own.per_expert and own.scale is not None and own.scale.tolist() == [[0.5], [1.0], [1.5], [2.0]]
+    assert all(own.expert(e).equal(parts[e]) for e in range(4))
+    assert own.experts(1, 2).equal(Operand.stack(parts[1:3], "layer"))
+    assert not own.equal(replace(own, per_expert=False, scale=own.scale))
+    same = Operand.stack([parts[0]] * 3, "layer")
+    assert same.per_expert  # equal today: a refit of one expert must fit the old tensors
+    dynamic = Operand(INT8)
+    assert Operand.stack([dynamic, Operand(INT8)], "layer") is dynamic
+    assert dynamic.expert(3) is dynamic is dynamic.experts(0, 1)
+    with pytest.raises(ShardError, match=r"layer: experts that share a product quantize alike, not as .*static"):
+        Operand.stack([parts[0], dynamic], "layer")
+    with pytest.raises(ShardError, match=r"static zero points of int8.* cannot be stacked: none, torch.int64"):
+        Operand.stack([parts[0], replace(parts[1], zero=None)], "layer")
+    for scale in (None, torch.ones(4)):
+        with pytest.raises(FormatError, match=r"per_expert needs static scales \[E, 1\] or \[E, K\], not"):
+            Operand(INT8, scale, per_expert=True)
+    features = Operand.stack([Operand(Format.parse("int8.col*fp32"), torch.rand(32)) for _ in range(4)], "down")
+    spec = experts("int8.row*fp32", Activation())
+    spec = replace(spec, gate_up=replace(spec.gate_up, input=own, operand=own), down=replace(spec.down, input=features))
+    part = spec.experts(1, 2).shard(1, 2)
+    assert part.gate_up.input is not None and part.gate_up.operand is not None and part.down.input is not None
+    assert part.gate_up.input.equal(own.experts(1, 2))
+    assert part.gate_up.operand.equal(own.experts(1, 2))
+    assert part.down.input.scale is not None and features.scale is not None
+    assert torch.equal(part.down.input.scale, features.scale[1:3, 16:])
+    with pytest.raises(ShardError, match="32 static scales of the weight operand cannot follow gate and up"):
+        replace(spec, gate_up=replace(spec.gate_up, operand=features)).shard(0, 2)
 
 
 # ---------------------------------------------------------------- summaries

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhal.errors import CheckpointError, ShardError
 from qhal.layer_formats import Activation, ExpertsFormat, LinearFormat
-from qhal.specs import ExpertsSpec, LinearSpec
+from qhal.specs import ExpertsSpec, LinearSpec, Operand
 from qhal.tensors import QTensor
 from qhal_schemes.config import CheckpointConfig
 
@@ -92,7 +92,10 @@ def describe_group(group: ExpertGroup, describe: Callable[[str], LinearFormat], 
 def read_group(
     group: ExpertGroup, read: Callable[[str], LinearSpec], act: Activation, first: int, count: int
 ) -> ExpertsSpec:
-    """Experts first:first+count, stacked. Static input scales must agree: one product has one input scale."""
+    """Experts first:first+count, stacked, with a static input scale for each.
+
+    ShardError where gate and up of one expert have different ones: they share a product, hence its quantized input.
+    """
     if not (first >= 0 and count >= 1 and first + count <= group.count):
         raise CheckpointError(f"{group.prefix}: no experts {first}:{first + count}; it has {group.count}")
     gate_up, down = [], []
@@ -105,17 +108,8 @@ def read_group(
 
 
 def _stack(parts: Sequence[LinearSpec], name: str) -> LinearSpec:
-    head = parts[0]
-    for p in parts[1:]:
-        for what in ("input", "decode_input", "operand"):
-            mine, theirs = getattr(head, what), getattr(p, what)
-            if not (mine is theirs or (mine is not None and mine.equal(theirs))):
-                raise ShardError(
-                    f"{name}: {what} quantization of {head.name} and {p.name} differs (static scales?); experts that "
-                    f"share a product must share it"
-                )
-        if p.rotate_in or p.rotate_out or p.low_rank:
-            raise ShardError(f"{name}: rotations and low-rank branches inside experts cannot be stacked")
+    if any(p.rotate_in or p.rotate_out or p.low_rank for p in parts):
+        raise ShardError(f"{name}: rotations and low-rank branches inside experts cannot be stacked")
     weights = [p.weight for p in parts]
     biases = [p.bias for p in parts if p.bias is not None]
     if biases and len(biases) != len(parts):
@@ -125,7 +119,22 @@ def _stack(parts: Sequence[LinearSpec], name: str) -> LinearSpec:
         joined = _stack_weights([w for w in weights if isinstance(w, QTensor)])
     else:
         joined = torch.stack([w for w in weights if isinstance(w, Tensor)])
-    return replace(head, weight=joined, bias=torch.stack(biases) if biases else None, name=name)
+    return replace(
+        parts[0],
+        weight=joined,
+        bias=torch.stack(biases) if biases else None,
+        input=_stack_operands([p.input for p in parts], f"{name}: input"),
+        decode_input=_stack_operands([p.decode_input for p in parts], f"{name}: decode_input"),
+        operand=_stack_operands([p.operand for p in parts], f"{name}: operand"),
+        name=name,
+    )
+
+
+def _stack_operands(parts: Sequence[Operand | None], what: str) -> Operand | None:
+    given = [o for o in parts if o is not None]
+    if given and len(given) != len(parts):
+        raise ShardError(f"{what}: some experts quantize it and some do not")
+    return Operand.stack(given, what) if given else None
 
 
 def _stack_weights(weights: Sequence[QTensor]) -> QTensor:

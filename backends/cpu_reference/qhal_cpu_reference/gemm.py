@@ -98,16 +98,31 @@ def operand(
 
     FormatError, in one line, for everything about x that does not fit. axes: 2, or 3 for [E, M, K].
     """
+    if not isinstance(x, QTensor):
+        dtype = accept(x, request, axes=axes)
+        if not inputs:
+            if quantized_inputs(request):
+                raise FormatError(
+                    f"x is plain {x.dtype}, but the weight was prepared for {request.x[0]} without saying how to "
+                    "quantize; pass inputs= to prepare, or quantize x first"
+                )
+            return x, dtype
+        if not 0 <= index < len(inputs):
+            raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
+        return quantize(x, inputs[index]).dequantize() if x.shape[-2] else x.float(), dtype
+    if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
+        known = ", ".join(str(f) for f in request.x)
+        raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
+    if request.out is None:
+        raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
+    if x.codes.dim() != axes or x.shape[-1] != request.k:
+        raise FormatError(f"x is {x.shape}, must be {_shape(axes, request.k)}")
+    return x.dequantize(), request.out
+
+
+def accept(x: Tensor, request: GemmRequest, *, axes: int = 2) -> torch.dtype:
+    """The dtype of the result for a plain x; FormatError if x does not fit."""
     columns = request.k
-    if isinstance(x, QTensor):
-        if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
-            known = ", ".join(str(f) for f in request.x)
-            raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
-        if request.out is None:
-            raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
-        if x.codes.dim() != axes or x.shape[-1] != columns:
-            raise FormatError(f"x is {x.shape}, must be {_shape(axes, columns)}")
-        return x.dequantize(), request.out
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() != axes or x.shape[-1] != columns:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise FormatError(f"x is {found}, must be bf16, fp16 or fp32 {_shape(axes, columns)}")
@@ -115,17 +130,7 @@ def operand(
         raise FormatError(f"x has strides {x.stride()}; rows may have any stride, the last must be 1")
     if x.device.type != "cpu":
         raise FormatError(f"x is on {x.device}, must be on the cpu")
-    dtype = request.out or x.dtype
-    if not inputs:
-        if quantized_inputs(request):
-            raise FormatError(
-                f"x is plain {x.dtype}, but the weight was prepared for {request.x[0]} without saying how to quantize; "
-                "pass inputs= to prepare, or quantize x first"
-            )
-        return x, dtype
-    if not 0 <= index < len(inputs):
-        raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
-    return quantize(x, inputs[index]).dequantize() if x.shape[-2] else x.float(), dtype
+    return request.out or x.dtype
 
 
 def write(y: Tensor, out: Tensor | None) -> Tensor:

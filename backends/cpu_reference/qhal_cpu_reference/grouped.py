@@ -17,11 +17,13 @@ from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.layer_formats import Activation
 from qhal.requests import GroupedRequest
 from qhal.tensors import QTensor
-from qhal_cpu_reference.gemm import operand, product, write
+from qhal_cpu_reference.gemm import accept, operand, product, write
 from qhal_cpu_reference.prepared import PreparedWeight
 from qhal_cpu_reference.quantize import quantize
 from qhal_cpu_reference.rounding import round_once
 from qhal_cpu_reference.storage import expert
+
+Index = slice | tuple[int, slice] | Tensor
 
 
 def grouped_gemm(
@@ -45,6 +47,22 @@ def grouped_gemm(
     if isinstance(out, Tensor):
         raise FormatError(f"out is a plain tensor, the result is {request.quantize}")
     return quantize(rounded, request.quantize, out)
+
+
+class Rows:
+    """Q(x), by expert: quantized once where experts share the operand, else each expert's rows with its own scale."""
+
+    def __init__(self, x: Tensor | QTensor, p: PreparedWeight, request: GroupedRequest, *, axes: int = 2) -> None:
+        self.own = p.inputs[0] if p.inputs and p.inputs[0].per_expert and not isinstance(x, QTensor) else None
+        if self.own is None or isinstance(x, QTensor):
+            self.value, self.dtype = operand(x, request.gemm, p.inputs, 0, axes=axes)
+        else:
+            self.value, self.dtype = x, accept(x, request.gemm, axes=axes)
+
+    def of(self, e: int, index: Index) -> Tensor:
+        """[t, K]: the rows at `index`, which expert e reads."""
+        rows = self.value[index]
+        return rows if self.own is None else quantize(rows, self.own.expert(e)).dequantize()
 
 
 def one_expert(x: Tensor, p: PreparedWeight, request: GroupedRequest, e: int) -> Tensor:
@@ -88,19 +106,20 @@ def _offsets(
     x: Tensor | QTensor, p: PreparedWeight, request: GroupedRequest, groups: Offsets
 ) -> tuple[Tensor, torch.dtype]:
     """x [T, K], rows sorted by expert; rows outside every expert give zeros."""
-    value, dtype = operand(x, request.gemm, p.inputs, 0)
+    rows = Rows(x, p, request)
+    total = rows.value.shape[0]
     ends = groups.offsets.tolist()
-    if len(ends) != request.experts + 1 or ends != sorted(ends) or ends[0] < 0 or ends[-1] > value.shape[0]:
+    if len(ends) != request.experts + 1 or ends != sorted(ends) or ends[0] < 0 or ends[-1] > total:
         shown = f"{ends[:8]}{'...' if len(ends) > 8 else ''}"
         raise BatchError(
-            f"offsets {shown} must be {request.experts + 1} numbers that grow from 0 to at most {value.shape[0]} rows"
+            f"offsets {shown} must be {request.experts + 1} numbers that grow from 0 to at most {total} rows"
         )
-    y = torch.zeros(value.shape[0], width(request), dtype=torch.float64)
+    y = torch.zeros(total, width(request), dtype=torch.float64)
     for e in range(request.experts):
-        first, last = ends[e], ends[e + 1]
-        if last > first:
-            y[first:last] = one_expert(value[first:last], p, request, e)
-    return y, dtype
+        run = slice(ends[e], ends[e + 1])
+        if run.stop > run.start:
+            y[run] = one_expert(rows.of(e, run), p, request, e)
+    return y, rows.dtype
 
 
 def _masked(
@@ -110,18 +129,18 @@ def _masked(
     counts = groups.counts.tolist()
     if len(x.shape) != 3:
         raise FormatError(f"x is {tuple(x.shape)}; masked groups need [E, M, {request.gemm.k}]")
-    experts, rows = x.shape[0], x.shape[1]
-    if len(counts) != request.experts or experts != request.experts or any(not 0 <= c <= rows for c in counts):
-        raise BatchError(f"counts {counts[:8]} must be {request.experts} numbers from 0 to {rows}; x is {x.shape}")
-    inside = torch.arange(rows)[None, :, None] < groups.counts.reshape(-1, 1, 1)
+    experts, most = x.shape[0], x.shape[1]
+    if len(counts) != request.experts or experts != request.experts or any(not 0 <= c <= most for c in counts):
+        raise BatchError(f"counts {counts[:8]} must be {request.experts} numbers from 0 to {most}; x is {x.shape}")
+    inside = torch.arange(most)[None, :, None] < groups.counts.reshape(-1, 1, 1)
     if isinstance(x, Tensor):
         x = torch.where(inside, x, torch.zeros((), dtype=x.dtype))
-    value, dtype = operand(x, request.gemm, p.inputs, 0, axes=3)
-    y = torch.zeros(experts, rows, width(request), dtype=torch.float64)
+    rows = Rows(x, p, request, axes=3)
+    y = torch.zeros(experts, most, width(request), dtype=torch.float64)
     for e, count in enumerate(counts):
         if count:
-            y[e, :count] = one_expert(value[e, :count], p, request, e)
-    return y, dtype
+            y[e, :count] = one_expert(rows.of(e, (e, slice(count))), p, request, e)
+    return y, rows.dtype
 
 
 def _indexed(
@@ -132,18 +151,18 @@ def _indexed(
     if ids.dim() != 2 or (ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= request.experts)):
         raise BatchError(f"ids must be [T, top_k] of -1 to {request.experts - 1}, got {tuple(ids.shape)}")
     tokens, top_k = ids.shape
-    value, dtype = operand(x, request.gemm, p.inputs, 0)
+    rows = Rows(x, p, request)
     expected = tokens * top_k if groups.pairs else tokens
-    if value.shape[0] != expected:
-        raise BatchError(f"x has {value.shape[0]} rows, ids {tuple(ids.shape)} need {expected}")
+    if rows.value.shape[0] != expected:
+        raise BatchError(f"x has {rows.value.shape[0]} rows, ids {tuple(ids.shape)} need {expected}")
     flat = ids.reshape(-1)
     y = torch.zeros(tokens * top_k, width(request), dtype=torch.float64)
     for e in sorted(set(flat.tolist()) - {-1}):
         pairs = (flat == e).nonzero().reshape(-1)
-        y[pairs] = one_expert(value[pairs if groups.pairs else pairs // top_k], p, request, e)
+        y[pairs] = one_expert(rows.of(e, pairs if groups.pairs else pairs // top_k), p, request, e)
     if groups.weights is None:
-        return y, dtype
+        return y, rows.dtype
     if groups.weights.shape != ids.shape:
         raise BatchError(f"weights are {tuple(groups.weights.shape)}, ids are {tuple(ids.shape)}")
     share = torch.where(ids < 0, 0.0, groups.weights.double())
-    return (y.reshape(tokens, top_k, width(request)) * share[..., None]).sum(1), dtype
+    return (y.reshape(tokens, top_k, width(request)) * share[..., None]).sum(1), rows.dtype

@@ -154,14 +154,14 @@ def build_rotation(
 def round_to_operand(w: Stored, operand: Operand) -> Stored:
     """The weight rounded to the operand's format by `qhal.encoding`; every expert by itself."""
 
-    def one(part: Stored) -> QTensor:
+    def one(part: Stored, o: Operand) -> QTensor:
         whole = canonical(part)
         value = whole.float() if isinstance(whole, Tensor) else whole.dequantize()
-        return encode(value, operand.format, scale=operand.scale, zero=operand.zero, clip=operand.clip)
+        return encode(value, o.format, scale=o.scale, zero=o.zero, clip=o.clip)
 
     if len(w.shape) == 2:
-        return keep(one(w))
-    singles = [one(expert(w, e)) for e in range(w.shape[0])]
+        return keep(one(w, operand))
+    singles = [one(expert(w, e), operand.expert(e)) for e in range(w.shape[0])]
     return keep(QTensor.stack(singles))
 
 
@@ -197,6 +197,10 @@ def check(
         raise FormatError(f"the bias is {bias.dtype} {tuple(bias.shape)}, must be float32 {shape[:-1]}")
     if (None if operand is None else operand.format) != gemm.operand:
         raise FormatError(f"the operand is {operand and operand.format}, the request says {gemm.operand}")
+    for o in (*inputs, *([] if operand is None else [operand])):
+        rows = o.scale.shape[0] if o.per_expert and o.scale is not None else None
+        if rows is not None and rows != (request.experts if isinstance(request, GroupedRequest) else 0):
+            raise FormatError(f"{o.format}: static scales of {rows} experts do not fit {request}")
     formats = tuple(o.format for o in inputs)
     if inputs and formats != gemm.x:
         raise FormatError(f"inputs are {[str(f) for f in formats]}, the request says {[str(f) for f in gemm.x]}")
@@ -218,7 +222,7 @@ def _pairs(old: dict[str, Tensor], new: dict[str, Tensor], what: str) -> list[tu
 
 
 def _input_pairs(old: Operand, new: Operand, index: int) -> list[tuple[Tensor, Tensor]]:
-    if (old.format, old.clip) != (new.format, new.clip):
+    if (old.format, old.clip, old.per_expert) != (new.format, new.clip, new.per_expert):
         raise FormatError(f"into= input {index}: is {new.format}, was {old.format}; prepare a new weight")
     found: list[tuple[Tensor, Tensor]] = []
     for name in ("scale", "zero"):

@@ -20,6 +20,8 @@ def quantize(x: Tensor, to: Operand | Format, out: QTensor | None = None) -> QTe
         raise FormatError(f"quantize to {o.format}: x is {found}, must be bf16, fp16 or fp32 [..., T, K]")
     if x.device.type != "cpu":
         raise FormatError(f"quantize to {o.format}: x is on {x.device}, must be on the cpu")
+    if o.per_expert:
+        raise FormatError(f"quantize to {o.format}: the scales are one row per expert; choose one with Operand.expert")
     q = encode(x.detach(), o.format, scale=o.scale, zero=o.zero, clip=o.clip)
     return q if out is None else _write(q, out)
 

@@ -206,3 +206,85 @@ def test_errors(ops, make):
         ops.gemm(x, p)
     with pytest.raises(FormatError, match="out is"):
         ops.grouped_gemm(x, p, good, out=torch.zeros(5, N))
+
+
+def own_scales(name="int8.tensor*fp32"):
+    f = Format.parse(name)
+    return [Operand(f, torch.tensor([0.01 * 3**e])) for e in range(E)]
+
+
+@pytest.mark.parametrize("name", ["int8.tensor*fp32", "e4m3fn.tensor*fp32", "e2m1.g16*(e4m3fn.tensor*fp32)"])
+@pytest.mark.parametrize("form", ["offsets", "masked", "indexed", "pairs"])
+def test_every_expert_quantizes_its_rows_with_its_own_static_scale(ops, make, name, form):
+    w, parts = make("int4.g8*bf16", (E, N, K), 5), own_scales(name)
+    groups = {"pairs": "indexed"}.get(form, form)
+    gemm, grouped = requests(w, name, groups=groups)
+    p = ops.prepare(w, grouped, inputs=[Operand.stack(parts, "up")])
+    singles = [ops.prepare(QTensor(w.format, w.codes[e], w.scale[e]), gemm, inputs=[parts[e]]) for e in range(E)]
+    x = torch.randn(8, K).bfloat16()
+    if form == "offsets":
+        y = ops.grouped_gemm(x, p, Offsets(torch.tensor([0, 3, 3, 5, 8], dtype=torch.int32)))
+        want = [ops.gemm(x[a:b], singles[e]) for e, (a, b) in enumerate([(0, 3), (3, 3), (3, 5), (5, 8)])]
+        assert torch.equal(y, torch.cat(want))
+        assert not torch.equal(y[3:5], ops.gemm(x[3:5], ops.prepare(singles_weight(w, 2), gemm, inputs=[parts[0]])))
+    elif form == "masked":
+        counts = torch.tensor([2, 0, 5, 1], dtype=torch.int32)
+        x = torch.full((E, 5, K), float("nan")).bfloat16()
+        for e, n in enumerate(counts.tolist()):
+            x[e, :n] = torch.randn(n, K)
+        y = ops.grouped_gemm(x, p, Masked(counts))
+        for e, n in enumerate(counts.tolist()):
+            assert torch.equal(y[e, :n], ops.gemm(x[e, :n], singles[e]))
+            assert not y[e, n:].any()
+    else:
+        ids = torch.tensor([[0, 3], [1, -1], [3, 2], [0, 1]], dtype=torch.int32)
+        pairs = form == "pairs"
+        y = ops.grouped_gemm(x if pairs else x[:4], p, Indexed(ids, pairs=pairs))
+        for i, e in enumerate(ids.flatten().tolist()):
+            row = x[i] if pairs else x[i // 2]
+            want = torch.zeros(1, N).bfloat16() if e < 0 else ops.gemm(row[None], singles[e])
+            assert torch.equal(y[i], want[0])
+
+
+def singles_weight(w, e):
+    return QTensor(w.format, w.codes[e], w.scale[e])
+
+
+def test_operands_of_weights_may_be_per_expert(ops, make):
+    """int4 stored, fp8 multiplied: every expert's weight is rounded with its own scale."""
+    w, f = make("int4.g8*bf16", (E, N, K), 6), Format.parse("e4m3fn.tensor*fp32")
+    parts = [Operand(f, torch.tensor([0.03 * 2**e])) for e in range(E)]
+    gemm, grouped = requests(w, "e4m3fn.row*fp32", gemm={"operand": f})
+    row = [Operand(Format.parse("e4m3fn.row*fp32"))]
+    p = ops.prepare(w, grouped, inputs=row, operand=Operand.stack(parts, "up"))
+    x = torch.randn(2 * E, K).bfloat16()
+    y = ops.grouped_gemm(x, p, Offsets(torch.arange(0, 2 * E + 1, 2, dtype=torch.int32)))
+    for e in range(E):
+        one = ops.prepare(singles_weight(w, e), gemm, inputs=row, operand=parts[e])
+        assert torch.equal(y[2 * e : 2 * e + 2], ops.gemm(x[2 * e : 2 * e + 2], one))
+
+
+def test_scales_per_expert_are_checked_and_refitted(ops, make):
+    w = make("int4.g8*bf16", (E, N, K), 5)
+    own = Operand.stack(own_scales(), "up")
+    gemm, grouped = requests(w, "int8.tensor*fp32")
+    with pytest.raises(FormatError, match="static scales of 3 experts do not fit grouped_gemm"):
+        ops.prepare(w, grouped, inputs=[own.experts(0, 3)])
+    with pytest.raises(FormatError, match="static scales of 4 experts do not fit gemm"):
+        ops.prepare(singles_weight(w, 0), gemm, inputs=[own])
+    with pytest.raises(FormatError, match=r"one row per expert; choose one with Operand\.expert"):
+        ops.quantize(torch.randn(2, K), own)
+    p = ops.prepare(w, grouped, inputs=[own])
+    x, groups = torch.randn(4, K).bfloat16(), Offsets(torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32))
+    with pytest.raises(FormatError, match=r"x is .*must be bf16, fp16 or fp32"):
+        ops.grouped_gemm(x.double(), p, groups)
+    addresses = {name: t.data_ptr() for name, t in p.tensors().items()}
+    other = Operand.stack(own_scales()[::-1], "up")
+    ops.prepare(w, grouped, inputs=[other], into=p)
+    assert {name: t.data_ptr() for name, t in p.tensors().items()} == addresses
+    fresh = ops.prepare(w, grouped, inputs=[other])
+    assert torch.equal(ops.grouped_gemm(x, p, groups), ops.grouped_gemm(x, fresh, groups))
+    with pytest.raises(FormatError, match="into= input 0"):
+        ops.prepare(w, grouped, inputs=[own_scales()[0]], into=p)
+    again = ops.quantize(x, own_scales()[0])  # a quantized x is used as it is
+    assert torch.equal(ops.grouped_gemm(again, p, groups), ops.grouped_gemm(again, fresh, groups))
