@@ -8,6 +8,7 @@ and scales are chosen from data, which only the rule after `@` decides, in `qhal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -104,6 +105,13 @@ class Format:
             name: plane.storage for name in ("scale", "zero", "offset") if (plane := getattr(self, name)) is not None
         }
         return replace(self, rule=Rule(), **planes)
+
+    def levels(self) -> Iterator[Format]:
+        """This format, then those of its planes: scale, zero, offset, each followed by its own."""
+        yield self
+        for plane in (self.scale, self.zero, self.offset):
+            if plane is not None:
+                yield from plane.levels()
 
     @property
     def bits(self) -> float:

@@ -205,7 +205,7 @@ class CpuReference(QuantOps):
         out: Tensor | None = None,
         async_op: bool = False,
     ) -> Any:
-        """See `comm.py` (numerics, `simulate`), `codec.py` (bytes) and `process_group.py` (errors and time)."""
+        """See `qhal/collectives.py` (numerics), `qhal/wire.py` (bytes) and `process_group.py` (errors and time)."""
         pending = process_group.start(x, collective, codec, group, splits, decode, out)
         return pending if async_op else pending.wait()
 

@@ -1,4 +1,4 @@
-"""comm_quant over a torch.distributed group: carry the messages of one `comm.Rank` with `all_to_all_single`."""
+"""comm_quant over a torch.distributed group: carry the messages of one `collectives.Rank` with `all_to_all_single`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qhal.codecs import Codec, Collective
+from qhal.collectives import Exchange, Rank, Result, Steps
 from qhal.errors import CommError, QhalError
-from qhal_cpu_reference.comm import Exchange, Rank, Result, Steps
 from qhal_cpu_reference.gemm import write
 
 

@@ -1,7 +1,6 @@
 """What this backend executes, for every request: one function per kind, each a list of reasons to refuse.
 
-Whether a format can be quantized to is asked of its definition (`qhal.encoding`) on two rows of numbers, so this table
-cannot promise what the definition refuses.
+Whether a format can be quantized to is asked of its definition (`qhal.encodable`).
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 
 from qhal.caches import canonical_planes
 from qhal.codebooks import STRUCTURED, CodebookFormat
-from qhal.codecs import Codec
+from qhal.codecs import refusals, row_wise
 from qhal.elements import WIDE, element
-from qhal.encoding import encode
+from qhal.encodable import dense, encodable
 from qhal.errors import QhalError
 from qhal.formats import Format
 from qhal.layer_formats import Activation
@@ -37,7 +36,6 @@ from qhal.requests import (
     Support,
     VQRequest,
 )
-from qhal_cpu_reference import codec
 from qhal_cpu_reference.gemm import copy_class
 from qhal_cpu_reference.hadamard import misfits
 from qhal_cpu_reference.kv import STATIC
@@ -86,11 +84,7 @@ def _reasons(request: Request) -> Reasons:
         yield from _codebooks(request.w)
         yield from _float(request.out, "out")
     elif isinstance(request, CommRequest):
-        yield from _float(request.x, "x")
-        yield from codec.refusals(request)
-        if isinstance(request.codec, Codec):
-            yield from dense(request.codec.format)
-            yield from encodable(request.codec.format)
+        yield from refusals(request)
 
 
 def _full(request: Request) -> Support:
@@ -109,8 +103,8 @@ def _full(request: Request) -> Support:
     elif isinstance(request, VQRequest):
         executes, numerics = "sum of codebook entries in fp32, one rounding", NumericsClass.FP32_ACC
     elif isinstance(request, CommRequest):
-        executes, numerics = codec.words(request), codec.numerics(request)
-        invariant = request.codec.quantize_own and codec.row_wise(request.codec.format)
+        executes, numerics = _comm_words(request), _comm_class(request)
+        invariant = request.codec.quantize_own and row_wise(request.codec.format)
     else:
         executes = "qhal.encoding.encode"
     if arithmetic is not None:
@@ -140,6 +134,20 @@ def _wa(r: GemmRequest) -> str:
         return f"{element(f.element).bits}" if isinstance(f, Format) else f"{f.bits:.3g}"
 
     return f"W{bits(r.operand or r.w)}A{bits(r.x[0])}"
+
+
+def _comm_words(r: CommRequest) -> str:
+    if r.collective in ("all_gather", "all_to_all"):
+        return f"{r.codec.format} codes and scales over all_to_all_single, decoded in fp32, one rounding"
+    back = ", and back" if r.collective == "all_reduce" else ""
+    return f"two-shot: {r.codec.format} codes to their owner, summed in rank order in {r.codec.accumulate}{back}"
+
+
+def _comm_class(r: CommRequest) -> NumericsClass:
+    """Moving is exact; a sum is as good as its type."""
+    if r.collective in ("all_gather", "all_to_all"):
+        return NumericsClass.EXACT
+    return NumericsClass.FP32_ACC if r.codec.accumulate == "fp32" else NumericsClass.REDUCED_ACC
 
 
 def _layout(r: GemmRequest) -> str:
@@ -288,31 +296,3 @@ def _sizes(**sizes: int) -> Reasons:
 def _float(dtype: torch.dtype | None, name: str, *, optional: bool = False) -> Reasons:
     if not (dtype in FLOATS or (optional and dtype is None)):
         yield f"{name}={dtype}: choose bf16, fp16 or fp32"
-
-
-@lru_cache(maxsize=4096)
-def _encode_fault(f: Format, static: bool) -> str:
-    """Why the definition refuses to quantize two rows of numbers to `f`, or makes no numbers of them; else ""."""
-    columns = 16 * f.sparsity[1] if f.sparsity is not None else 64
-    one = torch.ones(1) if static else None
-    zero = torch.zeros(1) if static and f.zero is not None else None
-    kept = 1.0 if f.sparsity is None else torch.arange(columns) % f.sparsity[1] < f.sparsity[0]
-    rows = torch.linspace(-1, 1, 2 * columns).reshape(2, columns) * kept
-    try:
-        value = encode(rows, f, scale=one, zero=zero).dequantize()
-    except QhalError as refusal:
-        return str(refusal)
-    return "" if bool(torch.isfinite(value).all()) else f"{f}: values within 1 become NaN or Inf"
-
-
-def dense(f: Format) -> Reasons:
-    """Nothing unless `f` is sparse: activations and caches are not pruned, and a pruned weight needs no second word."""
-    if f.sparsity is not None:
-        yield f"{f}: only a stored weight is sparse; write this format without %{f.sparsity[0]}:{f.sparsity[1]}"
-
-
-def encodable(f: Format, *, static: bool = False) -> Reasons:
-    """Nothing if values can be quantized to `f`, else the reason."""
-    fault = _encode_fault(f, static)
-    if fault:
-        yield fault

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from qhal import Codec, CommError, Format, FormatError, QTensor, UnsupportedError
+from qhal.collectives import part_rows, simulate
 from qhal.tensors import same_bits
-from qhal_cpu_reference.comm import part_rows, simulate
 from qhal_cpu_reference.ops import CpuReference
 
 INT8 = Codec(Format.parse("int8.g32*fp16"))

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qhal import Codec, CommError, CommRequest, Format, FormatError, NumericsClass, UnsupportedError
+from qhal.collectives import simulate
 from qhal.elements import ELEMENTS
 from qhal.requests import minimum_class
-from qhal_cpu_reference.comm import simulate
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 

@@ -5,7 +5,7 @@ plane in the order of `QTensor.planes()`, nested planes in place: codes, scale (
 offset. A plane is its elements row by row as one little-endian bit stream: element i of b bits fills the bits i * b to
 i * b + b - 1 of the stream, bit j being bit j % 8 of byte j // 8; the last byte is filled up with zeros. Elements of 16
 and 32 bits are little-endian floats; integers are two's complement. With `Codec.planes` the codes are one such stream
-per bit plane, low bits first. Nothing else travels: shape and codec are known to both sides (`comm.py`, header).
+per bit plane, low bits first. Nothing else travels: both sides know shape and codec (`qhal/collectives.py`, header).
 
 `order=parity`: within 64 columns of a row, even ones share a scale and odd ones share the next: the scale grid is
 [rows, 2 * ceil(K / 64)], a last short run has both. Codes stay in column order, so the order is a `group_index`.
@@ -25,75 +25,9 @@ from qhal.codecs import Codec
 from qhal.elements import Element, element
 from qhal.encoding import encode
 from qhal.formats import Format
-from qhal.requests import CommRequest, NumericsClass
 from qhal.tensors import QTensor
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
-VERSION = 1
 _RUN = 64  # columns whose even and odd members are the two groups of order=parity
-
-
-def refusals(r: CommRequest) -> Iterator[str]:
-    """Why this collective cannot be done, besides what `quantize` refuses; nothing if it can."""
-    c = r.codec
-    if not isinstance(c, Codec):
-        yield f"codec={c} is no Codec; write Codec(format)"
-        return
-    f, e = c.format, element(c.format.element)
-    if r.collective not in COLLECTIVES:
-        yield f"collective={r.collective!r}: choose one of {', '.join(COLLECTIVES)}"
-    if r.world < 1 or r.numel < 0:
-        yield f"world={r.world} must be at least 1 and numel={r.numel} at least 0"
-    if c.version != VERSION:
-        yield f"codec version {c.version} is not known here, {VERSION} is"
-    if c.order not in ("sequential", "parity"):
-        yield f"order={c.order!r}: choose sequential or parity"
-    if c.order == "parity" and (f.block is None or str(f.block) != f"g{_RUN // 2}"):
-        yield f"order=parity makes two groups of {_RUN // 2} out of {_RUN} columns: the format must have g{_RUN // 2}"
-    if c.spikes:
-        yield f"spikes={c.spikes}: which extremes, in which 16 bits and where they travel is not laid down yet; use 0"
-    if c.planes and (min(c.planes) < 1 or sum(c.planes) != e.bits or e.bits > 8):
-        yield f"planes={c.planes} must be positive and add up to the {e.bits} bits of {e.name}, at most 8"
-    if c.accumulate not in ("fp32", "fp16", "bf16"):
-        yield f"accumulate={c.accumulate!r}: choose fp32, fp16 or bf16"
-    if r.collective == "all_gather" and not c.quantize_own:
-        yield "all_gather with quantize_own=False would leave every rank with other numbers; use quantize_own=True"
-    if any(level.rule.special == "error" for level in _levels(f)):
-        yield f"{f}: special=error would stop one rank alone; use nan or saturate"
-    if not r.decode:
-        if r.collective not in ("all_gather", "all_to_all"):
-            yield f"decode=False leaves all_gather and all_to_all as a QTensor; the sum of {r.collective} is no QTensor"
-        if not c.quantize_own:
-            yield "decode=False needs quantize_own=True: a part that is not quantized does not fit into the QTensor"
-        if not row_wise(f):
-            yield f"decode=False needs scales that travel with their rows (row, g<k>); {f} has blocks across rows"
-
-
-def words(r: CommRequest) -> str:
-    """What runs, for people."""
-    if r.collective in ("all_gather", "all_to_all"):
-        return f"{r.codec.format} codes and scales over all_to_all_single, decoded in fp32, one rounding"
-    back = ", and back" if r.collective == "all_reduce" else ""
-    return f"two-shot: {r.codec.format} codes to their owner, summed in rank order in {r.codec.accumulate}{back}"
-
-
-def numerics(r: CommRequest) -> NumericsClass:
-    """Moving is exact; a sum is as good as its type."""
-    if r.collective in ("all_gather", "all_to_all"):
-        return NumericsClass.EXACT
-    return NumericsClass.FP32_ACC if r.codec.accumulate == "fp32" else NumericsClass.REDUCED_ACC
-
-
-def row_wise(f: Format) -> bool:
-    """Whether no block reaches beyond its row: a row's bits then depend on that row alone."""
-    return all(level.block is None or level.block.kind in ("row", "group") for level in _levels(f))
-
-
-def _levels(f: Format) -> Iterator[Format]:
-    yield f
-    for plane in (f.scale, f.zero, f.offset):
-        if plane is not None:
-            yield from _levels(plane)
 
 
 def encode_part(x: Tensor, codec: Codec) -> QTensor:
@@ -153,7 +87,7 @@ def _planes(q: QTensor) -> list[tuple[str, Tensor]]:
 
 def _elements(f: Format) -> Iterator[Element]:
     """The element of every plane, in the order of `QTensor.planes()`."""
-    for level in _levels(f):
+    for level in f.levels():
         yield element(level.element)
 
 

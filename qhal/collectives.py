@@ -1,7 +1,7 @@
-"""comm_quant: quantized collectives. What one rank does is one generator; gloo or a simulation carries its messages.
+"""comm_quant: quantized collectives. What one rank does is one generator; a group or a simulation carries its messages.
 
 A rank yields an Exchange, a byte message for every rank (itself included), and is sent the messages of all ranks, in
-rank order. `simulate` drives N such ranks in one process and is the definition; `process_group.py` drives one over a
+rank order. `simulate` drives N such ranks in one process and is the definition; a backend may drive one `Rank` over a
 torch.distributed group. Both run the same lines, so their results have the same bits.
 
 Rows: x [..., K] is seen as [T, K]; parts are whole rows, `part_rows` gives them. Rank r owns part r.
@@ -28,13 +28,12 @@ from operator import index
 import torch
 from torch import Tensor
 
-from qhal.codecs import Codec, Collective
+from qhal.codecs import Codec, Collective, refusals
 from qhal.elements import WIDE, dtype_name
 from qhal.errors import CommError, FormatError, QhalError, UnsupportedError
-from qhal.requests import CommRequest
+from qhal.requests import CommRequest, Support
 from qhal.tensors import QTensor
-from qhal_cpu_reference.codec import encode_part, read_wire, wire_bytes, wire_size
-from qhal_cpu_reference.support import support
+from qhal.wire import encode_part, read_wire, wire_bytes, wire_size
 
 _TEXT = 480
 _HEADER = 32 + _TEXT
@@ -181,9 +180,9 @@ class Rank:
             numel=x.numel(),
             decode=self.decode,
         )
-        answer = support(request)
-        if not answer:
-            raise UnsupportedError(answer, f"{what} {x.dtype} as {self.codec}")
+        reasons = "; ".join(refusals(request))
+        if reasons:
+            raise UnsupportedError(Support("unsupported", reasons), f"{what} {x.dtype} as {self.codec}")
         wanted = "[..., K]" if self.collective == "all_reduce" else "[T, K]"
         if x.device.type != "cpu" or x.dim() < 1 or (x.dim() != 2 and self.collective != "all_reduce"):
             raise FormatError(f"{what}: x is {tuple(x.shape)} on {x.device}, must be {wanted} on the cpu")

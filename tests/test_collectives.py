@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from qhal import Codec, Format, QTensor
+from qhal import Codec, Format, QTensor, collectives
+from qhal.collectives import part_rows, simulate
 from qhal.elements import WIDE, decode, element
 from qhal.encoding import encode
 from qhal.tensors import same_bits
-from qhal_cpu_reference import comm
-from qhal_cpu_reference.codec import encode_part
-from qhal_cpu_reference.comm import part_rows, simulate
+from qhal.wire import encode_part
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 NAMES = (
@@ -107,7 +106,7 @@ def test_sums_are_within_their_bounds_and_alike_on_every_rank(name, world):
 @pytest.mark.parametrize("name", ["int8.g32*fp16", "e4m3fn.row*fp32", "e2m1.g32*e8m0"])
 def test_the_bounds_notice_planted_faults(name, monkeypatch):
     """One rank missing, another rank's scale, the last part not reduced, sums in bf16."""
-    c, xs, honest = codec(name), inputs(4, (8, 128), torch.float32), comm.Rank._sum
+    c, xs, honest = codec(name), inputs(4, (8, 128), torch.float32), collectives.Rank._sum
     other = [encode(x, c.format) for x in xs]
     swapped = QTensor(c.format, other[0].codes, other[1].scale).dequantize()
     faults = {
@@ -117,7 +116,7 @@ def test_the_bounds_notice_planted_faults(name, monkeypatch):
         "bf16": lambda self, v: sum(a.bfloat16() for a in v).float(),
     }
     for fault in faults.values():
-        monkeypatch.setattr(comm.Rank, "_sum", fault)
+        monkeypatch.setattr(collectives.Rank, "_sum", fault)
         y = torch.cat(simulate(xs, "reduce_scatter", c))
         assert headroom(y, xs, c.format, False) > 1
 

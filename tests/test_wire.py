@@ -11,7 +11,7 @@ from qhal import Codec, Format
 from qhal.elements import element
 from qhal.encoding import encode
 from qhal.tensors import same_bits
-from qhal_cpu_reference.codec import encode_part, read_wire, wire_bytes, wire_size
+from qhal.wire import encode_part, read_wire, wire_bytes, wire_size
 
 NAMES = (
     "int8.g32*fp16", "int8.row*fp32", "int6.g32*fp16", "int6.row*bf16", "int4.g128*fp16", "int4.g32*fp16@domain=signed",
