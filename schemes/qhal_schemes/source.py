@@ -76,7 +76,7 @@ class TensorIndex(Mapping[str, TensorEntry]):
         files, weight_map, source = _files(folder)
         entries: dict[str, TensorEntry] = {}
         for name in files:
-            for entry in read_header(_inside(folder, name), name):
+            for entry in read_header(inside(folder, name), name):
                 if entry.name in entries:
                     first = entries[entry.name].file
                     raise CheckpointError(f"{folder}: tensor {entry.name} is duplicated, in {first} and in {name}")
@@ -110,7 +110,7 @@ class TensorIndex(Mapping[str, TensorEntry]):
                 entry = self.entries[name]
                 try:
                     if entry.file not in handles:
-                        opened = safe_open(_inside(self.folder, entry.file), "pt", device="cpu")
+                        opened = safe_open(inside(self.folder, entry.file), "pt", device="cpu")
                         handles[entry.file] = stack.enter_context(opened)
                     tensor: Tensor = handles[entry.file].get_tensor(name)
                 except (SafetensorError, OSError, AttributeError) as bad:
@@ -250,12 +250,12 @@ def _indexed(folder: Path, file: str) -> tuple[list[str], dict[str, str]]:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
     files = list(dict.fromkeys(weight_map.values()))
     for name in files:
-        if not is_file(_inside(folder, name)):
+        if not is_file(inside(folder, name)):
             raise CheckpointError(f"{index}: names the file {name}, which is missing")
     return files, weight_map
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The path of a file that an index names; CheckpointError if it leaves the folder, by name or by a link."""
     path = folder / name
     if not name or Path(name).is_absolute() or "\\" in name or "\0" in name or ".." in Path(name).parts:
