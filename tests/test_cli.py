@@ -200,3 +200,14 @@ def test_generate_checks_what_it_was_given(golden: Path) -> None:
 def test_a_plan_for_an_architecture_needs_a_backend(golden: Path) -> None:
     done = run("plan", str(golden / CASE / "checkpoint"), "--arch", "sm_90")
     assert done.returncode == 1 and "needs a backend's name" in done.stderr
+
+
+def test_convert(golden: Path, tmp_path: Path) -> None:
+    source = str(golden / CASE / "checkpoint")
+    record = ok("convert", source, "--to", "gptq", "--out", str(tmp_path / "gptq"))
+    assert record["exact"] and record["changes"][0]["to"] == "uint4-uint4.g128*bf16"
+    assert open_checkpoint(tmp_path / "gptq").method == "gptq"
+    refused = run("convert", source, "--to", "nothing", "--out", str(tmp_path / "x"))
+    assert refused.returncode == 1 and "choose one of compressed-tensors, gptq" in refused.stderr
+    text = run("convert", source, "--to", "bf16", "--out", str(tmp_path / "bf16")).stdout
+    assert "moved by up to" in text

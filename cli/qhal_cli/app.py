@@ -9,6 +9,7 @@ import typer
 
 import qhal
 from qhal_cli import checkpoints, machine, text
+from qhal_cli.convert import convert
 from qhal_conformance.commands import app as conformance
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command()(checkpoints.inspect)
 app.command()(checkpoints.plan)
 app.command()(checkpoints.dequantize)
 app.command()(checkpoints.quantize)
+app.command()(convert)
 app.command()(text.generate)
 app.add_typer(conformance, name="conformance")
 

@@ -155,6 +155,16 @@ class Checkpoint:
         """One tensor of the file as it is stored."""
         return self._index.read(self.entry(name).name)
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Every tensor of the files, in their order."""
+        return tuple(self._index)
+
+    @property
+    def kv_layers(self) -> Mapping[int, str]:
+        """Layers with a quantized cache: layer number -> attention module."""
+        return self._mapping.kv_layers
+
     def entry(self, name: str) -> TensorEntry:
         """Dtype, shape and place of one tensor of the file; reads no data."""
         if name not in self._index:

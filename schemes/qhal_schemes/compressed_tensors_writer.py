@@ -152,7 +152,7 @@ def pack_tensors(module: str, q: QTensor, layout: Layout) -> dict[str, Tensor]:
 def dynamic_inputs(kind: str) -> dict[str, Any]:
     """input_activations without calibration: "int8" and "fp8" per token, "fp8_g128" per group, "mxfp8"."""
     strategy, size = {"fp8_g128": ("group", 128), "mxfp8": ("group", 32)}.get(kind, ("token", None))
-    found = _entry(8, "int" if kind == "int8" else "float", True, strategy, size)
+    found = entry(8, "int" if kind == "int8" else "float", True, strategy, size)
     found["dynamic"] = True
     return found | ({"scale_dtype": "torch.uint8"} if kind == "mxfp8" else {})
 
@@ -168,23 +168,24 @@ def _arguments(weight: Format, kind: str, *, packed: bool) -> tuple[str, dict[st
     )
     size = block.cols if block.kind == "group" else None
     if str(weight.storage) == "e2m1.g16*(e4m3fn.tensor/fp32)":
-        return NVFP4, _entry(4, "float", True, "tensor_group", 16) | {"scale_dtype": "torch.float8_e4m3fn"}
+        return NVFP4, entry(4, "float", True, "tensor_group", 16) | {"scale_dtype": "torch.float8_e4m3fn"}
     if str(weight.storage) in ("e2m1.g32*e8m0", "e4m3fn.g32*e8m0"):
         fmt = MXFP4 if bits == 4 else MXFP8
-        return fmt, _entry(bits, "float", True, "group", 32) | {"scale_dtype": "torch.uint8"}
+        return fmt, entry(bits, "float", True, "group", 32) | {"scale_dtype": "torch.uint8"}
     if scale.element not in _STORED or not scale.plain:
         raise _refused(weight)
     if weight.element == "e4m3fn" and weight.zero is None and block.kind in ("tensor", "row", "tile"):
-        found = _entry(8, "float", True, strategy or "block", None)
+        found = entry(8, "float", True, strategy or "block", None)
         return FLOAT, found | ({"block_structure": [block.rows, block.cols]} if block.kind == "tile" else {})
     same_zero = weight.zero is None or (weight.zero.plain and weight.zero.element == weight.element)
     if kind == "int" and bits > 1 and same_zero and strategy in ("channel", "group"):
-        found = _entry(bits, "int", weight.zero is None, strategy, size)
+        found = entry(bits, "int", weight.zero is None, strategy, size)
         return (PACKED if packed else INT), found | ({"zp_dtype": "torch.int8"} if weight.zero is not None else {})
     raise _refused(weight)
 
 
-def _entry(bits: int, kind: str, symmetric: bool, strategy: str, size: int | None) -> dict[str, Any]:
+def entry(bits: int, kind: str, symmetric: bool, strategy: str, size: int | None) -> dict[str, Any]:
+    """One QuantizationArgs as config.json spells it."""
     return {
         "num_bits": bits,
         "type": kind,

@@ -33,6 +33,7 @@ def write_folder(
     make: Callable[[str], Mapping[str, Tensor]],
     section: Mapping[str, Any] | None,
     *,
+    values: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
     leave: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
@@ -41,6 +42,7 @@ def write_folder(
 
     make     the tensors of a unit, as `units` announces them
     section  the quantization_config of config.json; None: a checkpoint without one
+    values   further keys of config.json
     files    further JSON files by name
     leave    files of the source that are not copied, beside its weights and config.json
 
@@ -68,9 +70,11 @@ def write_folder(
         for name, value in (files or {}).items():
             _json(folder.path / name, value)
         model = load_json(source / "config.json")
-        for text in (model, model.get("text_config")):
-            for key in _SECTIONS if isinstance(text, dict) else ():
-                text.pop(key, None)
+        for place in (model, model.get("text_config")):
+            if isinstance(place, dict):
+                for key in _SECTIONS:
+                    place.pop(key, None)
+        model |= values or {}
         _json(folder.path / "config.json", model if section is None else {**model, "quantization_config": section})
     return [*names, *copied, *(files or {})]
 

@@ -1,0 +1,293 @@
+"""convert: a checkpoint of any readable format written in another one, without a changed number or with the loss named.
+
+Every quantized module is read as a LinearSpec and its weight is recoded (`qhal.recoding`) to the format that the target
+would hold it in. What cannot be recoded, and what the target's files cannot say (a quantized input, a cache), is a
+loss. Without `lossy` every loss of the whole model is listed and nothing is written; with it, weights are quantized
+again from their decoded values by the target's usual rule, and the result tells how far each one moved. Asking for a
+plain float type is asking for its rounding: there the weights' rounding is measured but is no reason to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhal.elements import WIDE
+from qhal.encoding import encode
+from qhal.errors import CheckpointError, FormatError
+from qhal.layer_formats import KVFormat
+from qhal.recoding import recode
+from qhal.specs import LinearSpec
+from qhal.tensors import QTensor
+from qhal_schemes.awq_writer import AWQTarget
+from qhal_schemes.checkpoint import Checkpoint, open_checkpoint
+from qhal_schemes.compressed_tensors_target import CompressedTensorsTarget
+from qhal_schemes.float_target import BF16Target, FloatTarget, FP16Target, FP32Target
+from qhal_schemes.folder_writing import SHARD_BYTES, nbytes, write_folder
+from qhal_schemes.gptq_writer import GPTQTarget
+from qhal_schemes.target import Goal, Layer, Target
+from qhal_schemes.writing import TensorLayout, layout_of
+
+Progress = Callable[[int, int, str], None]
+
+TARGETS: dict[str, type[Target]] = {
+    t.name: t for t in (CompressedTensorsTarget, GPTQTarget, AWQTarget, BF16Target, FP16Target, FP32Target)
+}
+"""Every format that can be written, by the word after `--to`."""
+
+_SHOWN = 8
+_SIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml")
+
+
+@dataclass
+class Change:
+    """What happened to the modules of one pair of formats.
+
+    max_abs, squares, signal  of the decoded weights: largest difference, sums of squared differences and values
+    """
+
+    source: str
+    target: str
+    modules: int = 0
+    exact: bool = True
+    why: str = ""
+    max_abs: float = 0.0
+    squares: float = 0.0
+    signal: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Compare two decoded weights."""
+        d = (after - before).double()
+        self.max_abs = max(self.max_abs, float(d.abs().max())) if d.numel() else self.max_abs
+        self.squares += float((d * d).sum())
+        self.signal += float((before.double() ** 2).sum())
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able; relative_rms is the root of the summed squares over that of the weights."""
+        relative = (self.squares / self.signal) ** 0.5 if self.signal else 0.0
+        return {
+            "from": self.source,
+            "to": self.target,
+            "modules": self.modules,
+            "exact": self.exact,
+            "why": self.why,
+            "max_abs": self.max_abs,
+            "relative_rms": relative,
+        }
+
+
+@dataclass
+class _Losses:
+    """Losses by their text, with the modules that have them."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, text: str, module: str) -> None:
+        self.found.setdefault(text, []).append(module)
+
+    def lines(self) -> list[str]:
+        return [f"{text} ({len(names)} modules, first {names[0]})" for text, names in self.found.items()]
+
+    def error(self, path: Path, to: str, fatal: bool) -> CheckpointError:
+        shown = self.lines()[:_SHOWN]
+        more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
+        verb = "cannot be written" if fatal else "cannot be written without a loss"
+        todo = "choose another target" if fatal else "--lossy (lossy=True) writes it all the same and says how much"
+        listed = "\n  ".join(shown)
+        return CheckpointError(f"{path} {verb} as {to}; nothing was written:\n  {listed}{more}\n  do: {todo}")
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    lossy: bool = False,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write `source` as a checkpoint of the format `to` (a key of TARGETS); returns a JSON-able summary.
+
+    One module is in memory at a time; `out` appears whole or not at all. CheckpointError listing every loss if there
+    is one and `lossy` is false, and every module that the target cannot hold at all.
+    """
+    if to not in TARGETS:
+        raise FormatError(f"target {to!r}: choose one of {', '.join(TARGETS)}")
+    ckpt = open_checkpoint(source)
+    if not ckpt.modules(quantized=True):
+        raise CheckpointError(f"{ckpt.path}: nothing is quantized; `qhal quantize` quantizes a float checkpoint")
+    dtype = WIDE.get(to, ckpt.dtype)
+    target = TARGETS[to](dtype)
+    losses = _Losses()
+    layers = _layers(ckpt, target, losses)
+    cache = _cache(ckpt, target, losses)
+    if losses.found and not lossy:
+        raise losses.error(ckpt.path, to, fatal=False)
+    try:
+        written = target.written(list(layers.values()), ckpt.excluded, cache)
+    except FormatError as bad:
+        raise CheckpointError(f"{ckpt.path} cannot be written as {to}; nothing was written: {bad}") from None
+    units = _units(ckpt, target, layers, cache)
+    changes: dict[tuple[str, str], Change] = {}
+    done = 0
+
+    def make(unit: str) -> Mapping[str, Tensor]:
+        nonlocal done
+        if unit not in layers:
+            return _copied(ckpt, target, unit, cache)
+        layer = layers[unit]
+        made = _module(ckpt, target, layer, lossy, changes)
+        done += 1
+        if progress is not None:
+            progress(done, len(layers), unit)
+        return {f"{unit}.{leaf}": t for leaf, t in made.items()}
+
+    files = write_folder(
+        ckpt.path,
+        Path(out),
+        units,
+        make,
+        written.section,
+        values=_dtype_key(ckpt, dtype),
+        files=written.files,
+        leave=_SIDE,
+        shard_bytes=shard_bytes,
+    )
+    return {
+        "out": str(out),
+        "from": ckpt.method,
+        "to": to,
+        "exact": not losses.found and all(c.exact for c in changes.values()),
+        "losses": losses.lines(),
+        "changes": [c.record() for c in changes.values()],
+        "modules": len(layers),
+        "files": files,
+        "bytes": nbytes(units),
+        "source_bytes": sum(ckpt.entry(name).nbytes for name in ckpt.tensor_names),
+    }
+
+
+def _layers(ckpt: Checkpoint, target: Target, losses: _Losses) -> dict[str, Layer]:
+    """Every quantized module with its goal; CheckpointError listing those that have none."""
+    found: dict[str, Layer] = {}
+    fatal = _Losses()
+    for module in ckpt.modules(quantized=True):
+        f = ckpt.format(module)
+        try:
+            layer = Layer(module, f, target.goal(f))
+            target.layout(layer)
+        except FormatError as bad:
+            fatal.add(str(bad), module)
+            continue
+        for text in layer.goal.losses:
+            losses.add(text, module)
+        found[module] = layer
+    if fatal.found:
+        raise fatal.error(ckpt.path, target.name, fatal=True)
+    return found
+
+
+def _cache(ckpt: Checkpoint, target: Target, losses: _Losses) -> KVFormat | None:
+    """The cache format of all layers, None if there is none or the target cannot say it."""
+    formats = {f for f in ckpt.layer_formats() if isinstance(f, KVFormat)}
+    kinds = {replace(f, name="") for f in formats}
+    if not kinds:
+        return None
+    try:
+        if len(kinds) > 1:
+            raise FormatError(f"layers have {len(kinds)} cache formats; one can be written")
+        cache = kinds.pop()
+        target.cache_goal(cache)
+        return cache
+    except FormatError as bad:
+        losses.add(str(bad), next(iter(formats)).name)
+        return None
+
+
+def _units(
+    ckpt: Checkpoint, target: Target, layers: Mapping[str, Layer], cache: KVFormat | None
+) -> dict[str, dict[str, TensorLayout]]:
+    """Plain tensors by name, quantized modules and caches by module, in the order of the source."""
+    units: dict[str, dict[str, TensorLayout]] = {}
+    consumed = ckpt.account.consumed
+    caches = _cache_modules(ckpt) if cache is not None else {}
+    for name in ckpt.tensor_names:
+        owner = consumed.get(name, "")
+        if owner in layers and owner not in units:
+            units[owner] = {f"{owner}.{leaf}": t for leaf, t in target.layout(layers[owner]).items()}
+        elif owner in caches and owner not in units:
+            spec = ckpt.kv_format(caches[owner])
+            assert spec is not None
+            units[owner] = {n: layout_of(t) for n, t in target.cache_tensors(owner, spec).items()}
+        elif not owner and name not in ckpt.account.extra:
+            entry = ckpt.entry(name)
+            units[name] = {name: TensorLayout(entry.dtype, entry.shape)}
+    return units
+
+
+def _copied(ckpt: Checkpoint, target: Target, unit: str, cache: KVFormat | None) -> dict[str, Tensor]:
+    """A plain tensor as it is, or the scales of an attention module's cache."""
+    caches = _cache_modules(ckpt) if cache is not None else {}
+    if unit not in caches:
+        return {unit: ckpt.tensor(unit)}
+    spec = ckpt.kv_format(caches[unit])
+    assert spec is not None
+    return target.cache_tensors(unit, spec)
+
+
+def _module(
+    ckpt: Checkpoint, target: Target, layer: Layer, lossy: bool, changes: dict[tuple[str, str], Change]
+) -> dict[str, Tensor]:
+    spec = ckpt.spec(layer.module)
+    pair = str(layer.format.weight), str(layer.goal.weight.storage)
+    change = changes.setdefault(pair, Change(*pair))
+    change.modules += 1
+    if isinstance(target, FloatTarget):
+        before = spec.effective()
+        rounded = before.to(target.dtype)
+        weight: QTensor | Tensor = rounded
+        change.add(before, rounded.float())
+        change.exact = change.exact and change.max_abs == 0
+    else:
+        weight = _weight(ckpt, spec, layer, lossy, change)
+    kept = spec.bias is None or torch.equal(spec.bias.to(target.dtype).float(), spec.bias)
+    if not (kept or lossy or isinstance(target, FloatTarget)):
+        raise CheckpointError(
+            f"{ckpt.path}: {layer.module}.bias: {target.dtype} does not hold its values; nothing was written\n"
+            "  do: --lossy (lossy=True) rounds them"
+        )
+    return target.tensors(layer, replace(spec, weight=weight))
+
+
+def _weight(ckpt: Checkpoint, spec: LinearSpec, layer: Layer, lossy: bool, change: Change) -> QTensor:
+    goal: Goal = layer.goal
+    assert isinstance(spec.weight, QTensor)
+    try:
+        return recode(spec.weight, goal.weight)
+    except FormatError as bad:
+        if not lossy:
+            raise CheckpointError(
+                f"{ckpt.path}: {layer.module}: {bad}; nothing was written\n"
+                "  do: --lossy (lossy=True) quantizes such weights again and says how far they moved"
+            ) from None
+        change.exact, change.why = False, str(bad)
+    before = spec.weight.dequantize()
+    made = encode(before, goal.weight)
+    change.add(before, made.dequantize())
+    return made
+
+
+def _cache_modules(ckpt: Checkpoint) -> dict[str, int]:
+    """attention module -> layer, of every quantized cache."""
+    return {module: layer for layer, module in ckpt.kv_layers.items()}
+
+
+def _dtype_key(ckpt: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
+    """What config.json must say where the model's dtype changes."""
+    key = "torch_dtype" if "torch_dtype" in ckpt.config else "dtype"
+    return {} if dtype == ckpt.dtype else {key: str(dtype).removeprefix("torch.")}
