@@ -14,11 +14,11 @@ from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.requests import AttentionRequest, KVRequest, NumericsClass
 from qhal.tensors import same_bits
-from qhal_conformance import guards, paged
+from qhal_conformance import elements, encode, guards, paged
 from qhal_conformance.attention_cases import LENS
-from qhal_conformance.attention_reference import Attended, attend
+from qhal_conformance.attention_reference import Attended, Tree, attend
 from qhal_conformance.cases import Case
-from qhal_conformance.decode import numbers
+from qhal_conformance.decode import decode, numbers
 from qhal_conformance.elements import round_wide
 from qhal_conformance.generator import F32, Stream, fingerprint
 from qhal_conformance.outcome import FailKind, Outcome
@@ -29,10 +29,18 @@ from qhal_conformance.tolerance import Verdict, compare
 
 @dataclass(frozen=True)
 class Problem:
-    """Queries, keys, values and where they live; sequences by length."""
+    """Queries, keys, values and where they live; sequences by length.
+
+    q, held  as they are given, and as the request's format holds them
+    static   the static planes of Q and P
+    trees    per sequence, None without trees
+    """
 
     request: AttentionRequest
     q: F32
+    held: F32
+    static: dict[str, F32]
+    trees: tuple[Tree | None, ...]
     query_lens: tuple[int, ...]
     k: paged.Rows
     v: paged.Rows
@@ -43,10 +51,10 @@ class Problem:
     def expected(self, numerics: NumericsClass, out: str) -> Attended:
         """The reference and its bounds under one class."""
         sequences, at = [], 0
-        for count, length in zip(self.query_lens, self.pages.lens, strict=True):
-            sequences.append((count, self.k.value[at : at + length], self.v.value[at : at + length]))
+        for count, length, tree in zip(self.query_lens, self.pages.lens, self.trees, strict=True):
+            sequences.append((count, self.k.value[at : at + length], self.v.value[at : at + length], tree))
             at += length
-        return attend(self.q, sequences, self.request, numerics, out, self.sinks)
+        return attend(self.held, sequences, self.request, numerics, out, self.sinks, self.static.get("p.scale"))
 
 
 def request_of(case: Case) -> AttentionRequest:
@@ -55,19 +63,21 @@ def request_of(case: Case) -> AttentionRequest:
     f = Format.parse(case.subject)
     kv = KVRequest(kind="mha", k=f, v=f, heads=case.size("g"), k_dim=d, v_dim=d, page=case.size("p"))
     phase, _ = LENS[case.size("l")]
+    declared = dict(option.split("=", 1) for option in case.options if "=" in option)
     return AttentionRequest(
         kv=kv,
         heads=case.size("h"),
         scale=d**-0.5,
         phase=phase,
-        q=Format.parse(case.out),
-        p=Format.parse("fp32" if case.has("p32") else case.out),
+        q=Format.parse(declared.get("q", case.out)),
+        p=Format.parse("fp32" if case.has("p32") else declared.get("p", case.out)),
         out=DTYPES[case.out],
         causal=not case.has("full"),
         window=9 if case.has("window") else None,
         softcap=5.0 if case.has("softcap") else None,
         sinks=case.has("sinks"),
         lse=case.has("lse"),
+        tree=case.has("tree"),
     )
 
 
@@ -85,13 +95,50 @@ def build(case: Case) -> Problem:
     q = Stream(case.id, "q").normal((tokens, request.heads, kv.k_dim))
     if case.data == "uniform":
         q = np.zeros_like(q)
-    elif case.data == "dominant":
+    elif case.data in ("dominant", "saturated"):
         q = _dominant(q, query_lens, kv_lens, k.value, request)
     q = round_wide(case.out, q)
     sinks = Stream(case.id, "sinks").normal((request.heads,)) if request.sinks else None
     pages = paged.scatter(case.id, kv_lens, kv.page, width=max(-(-n // kv.page) for n in kv_lens) + 1)
     arrays: dict[str, npt.NDArray[Any]] = {"q": q, "k": k.x, "v": v.x, "slots": pages.slots, "table": pages.table}
-    return Problem(request, q, query_lens, k, v, pages, sinks, fingerprint(arrays))
+    static = _static(case, request)
+    trees = tuple(_tree(case, b, n) if request.tree else None for b, n in enumerate(query_lens))
+    arrays |= static | {f"tree{b}": tree for b, tree in enumerate(trees) if tree is not None}
+    held = _held(q, request, static.get("q.scale"))
+    return Problem(request, q, held, static, trees, query_lens, k, v, pages, sinks, fingerprint(arrays))
+
+
+def _static(case: Case, request: AttentionRequest) -> dict[str, F32]:
+    """Static scales of Q (a different one per head) and of P (1 / largest code, or three quarters of it)."""
+    found: dict[str, F32] = {}
+    block = request.q.block
+    if block is not None and block.kind in ("tensor", "head"):
+        heads = np.arange(request.heads if block.kind == "head" else 1)
+        found["q.scale"] = (paged.STATIC_SCALE * (1 + heads / 8)).astype(np.float32)
+    if not request.p.plain:
+        share = 0.75 if case.data == "saturated" else 1.0
+        found["p.scale"] = np.array([share / elements.largest(request.p.element)], np.float32)
+    return found
+
+
+def _held(q: F32, request: AttentionRequest, scale: F32 | None) -> F32:
+    """Q as the request's format holds it, by the suite's own rule: (token, head) rows."""
+    if request.q.plain:
+        return q
+    flat = q.reshape(-1, q.shape[-1])
+    static = scale if scale is None or scale.size == 1 else np.tile(scale, q.shape[0])
+    return decode(encode.quantize(flat, request.q, scale=static)).value.reshape(q.shape)
+
+
+def _tree(case: Case, sequence: int, tokens: int) -> Tree:
+    """[q, q]: every token has an earlier one or none as its parent, and sees its ancestors and itself."""
+    tree = np.eye(tokens, dtype=np.bool_)
+    draws = Stream(case.id, f"tree{sequence}").integers(0, 1 << 20, (tokens,))
+    for i in range(tokens):
+        parent = int(draws[i] % (i + 1)) - 1
+        if parent >= 0:
+            tree[i] |= tree[parent]
+    return tree
 
 
 def _dominant(q: F32, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], k: F32, request: AttentionRequest) -> F32:
@@ -138,6 +185,8 @@ def _filled(ops: QuantOps, p: Problem, case: Case) -> KVCache:
     paged.poison(cache, np.arange(p.pages.count))
     slots = torch.from_numpy(p.pages.slots).to(device)
     k, v = (torch.from_numpy(r.x).to(dtype).to(device) for r in (p.k, p.v))
+    for name, value in p.static.items():
+        cache.set_static(name, torch.from_numpy(value).to(device))
     if slots.numel():
         ops.quant_kv(k, v, cache, slots)
     ops.synchronize()
@@ -155,7 +204,9 @@ def _attend(
     device, dtype = ops.device, DTYPES[case.out]
     batch = ops.attention_batch(p.request, limits)
     lens = [torch.tensor(n, dtype=torch.int32) for n in (p.query_lens, p.pages.lens)]
-    batch.plan(lens[0], lens[1], torch.from_numpy(np.ascontiguousarray(table)).to(device))
+    trees = [torch.from_numpy(tree.reshape(-1)) for tree in p.trees if tree is not None]
+    tree = torch.cat(trees).to(device) if p.request.tree else None
+    batch.plan(lens[0], lens[1], torch.from_numpy(np.ascontiguousarray(table)).to(device), tree=tree)
     guard = guards.place(torch.from_numpy(p.q).to(dtype), case.storage, device)
     shape = (*p.q.shape[:2], p.request.kv.v_dim)
     target = guards.poisoned(shape, dtype, "contiguous", device)

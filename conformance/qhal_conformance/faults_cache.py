@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qhal.caches import AttentionBatch, KVCache, Limits
+from qhal.elements import dtype_name
 from qhal.formats import Format
 from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.prepared import Prepared
@@ -25,20 +26,33 @@ Plan = tuple[Tensor, Tensor, Tensor]
 class _Replanned(AttentionBatch):
     """A batch whose lengths and pages are spoiled before they are planned."""
 
-    def __init__(self, inner: AttentionBatch, spoil: Callable[[Plan], Plan], page: int) -> None:
-        self.inner, self._spoil, self._page = inner, spoil, page
+    def __init__(
+        self, inner: AttentionBatch, spoil: Callable[[Plan], Plan], tree: Callable[[Tensor], Tensor], page: int
+    ) -> None:
+        self.inner, self._spoil, self._tree, self._page = inner, spoil, tree, page
 
     def plan(
-        self, query_lens: Tensor, kv_lens: Tensor, page_table: Tensor, *, kv_lens_device: Tensor | None = None
+        self,
+        query_lens: Tensor,
+        kv_lens: Tensor,
+        page_table: Tensor,
+        *,
+        kv_lens_device: Tensor | None = None,
+        tree: Tensor | None = None,
     ) -> None:
         """Spoil, keep within the table, plan."""
         queries, keys, table = self._spoil((query_lens, kv_lens, page_table))
         keys = keys.clamp(0, table.shape[1] * self._page).to(torch.int32)
-        self.inner.plan(queries, keys, table, kv_lens_device=kv_lens_device)
+        if tree is not None:
+            squares = [n * n for n in query_lens.tolist()]
+            parts = tree.split(squares)
+            spoiled = [self._tree(t.reshape(n, n)) for t, n in zip(parts, query_lens.tolist(), strict=True)]
+            tree = torch.cat([t.reshape(-1) for t in spoiled])
+        self.inner.plan(queries, keys, table, kv_lens_device=kv_lens_device, tree=tree)
 
 
 class _Attention(Wrapped):
-    """Attention over a spoiled plan, request or query."""
+    """Attention over a spoiled plan, tree, request, query or static scale."""
 
     def _request(self, r: AttentionRequest) -> AttentionRequest:
         return r
@@ -46,13 +60,19 @@ class _Attention(Wrapped):
     def _plan(self, plan: Plan) -> Plan:
         return plan
 
+    def _tree(self, tree: Tensor) -> Tensor:
+        return tree
+
     def _query(self, q: Tensor, kv_heads: int) -> Tensor:
         return q
+
+    def _static(self, name: str, plane: Tensor) -> Tensor:
+        return plane
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
         """For the spoiled request."""
         inner = self._inner.attention_batch(self._request(request), limits)
-        return _Replanned(inner, self._plan, request.kv.page)
+        return _Replanned(inner, self._plan, self._tree, request.kv.page)
 
     def attention(
         self,
@@ -64,8 +84,10 @@ class _Attention(Wrapped):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        """With the spoiled query; a sink that the spoiled request no longer has is dropped."""
+        """With the spoiled query and scales; a sink that the spoiled request no longer has is dropped."""
         assert isinstance(batch, _Replanned)
+        planes = {name: self._static(name, plane) for name, plane in cache.planes.items()}
+        cache = KVCache(cache.request, planes, cache.layout, cache.host)
         q = self._query(q, cache.request.heads)
         keep = sinks if self.__dict__.get("_sinks", True) else None
         return self._inner.attention(q, cache, batch.inner, sinks=keep, out=out, lse=lse)
@@ -85,6 +107,18 @@ def _window(step: int) -> type[Wrapped]:
         return r if r.window is None else replace(r, window=r.window + step)
 
     return _attention(_request=request)
+
+
+def _scale(wanted: str, change: Callable[[Tensor], Tensor]) -> type[Wrapped]:
+    return _attention(_static=lambda self, name, plane: change(plane) if name == wanted else plane)
+
+
+def _tree(change: Callable[[Tensor], Tensor]) -> type[Wrapped]:
+    return _attention(_tree=lambda self, tree: change(tree))
+
+
+def _unquantized_q(self: _Attention, r: AttentionRequest) -> AttentionRequest:
+    return r if r.q.plain else replace(r, q=Format(dtype_name(r.out)))
 
 
 def _lengths(change: Callable[[Tensor, Tensor], Tensor]) -> type[Wrapped]:
@@ -266,6 +300,13 @@ CACHE_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("softcap-ignored", "kv", "scores are not capped", _changed(softcap=None)),
     ("p-in-fp8", "kv", "P is rounded to e4m3fn, undeclared", _changed(p=Format("e4m3fn"))),
     ("sinks-ignored", "kv", NoSinks.__doc__ or "", NoSinks),
+    ("tree-ignored", "kv", "new tokens see each other causally", _tree(lambda t: torch.ones_like(t).tril())),
+    ("tree-transposed", "kv", "a token sees its descendants", _tree(lambda t: t.T)),
+    ("q-scale-ignored", "kv", "the static scale of Q is taken for 1", _scale("q.scale", torch.ones_like)),
+    ("q-scale-shared", "kv", "every head has the scale of head 0", _scale("q.scale", lambda t: t[:1].expand_as(t))),
+    ("q-unquantized", "kv", "Q stays in its own type", _attention(_request=_unquantized_q)),
+    ("p-scale-ignored", "kv", "the static scale of P is taken for 1", _scale("p.scale", torch.ones_like)),
+    ("p-scale-start", "kv", "the static scale of P that was set is not used", _scale("p.scale", lambda t: t / 0.75)),
     ("lse-base-2", "kv", LseBaseTwo.__doc__ or "", LseBaseTwo),
     ("slot-skipped-written", "kv", "slot -1 is written to slot 0", _cache(lambda k, v, s, p: (k, v, s.clamp(min=0)))),
     ("slot-neighbour", "kv", "every token is written one slot late", _cache(_neighbour)),

@@ -1,0 +1,74 @@
+"""The bound of attention with quantized P: right for kernels that see keys tile by tile, wrong for undeclared ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qhal import Format
+from qhal.encoding import encode
+from qhal.requests import NumericsClass
+from qhal_conformance.attention_check import build
+from qhal_conformance.attention_reference import visible
+from qhal_conformance.cases import Case
+from qhal_conformance.operations import catalogue
+from qhal_conformance.outcome import FailKind
+from qhal_conformance.tolerance import compare
+
+CASES = [c for c in catalogue(0) if c.operation == "attention" and any(o.startswith("p=") for o in c.options)]
+CASES = [c for c in CASES if c.data != "saturated"]
+
+
+def tiled(case: Case, tile: int, p: Format | None = None, scale: float = 1.0) -> np.ndarray:
+    """Attention in float32, `tile` keys at a time: P is rounded under the running maximum, sums are rescaled."""
+    problem = build(case)
+    r = problem.request
+    p = p or r.p
+    p_scale = torch.from_numpy(problem.static["p.scale"]) * scale if not p.plain else None
+    out, token, key = [], 0, 0
+    for t, n in zip(problem.query_lens, problem.pages.lens, strict=True):
+        q = torch.from_numpy(problem.held[token : token + t])
+        k, v = (torch.from_numpy(x.value[key : key + n]) for x in (problem.k, problem.v))
+        k, v = (x.repeat_interleave(r.heads // r.kv.heads, 1) for x in (k, v))
+        seen = torch.from_numpy(visible(t, n, r))
+        top = torch.full((t, r.heads, 1), -torch.inf)
+        total, o = torch.zeros(t, r.heads, 1), torch.zeros(t, r.heads, v.shape[-1])
+        for first in range(0, n, tile):
+            s = torch.einsum("thd,lhd->thl", q, k[first : first + tile]) * r.scale
+            s = s.masked_fill(~seen[:, None, first : first + tile], -torch.inf)
+            above = torch.maximum(top, s.amax(-1, keepdim=True))
+            e = torch.exp(s - above).nan_to_num(0.0)
+            shrink = torch.exp(top - above).nan_to_num(0.0)
+            held = encode(e, p, scale=p_scale).dequantize()
+            total = total * shrink + e.sum(-1, keepdim=True)
+            o = o * shrink + torch.einsum("thl,lhd->thd", held, v[first : first + tile])
+            top = above
+        out.append(torch.where(total > 0, o / total, 0.0))
+        token, key = token + t, key + n
+    return torch.cat(out).to({"bf16": torch.bfloat16, "fp16": torch.float16}[case.out]).double().numpy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_tiles_are_within_the_bound(case: Case) -> None:
+    expected = build(case).expected(NumericsClass.FP32_ACC, case.out)
+    for tile in (8, 1000):
+        verdict = compare(tiled(case, tile), expected.o, expected.o_bound, case.out)
+        assert verdict.kind is None, (tile, verdict.detail)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_other_roundings_of_p_are_not(case: Case) -> None:
+    """Steps sixteen times as large for integers; for floats one fraction bit instead of three."""
+    expected = build(case).expected(NumericsClass.FP32_ACC, case.out)
+    integer = "int8" in str(build(case).request.p)
+    coarse = tiled(case, 1000, scale=16.0) if integer else tiled(case, 1000, Format.parse("e2m1.tensor*fp32"), 448 / 6)
+    assert compare(coarse, expected.o, expected.o_bound, case.out).kind == FailKind.NUMERIC
+
+
+def test_trees_and_operands_are_asked_at_level_zero() -> None:
+    mine = [c for c in catalogue(0) if c.operation == "attention"]
+    assert {c.data for c in mine if c.has("tree")} == {"normal", "uniform"}
+    declared = {o for c in mine for o in c.options if "=" in o}
+    assert declared >= {"q=int8.head*fp32", "q=int8.row*fp32", "q=e4m3fn.tensor*fp32", "p=int8.tensor*fp32"}
+    assert not any(c.required for c in mine if c.has("tree") or any("=" in o for o in c.options))
