@@ -113,7 +113,8 @@ class QuantOps(ABC):
         A Format (or an Operand without scale) computes scales from the data; an Operand's scale fixes the outermost
         level. Scales are computed in fp32 unless the rule says bf16: amax over the block, divided by qmax (`scale=rcp`:
         times its reciprocal), rounded once to the scale's type. Codes: x / scale, rounded half to even, saturated to
-        the element's range. All-zero blocks get scale 1 (`empty`). NaN and Inf propagate (`special`).
+        the element's range. All-zero blocks get scale 1 (`empty`). NaN and Inf propagate (`special`) by the computed
+        scale or the element's own NaN; under a static scale an integer has neither: NaN is code 0, Inf saturates.
         for_: scales come in the layout that weight's kernel reads; same values.
         """
         raise self._refusal("quantize")

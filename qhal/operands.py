@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qhal.errors import FormatError, ShardError
 from qhal.formats import Format
-from qhal.sharding import grid_range
+from qhal.sharding import bounds, grid_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,18 @@ def cut_operand(o: Operand | None, size: int, start: int, stop: int) -> Operand 
         return o
     zero = o.zero if o.zero is None or o.zero.shape[-1:] != (size,) else o.zero[..., start:stop]
     return replace(o, scale=o.scale[..., start:stop], zero=zero)
+
+
+def cut_heads(o: Operand, rank: int, world: int, name: str) -> Operand:
+    """Static values of a cache or of Q, [heads] or [heads * dim] in the order of heads: those of this rank's heads."""
+
+    def cut(value: Tensor | None) -> Tensor | None:
+        if value is None or value.numel() == 1 or o.format.block is None or o.format.block.kind not in ("head", "col"):
+            return value
+        start, stop = bounds(value.numel(), rank, world, f"{name}: static values of {o.format}")
+        return value.flatten()[start:stop]
+
+    return replace(o, scale=cut(o.scale), zero=cut(o.zero))
 
 
 def cut_weight_operand(

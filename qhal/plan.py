@@ -139,6 +139,7 @@ def resolve(
     m: tuple[int, int] = (1, 8192),
     dtype: torch.dtype | None = None,
     numerics: NumericsClass | None = None,
+    page: int = 16,
 ) -> Plan:
     """Ask `ops` what every layer would execute; refuse by `policy` (PlanError lists every offending entry).
 
@@ -147,6 +148,7 @@ def resolve(
     m         smallest and largest row count that will occur
     dtype     of the activations; default the model's own, bfloat16 for bare specs
     numerics  the loosest class accepted everywhere; default each format's minimum
+    page      slots of a page of every cache
     """
     if policy not in get_args(Policy):
         raise PolicyError(f"policy {policy!r}: choose one of {', '.join(get_args(Policy))}")
@@ -158,7 +160,7 @@ def resolve(
         raise FormatError(f"activations of {dtype}: choose one of {', '.join(str(d) for d in WIDE.values())}")
     grouped: dict[Request, list[str]] = {}
     for f in formats:
-        for request in requests(f, dtype, m=m, numerics=numerics):
+        for request in requests(f, dtype, m=m, numerics=numerics, page=page):
             grouped.setdefault(request, []).append(f.name)
     entries = tuple(_entry(request, names, ops, world) for request, names in grouped.items())
     plan = Plan(entries, policy, ops.name, str(ops.device), INTERFACE_VERSION, dtype_name(dtype), _digest(entries))

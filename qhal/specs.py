@@ -21,7 +21,7 @@ from qhal.errors import FormatError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import Activation, ExpertsFormat, KVFormat, LinearFormat
 from qhal.operands import Operand as Operand  # the field of a spec; its home for importers is here
-from qhal.operands import cut_operand, cut_weight_operand, same_operand
+from qhal.operands import cut_heads, cut_operand, cut_weight_operand, same_operand
 from qhal.rotations import Rotation
 from qhal.sharding import bounds, check_axis
 from qhal.tensors import QTensor
@@ -260,6 +260,17 @@ class KVSpec:
     k_dim: int = 0
     v_dim: int = 0
     name: str = ""
+
+    def shard(self, rank: int, world: int) -> KVSpec:
+        """Tensor-parallel part: heads are cut, and static scales and zero points per head or feature with them.
+
+        mla: every rank has the latent cache; only scales of Q are cut. ShardError where heads do not divide.
+        """
+        latent = self.kind == "mla"
+        first, last = (0, self.heads) if latent else bounds(self.heads, rank, world, f"{self.name}: key-value heads")
+        k, v = (o if latent else cut_heads(o, rank, world, self.name) for o in (self.k, self.v))
+        q = None if self.q is None else cut_heads(self.q, rank, world, self.name)
+        return replace(self, k=k, v=v, q=q, heads=last - first)
 
     @property
     def format(self) -> KVFormat:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qhal import Format, FormatError, KVCache, KVSpec, Operand
+from qhal import Format, FormatError, KVCache, KVSpec, Operand, ShardError, resolve, select
 from qhal.caches import canonical_planes
 from qhal.layers import attention_request, kv_request, requests, set_static
 
@@ -79,6 +79,39 @@ def test_outer_levels_columns_and_starts() -> None:
     assert torch.equal(cache.planes["v.scale"], torch.arange(1, 17.0).reshape(2, 8))
     assert torch.equal(cache.planes["v.zero"], torch.full((2, 8), 7.5))
     assert cache.host["p.scale"] == float(torch.tensor(1 / 127))  # its own start
+
+
+def test_a_shard_keeps_the_values_of_its_heads() -> None:
+    spec = KVSpec(operand("int8-fp32.col*fp32", *range(1, 33), zero=tuple(range(32))),
+                  operand("e4m3fn.head*fp32", 1, 2, 3, 4), q=operand("int8-int8.head*fp32", *range(1, 9), zero=(0,)),
+                  p=operand("int8.tensor*fp32", 0.01), heads=4, k_dim=8, v_dim=8, name="layer")  # fmt: skip
+    parts = [spec.shard(rank, 2) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        assert part.format == replace(spec.format, heads=2)
+        cache = made(part)
+        set_static(cache, part)
+        assert torch.equal(cache.planes["k.scale"], torch.arange(1, 33.0).reshape(4, 8)[2 * rank : 2 * rank + 2])
+        assert torch.equal(cache.planes["k.zero"], torch.arange(32.0).reshape(4, 8)[2 * rank : 2 * rank + 2])
+        assert cache.planes["v.scale"].tolist() == [1 + 2 * rank, 2 + 2 * rank]
+        assert cache.planes["q.scale"].tolist() == [4 * rank + i for i in range(1, 5)]
+    assert torch.equal(torch.cat([p.k.scale for p in parts if p.k.scale is not None]), torch.arange(1, 33.0))
+    with pytest.raises(ShardError, match="layer: key-value heads: 4 does not divide into 3"):
+        spec.shard(0, 3)
+    latent = KVSpec(operand("int8.head*fp32", 0.5), Operand(Format("bf16")), q=operand("int8.head*fp32", 1, 2),
+                    kind="mla", heads=1, k_dim=16, v_dim=4)  # fmt: skip
+    half = latent.shard(1, 2)
+    assert half.k is latent.k and half.heads == 1 and half.q is not None and half.q.scale is not None
+    assert half.q.scale.tolist() == [2]
+    with pytest.raises(ShardError, match="static values of int8"):
+        latent.shard(0, 3)
+
+
+def test_the_plan_asks_for_the_pages_of_the_engine() -> None:
+    fp8 = operand("e4m3fn.tensor*fp32", 0.5)
+    spec = KVSpec(fp8, fp8, heads=2, k_dim=64, v_dim=64, name="layer")
+    for page in (16, 64):
+        (entry,) = resolve([spec], select("cpu_reference"), page=page).entries
+        assert entry.request == kv_request(spec.format, page=page) and entry.status == "ok"
 
 
 def test_errors() -> None:

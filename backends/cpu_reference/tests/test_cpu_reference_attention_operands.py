@@ -109,6 +109,20 @@ def test_a_smaller_scale_of_p_saturates(ops, kv_request, attention_request, fill
     assert torch.equal(o[0], (rows[0][1][0] * half).repeat_interleave(2, 0))
 
 
+@pytest.mark.parametrize("p", ["int8.tensor*fp32", "e4m3fn.tensor*fp32", "e4m3fn"])
+@pytest.mark.parametrize("q", ["int8.row*fp32", "e4m3fn.head*fp32", "int8.head*fp32", "bf16"])
+def test_no_rows_and_nan(ops, kv_request, attention_request, fill, plan, q, p):
+    """Zero tokens are legal; a NaN of Q reaches its head's row, but under a static integer scale it is code 0."""
+    request = attention_request(kv_request(), q=Format.parse(q), p=Format.parse(p))
+    cache, table, _ = fill(ops, request.kv, [3], attention=[request])
+    for queries, lens in (([], []), ([0], [3]), ([0], [0])):
+        assert ops.attention(torch.zeros(0, 4, 8), cache, plan(ops, request, queries, lens, table)).shape == (0, 4, 8)
+    x = torch.randn(1, 4, 8)
+    x[0, 1, 2] = torch.nan
+    found = ops.attention(x, cache, plan(ops, request, [1], [3], table)).isnan()
+    assert found[0, 1].all().item() == (q != "int8.head*fp32") and not found[0, [0, 2, 3]].any()
+
+
 def test_planes_of_several_readers(ops, kv_request, attention_request):
     kv = kv_request("e4m3fn.tensor*fp32")
     q = attention_request(kv, q=Format.parse("e4m3fn.head*fp32"), phase="prefill")
