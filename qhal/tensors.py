@@ -149,10 +149,10 @@ class QTensor:
         return sharding.permute_rows(self, index)
 
     def transposed(self) -> QTensor:
-        """[..., K, N] whose dequantization is that of this tensor transposed, to the bit; planes are copies.
+        """[..., K, N] whose dequantization is that of this tensor transposed, to the bit.
 
         Blocks turn: row to col and back, g<k> to kx1, n x k to k x n, short last blocks too. ShardError for flat
-        blocks, group_index and n:m sparsity: they have a direction.
+        blocks, group_index and n:m sparsity: they have a direction. Planes may share memory with this tensor's.
         """
         return sharding.transposed(self)
 

@@ -369,6 +369,8 @@ def test_act_order_has_no_transpose() -> None:
     t = random_tensor(Format.parse("int4.g16*bf16"), (8, 64), torch.Generator().manual_seed(0), index=True)
     with pytest.raises(ShardError, match="group index orders columns"):
         t.transposed()
+    with pytest.raises(ShardError, match=r"layout 'nibble' is a backend's own.*restore"):
+        replace(t, group_index=None, layout="nibble").transposed()
 
 
 def test_transposed_blocks_are_named() -> None:
