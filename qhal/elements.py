@@ -3,7 +3,7 @@
 Integers are two's complement (`int`) or plain (`uint`). Small floats follow the OCP 8-bit and Microscaling (MX)
 specifications: e4m3fn has no infinity and one NaN per sign, the `fnuz` flavours have one NaN (0x80) and no -0, e5m2 is
 IEEE-like, e3m2, e2m3 and e2m1 are finite only, e8m0 is a power of two with 0xFF as NaN. nf4 is the table of the QLoRA
-paper (appendix E); lut4 and lut8 carry a table of their own.
+paper (appendix E); lut4 and lut8 carry a table of their own, and lut8 is quantized to `dynamic_map`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _registry() -> dict[str, Element]:
     table["e8m0"] = Element("e8m0", "exponent", 8, torch.uint8, 2.0**127, 2.0**-127)
     table["nf4"] = Element("nf4", "lut", 4, torch.uint8, 1.0, -1.0)
     table["lut4"] = Element("lut4", "lut", 4, torch.uint8, float("inf"), -float("inf"))
-    table["lut8"] = Element("lut8", "lut", 8, torch.uint8, float("inf"), -float("inf"))
+    table["lut8"] = Element("lut8", "lut", 8, torch.uint8, 1.0, -0.992968738079071)  # `dynamic_map`
     for name, dtype in WIDE.items():
         top = torch.finfo(dtype).max
         table[name] = Element(name, "float", 8 * dtype.itemsize, dtype, top, -top)
@@ -119,6 +119,31 @@ def values(name: str) -> Tensor | None:
         sign = 1.0 - 2.0 * (codes >> (e + m)).double()
         return (sign * magnitude).float()
     return torch.tensor(_NF4, device="cpu") if name == "nf4" else None
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """float32 [256] in rising order: the table that bitsandbytes quantizes scales with, and that `lut8` is encoded to.
+
+    Decades 10^-6 to 1 of which decade i has 2^i values, the middles of as many equal parts of 0.1 to 1, with both
+    signs; and 0 and 1. Source: T. Dettmers, 8-Bit Approximations for Parallelism in Deep Learning (2016), dynamic tree
+    quantization. Edges and middles are rounded to float32 once each, as bitsandbytes 0.50.2 writes them.
+    """
+    low = torch.tensor(0.1, device="cpu").double()  # cached: never on a default device
+    found = [torch.tensor([0.0, 1.0], device="cpu")]
+    for i in range(7):
+        parts = 1 << i
+        step = (1 - low).float().double() / parts
+        j = torch.arange(parts + 1, device="cpu").double()
+        edges = torch.where(j < (parts + 1) // 2, low + step * j, 1 - step * (parts - j)).float()
+        middles = (edges[:-1] + edges[1:]) / 2 * torch.tensor(10.0 ** (i - 6), device="cpu")
+        found += [middles, -middles]
+    return torch.cat(found).sort().values
+
+
+def lookup(name: str) -> Tensor | None:
+    """The table that a lut element is encoded to: nf4's own, `dynamic_map` for lut8, none for lut4."""
+    return dynamic_map() if name == "lut8" else values(name)
 
 
 def decode(name: str, codes: Tensor, table: Tensor | None = None) -> Tensor:

@@ -2,9 +2,11 @@
 
 Scales are computed from the outermost level in. In fp32 (or rounded to bf16 after every step, `arith=bf16`):
   peak   amax of the block (minmax: max(hi, 0) - min(lo, 0); signed: the value of largest magnitude)
-  scale  peak / qmax, rounded to the scale's type (e8m0: an exponent, see `_exponent_codes`; nested: peak / qmax in
+  scale  peak / qmax, rounded to the scale's type (e8m0: an exponent, see `qhal.exponents`; nested: peak / qmax in
          units of an outer scale that is peak / (qmax * largest inner scale) over its own block; the largest inner scale
          of a wide float or an e8m0 is 1). A scale that divides (`/`) is stored as qmax / peak
+  offset minmax: what the smallest code has to add; mean: one value, the exact mean of the tensor rounded once, and
+         everything above is of x - offset. A nested scale with an offset is `encode` of the scales peak / qmax
   code   round(x / scale + zero), saturated
 Sources: OCP Microscaling Formats v1.0 section 6.3 (MX, `floor`); the tools' rules were measured on their own files.
 """
@@ -12,13 +14,13 @@ Sources: OCP Microscaling Formats v1.0 section 6.3 (MX, `floor`); the tools' rul
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qhal.elements import Element, decode, element
+from qhal.elements import Element, decode, dynamic_map, element
 from qhal.errors import FormatError
+from qhal.exponents import exponent_codes, reach
 from qhal.formats import Format
 from qhal.rounding import to_codes, to_plane
 from qhal.rules import Rule
@@ -49,30 +51,38 @@ def encode(
     if to.block is None or to.scale is None:
         if to.zero is not None:
             raise FormatError(f"quantize to {to}: a zero point without a scale cannot be computed")
-        return QTensor(to, to_codes(x, e, rule.round))
+        return QTensor(to, to_codes(x, e, rule.round), table=_table(e, x.device))
     round_ = _bf16 if rule.arith == "bf16" else _same
     x = round_(x)
     block = to.block
+    offset: Tensor | QTensor | None = None
+    if rule.domain == "mean":
+        offset = _mean_plane(x, to)
+        x = _without(x, _number(offset, to.offset), to)
     lo, hi = _range(block.split(x), clip)
     if rule.clip == "range":
-        x = torch.minimum(torch.maximum(x, block.expand(lo, x.shape)), block.expand(hi, x.shape))
+        low, high = block.expand(lo, x.shape), block.expand(hi, x.shape)
+        x = torch.where(x < low, low, torch.where(x > high, high, x))  # a number inside keeps its bits, -0 too
     peak = _peak(lo, hi, rule)
-    fixed = None if scale is None else _static(scale, to, peak)
+    fixed = None if scale is None else _static(scale, to, peak, fill=to.scale.plain)
     divisor = 1.0 if fixed is not None and to.scale.plain else _divisor(to)  # a static scale asks for no largest code
     plane = _scale_plane(peak, divisor, to, rule, fixed)
     number = _number(plane, to.scale)
-    zeros = None if to.zero is None else _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak))
-    offset = None if to.offset is None else _offset_plane(to, lo, number)
+    zeros = (
+        None
+        if to.zero is None
+        else _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak, fill=True))
+    )
     s = block.expand(number, x.shape)
-    if offset is not None:
-        value = block.expand(_number(offset, to.offset), x.shape)
-        x = x - value if to.offset_sign > 0 else x + value
+    if to.offset is not None and offset is None:
+        offset = _offset_plane(to, lo, number)
+        x = _without(x, block.expand(_number(offset, to.offset), x.shape), to)
     factor = s if to.op == "/" else 1.0 / s
     q = round_(x / s) if to.op == "*" and rule.apply == "div" else round_(x * factor)
     q = torch.where(s == 0, torch.where(torch.isnan(x), x, torch.zeros_like(x)), q)
     if zeros is not None:
         q = round_(q + block.expand(_number(zeros, to.zero), x.shape))
-    return QTensor(to, to_codes(q, e, rule.round), plane, zeros, offset)
+    return QTensor(to, to_codes(q, e, rule.round), plane, zeros, offset, table=_table(e, x.device))
 
 
 def _scale_plane(
@@ -92,7 +102,7 @@ def _scale_plane(
         if to.op == "/":
             return _reciprocal_plane(peak, divisor, to, rule, unit)
         if e.kind == "exponent":
-            return _exponent_codes(peak if unit == 1 else peak / unit, to, rule)
+            return exponent_codes(peak if unit == 1 else peak / unit, to, rule)
         raw = _divide(peak, divisor, rule)
         if rule.empty != "zero":
             raw = torch.where(peak == 0, 1.0 if rule.empty == "one" else _TINY, raw)
@@ -100,18 +110,20 @@ def _scale_plane(
     if to.op == "/":
         raise FormatError(f"{to}: a dividing scale must be a plain number")
     assert fmt.block is not None
+    if fmt.offset is not None:
+        return encode(_divide(peak, divisor, rule), fmt, scale=static)
     inner = element(fmt.element)
     blocks = fmt.block.split(peak.abs())
     outer_peak = blocks.amax(-1) if blocks.shape[-1] else blocks.new_zeros(blocks.shape[:-1])
-    outer = _scale_plane(outer_peak, divisor * _reach(fmt, inner), fmt, fmt.rule, static, divisor)
+    outer = _scale_plane(outer_peak, divisor * reach(fmt, inner), fmt, fmt.rule, static, divisor)
     value = fmt.block.expand(_number(outer, fmt.scale), peak.shape)
     if inner.kind == "exponent":
         rest = peak / value if fmt.op == "*" else peak * value
-        return QTensor(fmt, _exponent_codes(torch.where(peak == 0, 0.0, rest), to, rule), outer)
+        return QTensor(fmt, exponent_codes(torch.where(peak == 0, 0.0, rest), to, rule), outer)
     wanted = _divide(peak, divisor, rule)
     ratio = wanted / value if fmt.op == "*" else wanted * value
     ratio = torch.where(peak == 0, 0.0, ratio)  # an all-zero block has scale code 0 under any outer scale
-    return QTensor(fmt, to_codes(ratio, inner, fmt.rule.round), outer)
+    return QTensor(fmt, to_codes(ratio, inner, fmt.rule.round), outer, table=_table(inner, peak.device))
 
 
 def _reciprocal_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, unit: float) -> Tensor:
@@ -121,7 +133,7 @@ def _reciprocal_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, unit
     if rule.empty != "one":
         raise FormatError(f"quantize to {to}: a dividing scale of an all-zero block is 1; empty={rule.empty} has none")
     if e.kind == "exponent":  # 2^-p for 2^p, exactly; 255 is NaN
-        codes = _exponent_codes(peak if unit == 1 else peak / unit, to, rule)
+        codes = exponent_codes(peak if unit == 1 else peak / unit, to, rule)
         return torch.where(codes == 255, codes, 254 - codes)
     if e.kind != "float":
         raise FormatError(f"quantize to {to}: {e.name} holds no reciprocals; let a float or e8m0 divide")
@@ -147,54 +159,16 @@ def _divisor(f: Format) -> float:
         return e.largest - e.smallest
     if domain == "signed" and e.smallest == 0:
         raise FormatError(f"quantize to {f}: {f.element} has no negative code; use domain=minmax")
-    if domain == "amax" and f.qmax == 0:
+    if domain in ("amax", "mean") and f.qmax == 0:
         other = "signed" if e.smallest < 0 else "minmax"
         raise FormatError(f"quantize to {f}: {f.element} has no positive code; use domain={other}")
     return e.smallest if domain == "signed" else f.qmax
-
-
-def _reach(f: Format, e: Element) -> float:
-    """The largest value that codes of `f` take, for levels above: 1 for e8m0 and wide floats, that reach anywhere."""
-    if e.kind == "exponent" or e.wide:
-        return 1.0
-    return replace(f, rule=replace(f.rule, qmax=None)).qmax if f.zero is not None else e.largest
 
 
 def _divide(peak: Tensor, divisor: float, rule: Rule) -> Tensor:
     d = torch.tensor(divisor, dtype=torch.float32, device=peak.device)
     raw = peak / d if rule.scale == "div" else peak * (1.0 / d)
     return _bf16(raw) if rule.arith == "bf16" else raw
-
-
-def _exponent_codes(peak: Tensor, to: Format, rule: Rule) -> Tensor:
-    """e8m0 codes: an exponent near log2(peak / qmax), biased by 127; 255 is NaN."""
-    e = element(to.element)
-    top = math.frexp(_reach(to, e))[1] - 1  # exponent of the largest value
-    peak = peak.abs()
-    if rule.e8m0 == "ceil":
-        mantissa, exponent = torch.frexp(peak / (to.qmax if not e.wide else to.rule.qmax or 1.0))
-        power = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    else:
-        bits = _nudged(peak, to, rule).contiguous().view(torch.int32)
-        power = (bits >> 23) - 127 - top  # a peak moved past the largest float32 has the exponent of infinity
-    if rule.empty == "one":
-        power = torch.where(peak == 0, 0, power)
-    code = (power + 127).clamp(0, 254)
-    code = torch.where(peak == 0, 127 if rule.empty == "one" else 0, code)
-    return torch.where(torch.isfinite(peak), code, 255).to(torch.uint8)
-
-
-def _nudged(peak: Tensor, to: Format, rule: Rule) -> Tensor:
-    """The peak, moved up a binade where the exponent rule says so; only its exponent is read afterwards."""
-    if rule.e8m0 == "floor":
-        return peak
-    if rule.e8m0 == "over1.75":
-        return peak / 7 * 8 + 9.6e-7  # this order cannot overflow early and rounds the same
-    mantissa_bits = {"e2m1": 1, "e3m2": 2, "e2m3": 3, "e4m3fn": 3, "e4m3fnuz": 3, "e5m2": 2, "e5m2fnuz": 2}
-    if rule.e8m0 == "even" and to.element not in mantissa_bits:
-        raise FormatError(f"{to}: e8m0=even rounds amax to the element's mantissa, {to.element} has none")
-    shift = 21 if rule.e8m0 == "up1.75" else 22 - mantissa_bits[to.element]
-    return (peak.contiguous().view(torch.int32) + (1 << shift)).view(torch.float32)
 
 
 def _zero_plane(to: Format, lo: Tensor, scale: Tensor, static: Tensor | None) -> Tensor:
@@ -217,10 +191,32 @@ def _zero_plane(to: Format, lo: Tensor, scale: Tensor, static: Tensor | None) ->
     return to_codes(ideal, z, "even")
 
 
+def _mean_plane(x: Tensor, to: Format) -> Tensor:
+    """[..., 1, 1]: the mean of the last two axes in the offset's type, with its sign; exact, rounded once."""
+    if to.offset is None or to.zero is not None or not to.offset.plain:
+        raise FormatError(f"quantize to {to}: domain=mean needs a plain offset and no zero point")
+    rows = x.flatten(-2).reshape(-1, x.shape[-2:].numel())
+    finite = torch.isfinite(rows).all(-1).tolist()
+    means = [math.fsum(r.tolist()) / max(r.numel(), 1) if ok else math.nan for r, ok in zip(rows, finite, strict=True)]
+    mean = torch.tensor(means, dtype=torch.float64, device=x.device).float().reshape(*x.shape[:-2], 1, 1)
+    return to_codes(to.offset_sign * mean, element(to.offset.element), "even")
+
+
+def _without(x: Tensor, offset: Tensor, to: Format) -> Tensor:
+    return x - offset if to.offset_sign > 0 else x + offset
+
+
+def _table(e: Element, device: torch.device) -> Tensor | None:
+    """The table that a QTensor of this element carries: a copy of lut8's; nf4's is part of the format."""
+    return dynamic_map().to(device, copy=True) if e.name == "lut8" else None
+
+
 def _offset_plane(to: Format, lo: Tensor, scale: Tensor) -> Tensor | QTensor:
     assert to.offset is not None
     if to.rule.domain != "minmax":
-        raise FormatError(f"quantize to {to}: an offset is computed with domain=minmax only")
+        raise FormatError(
+            f"quantize to {to}: an offset is computed with domain=minmax or mean; {to.rule.domain} has none"
+        )
     smallest = element(to.element).smallest
     lowest = lo - (smallest / scale if to.op == "/" else smallest * scale)
     wanted = lowest if to.offset_sign > 0 else -lowest
@@ -245,19 +241,15 @@ def _peak(lo: Tensor, hi: Tensor, rule: Rule) -> Tensor:
     return torch.maximum(hi, -lo)
 
 
-def _static(value: Tensor, to: Format, grid: Tensor) -> Tensor:
-    """A static value in the shape of the plane that it fills."""
+def _static(value: Tensor, to: Format, grid: Tensor, *, fill: bool) -> Tensor:
+    """A static value in the shape of its plane; one value fills it, or stays one (outer levels)."""
     value = value if value.is_floating_point() else value.float()
     if value.numel() == 1:
         one = value.reshape([1] * grid.dim())
-        return one.expand(grid.shape) if _single_level(to) else one
+        return one.expand(grid.shape) if fill else one
     if value.numel() != grid.shape[-2:].numel():
         raise FormatError(f"{to}: a static scale of {value.numel()} values does not fill a grid of {tuple(grid.shape)}")
     return value.reshape(*[1] * (grid.dim() - 2), *grid.shape[-2:]).expand(grid.shape)
-
-
-def _single_level(to: Format) -> bool:
-    return to.scale is not None and to.scale.plain
 
 
 def _number(plane: Tensor | QTensor, fmt: Format | None) -> Tensor:

@@ -35,7 +35,7 @@ ALIASES: dict[str, str] = {
     "nvfp4": "e2m1.g16*(e4m3fn.tensor*fp32)",
     "nvfp4_div": "e2m1.g16*(e4m3fn.tensor/fp32)",
     "nf4_flat64": "nf4.flat64*fp32",
-    "nf4_dq": "nf4.flat64*(lut8.flat256*fp32+fp32)",
+    "nf4_dq": "nf4.flat64*(lut8.flat256*fp32+fp32@domain=mean)",
     "q4_0": "int4.g32*fp16",
     "q4_1": "uint4.g32*fp16+fp16",
     "q5_0": "int5.g32*fp16",

@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qhal.elements import Element, decode, values
+from qhal.elements import Element, decode, lookup, values
 from qhal.errors import FormatError
 
 
 def to_codes(q: Tensor, e: Element, mode: str = "even", table: Tensor | None = None) -> Tensor:
     """The code of element `e` nearest to each float32 in `q`, in `e.storage`; out of range saturates.
 
-    NaN becomes the NaN of a float8 or wide float, and code 0 elsewhere (the caller's scale is NaN then).
+    NaN becomes the NaN of a float8 or wide float, and code 0 elsewhere (the caller's scale is NaN then). Tables (nf4,
+    lut8): the nearest value, of two equally near ones the smaller; `mode` has no meaning for them.
     """
     if e.integer:
         rounded = torch.round(q) if mode == "even" else _away(q)
@@ -28,13 +29,13 @@ def to_codes(q: Tensor, e: Element, mode: str = "even", table: Tensor | None = N
     if e.kind == "mini":
         return _mini(q, e, mode)
     if e.kind == "lut":
-        lut = table if table is not None else values(e.name)
+        lut = table if table is not None else lookup(e.name)
         if lut is None:
             raise FormatError(f"{e.name} needs a table to round to; none was given")
         order = torch.argsort(lut)
-        ranked = lut[order].to(q.device)
-        upper = torch.bucketize(q, (ranked[1:] + ranked[:-1]) / 2)
-        return order.to(q.device)[upper].to(e.storage)
+        ranked = lut[order].to(q.device).double()  # middles of float32 values are exact in float64
+        upper = torch.bucketize(q.double(), (ranked[1:] + ranked[:-1]) / 2)
+        return torch.where(torch.isnan(q), 0, order.to(q.device)[upper]).to(e.storage)
     raise FormatError(f"{e.name} holds exponents: it is a scale's type, not an element to round values to")
 
 

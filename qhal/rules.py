@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from qhal.errors import FormatError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "domain": ("amax", "minmax", "signed"),
+    "domain": ("amax", "minmax", "signed", "mean"),
     "clip": ("scale", "range"),
     "scale": ("div", "rcp"),
     "apply": ("div", "rcp"),
@@ -28,7 +28,8 @@ class Rule:
     """
 
     domain: str = "amax"
-    """amax: symmetric | minmax: the range always includes 0 | signed: the peak lands on the most negative code"""
+    """amax: symmetric | minmax: the range always includes 0 | signed: the peak lands on the most negative code |
+    mean: the offset is one value, the mean of the tensor; symmetric around it"""
     qmax: float | None = None
     """divisor of the scale, default the largest code; 127 or 127.5, 448, 240 or 224 are different formats"""
     clip: str = "scale"
@@ -39,7 +40,7 @@ class Rule:
     """div: x / s | rcp: x * (1 / s)"""
     e8m0: str = "floor"
     """exponent of amax/qmax's power of two: floor | ceil | even (amax rounded to the element's mantissa) |
-    up1.75 (mantissa >= 1.75 goes up) | over1.75 (floor of log2(amax*8/7 + 9.6e-7))"""
+    up1.75 (mantissa >= 1.75 goes up) | over1.75 (floor of log2(amax / 7 * 8 + 9.6e-7), in fp32 from left to right)"""
     round: str = "even"
     """ties to even | away from zero"""
     arith: str = "fp32"

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qhal.codecs import Codec
-from qhal.elements import Element, element
+from qhal.elements import Element, element, lookup
 from qhal.encoding import encode
 from qhal.formats import Format
 from qhal.tensors import QTensor
@@ -82,7 +82,8 @@ def _parity(k: int) -> Tensor:
 
 
 def _planes(q: QTensor) -> list[tuple[str, Tensor]]:
-    return [(name, plane) for name, plane in q.planes().items() if name != "group_index"]
+    kept = ("group_index", "table")  # both sides know them
+    return [(name, plane) for name, plane in q.planes().items() if name.rpartition(".")[2] not in kept]
 
 
 def _elements(f: Format) -> Iterator[Element]:
@@ -109,8 +110,9 @@ def _build(
     index: Tensor | None = None,
 ) -> QTensor:
     codes = take(element(f.element), n, k, widths)
+    table = lookup(f.element) if f.element == "lut8" else None
     if f.block is None:
-        return QTensor(f, codes)
+        return QTensor(f, codes, table=table)
     grid = f.block.grid(n, columns)
 
     def plane(inner: Format | None) -> Tensor | QTensor | None:
@@ -118,7 +120,8 @@ def _build(
             return None
         return take(element(inner.element), *grid, ()) if inner.plain else _build(inner, *grid, grid[1], take)
 
-    return QTensor(f, codes, scale=plane(f.scale), zero=plane(f.zero), offset=plane(f.offset), group_index=index)
+    scale, zero, offset = plane(f.scale), plane(f.zero), plane(f.offset)
+    return QTensor(f, codes, scale, zero, offset, table=table, group_index=index)
 
 
 def _size(e: Element, count: int, widths: tuple[int, ...] = ()) -> int:

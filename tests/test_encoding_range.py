@@ -22,7 +22,7 @@ OTHERS = [
     "int4-int4.g32*bf16@domain=minmax", "uint4-uint4.g32*fp16@domain=minmax", "bf16.row*bf16@qmax=1",
     "e5m2.row*fp32", "e4m3fnuz.row*fp32", "e3m2.g32*e8m0@e8m0=ceil", "int8.col*fp32", "int8.4x16*fp32", "nf4.row*fp32",
 ]  # fmt: skip
-UNCOMPUTED = {"q4_1", "q5_1", "q2_k", "q4_k", "q5_k", "nf4_dq"}  # offsets; with domain=minmax they are computed
+UNCOMPUTED = {"q4_1", "q5_1", "q2_k", "q4_k", "q5_k"}  # offsets; with domain=minmax they are computed
 
 
 def step(f: Format, magnitude: torch.Tensor) -> torch.Tensor:

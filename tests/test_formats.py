@@ -130,7 +130,7 @@ CANONICAL = {
     "mxfp4_dual": "e2m1.g32*(e8m0.g16*fp32)",
     "nf4.flat64*fp32": None,
     "nf4": None,
-    "nf4_dq": "nf4.flat64*(lut8.flat256*fp32+fp32)",
+    "nf4_dq": "nf4.flat64*(lut8.flat256*fp32+fp32@domain=mean)",
     "lut4.flat64*fp32": None,
     "q4_0": "int4.g32*fp16",
     "q4_1": "uint4.g32*fp16+fp16",
