@@ -2,11 +2,13 @@
 
 Independent of `qhal.elements` on purpose: a wrong table there is seen here. Sources: OCP 8-bit Floating Point
 Specification rev 1.0 (e4m3, e5m2), OCP Microscaling Formats v1.0 section 5.3 (e3m2, e2m3, e2m1, e8m0), the finite-only
-"fnuz" flavours (bias one larger, 0x80 is the only NaN), the QLoRA paper appendix E (nf4).
+"fnuz" flavours (bias one larger, 0x80 is the only NaN), the QLoRA paper appendix E (nf4), dynamic tree quantization of
+Dettmers 2016 (lut8, as far as it is encoded).
 """
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -43,6 +45,8 @@ def table(name: str) -> F64:
         return _floats(*_LAYOUT[name])
     if name == "e8m0":
         return np.array([2.0 ** (c - 127) for c in range(255)] + [np.nan])
+    if name == "lut8":
+        return _dynamic_tree()
     if name == "nf4":
         return np.array([float(v) for v in _NF4.split()], dtype=np.float32).astype(np.float64)
     if name.startswith("int"):
@@ -69,6 +73,32 @@ def _floats(e: int, m: int, bias: int, special: str) -> F64:
             value = sign * np.inf if fraction == 0 else np.nan
         values.append(value)
     return np.array(values)
+
+
+def _dynamic_tree() -> F64:
+    """0, 1 and, with both signs, 2^i values in the decade below 10^(i-6): middles of equal parts of 0.1 to 1.
+
+    float32 numbers. Edges are counted from the nearer end and rounded once, middles and products once each.
+    """
+    single = np.float32
+    low = float(single(0.1))
+    step = float(single(1.0) - single(0.1))
+    found = [0.0, 1.0]
+    for i in range(7):
+        parts = 2**i
+        half = (parts + 1) // 2
+        edges = [
+            single(low + step * j / parts if j < half else 1.0 - step * (parts - j) / parts) for j in range(parts + 1)
+        ]
+        for a, b in itertools.pairwise(edges):
+            value = float(single(10.0 ** (i - 6)) * ((a + b) / single(2)))
+            found += [value, -value]
+    return np.array(sorted(found))
+
+
+def mantissa_bits(name: str) -> int:
+    """Explicit fraction bits of a small float type."""
+    return _LAYOUT[name][1]
 
 
 @cache
@@ -104,6 +134,8 @@ def _grid(name: str) -> tuple[F64, I64]:
 def nearest_code(name: str, q: F64, *, away: bool = False) -> I64:
     """The code whose value is nearest to each number; a tie goes to the even code (or away from zero); saturates.
 
+    Tables (nf4, lut8): a tie goes to the smaller value.
+
     NaN becomes the type's NaN if it has one, else code 0. A negative number that rounds to zero becomes -0 where the
     type has one.
     """
@@ -113,6 +145,8 @@ def nearest_code(name: str, q: F64, *, away: bool = False) -> I64:
     low, high = values[above - 1], values[above]
     down, up = clipped - low, high - clipped  # exact: float32 inputs, few-bit values, float64 arithmetic
     tie_up = np.abs(high) > np.abs(low) if away else codes[above] % 2 == 0
+    if name in ("nf4", "lut8"):
+        tie_up = np.zeros(q.shape, dtype=bool)
     index = np.where((up < down) | ((up == down) & tie_up), above, above - 1)
     found = codes[index]
     if name in _LAYOUT and _LAYOUT[name][3] != "fnuz":

@@ -54,7 +54,7 @@ def _code_grid(f: Format, g: Stream, block: I64, m: int, k: int, *, ties: bool, 
     values = np.unique(elements.table(f.element)[elements.finite_codes(f.element)])
     if f.rule.domain == "minmax":
         values = values - values[0]
-    elif values[0] == -values[-1] - 1:
+    elif values[0] == -values[-1] - 1 and len(values) > 2:
         values = values[1:]  # -128 never comes out of a symmetric scale
     choice: F64 = (values[1:] + values[:-1]) / 2 if ties else values
     if m * k == 0:
