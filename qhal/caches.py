@@ -117,6 +117,8 @@ def _planes(name: str, fmt: Format, axes: tuple[int, ...], page: int) -> list[Pl
     packed = dim if e.bits >= 8 else -(-dim * e.bits // 8)
     if e.bits < 8 and e.bits != 4:
         raise FormatError(f"{name}={fmt}: caches hold 4-, 8- or 16-bit elements, not {e.bits} bits")
+    if any(level.element in ("lut4", "lut8") for level in fmt.levels()):
+        raise FormatError(f"{name}={fmt}: a cache has no plane for the table of a lut element")
     found = [Plane(f"{name}.codes", torch.uint8 if e.bits < 8 else e.storage, (-1, page, *heads, packed), True)]
     for part in ("scale", "zero", "offset"):
         plane = getattr(fmt, part)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qhal import lattices
 from qhal.errors import FormatError, ShardError
 from qhal.named_tables import NamedTables
-from qhal.sharding import bounds
+from qhal.sharding import bounds, check_axis
 
 STRUCTURED = NamedTables({name: partial(lattices.load, name) for name in lattices.TABLE_SHA256})
 """Named codebooks that are constructed, not stored: name -> function that gives the table [V, a, b]."""
@@ -67,11 +67,32 @@ class CodebookSegment:
     codes     int32 [ceil(N/a), columns/b, C]
     tables    C tables [V, a, b], or the name of a structured one
     divisors  per codebook, default 1: residual stages such as (1, 3.45)
+
+    Construction checks dtypes and shapes (FormatError), never values.
     """
 
     codes: Tensor
     tables: tuple[Tensor | str, ...]
     divisors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        codes, count = self.codes, len(self.tables)
+        if codes.dtype != torch.int32 or codes.dim() != 3 or count == 0 or codes.shape[-1] != count:
+            found = f"{codes.dtype} {tuple(codes.shape)}"
+            raise FormatError(f"codes of {count} codebooks are {found}, must be int32 [rows, vectors, {count}]")
+        shapes = [tuple(self.table(i).shape) for i in range(count)]
+        if any(len(s) != 3 for s in shapes) or len({s[1:] for s in shapes}) > 1:
+            raise FormatError(f"codebooks of one segment have vectors of one size [V, a, b], not {shapes}")
+        if self.divisors and (len(self.divisors) != count or not all(d != 0 for d in self.divisors)):
+            raise FormatError(
+                f"divisors {self.divisors}: none, or a number that is not 0 for each of {count} codebooks"
+            )
+
+    @property
+    def vector(self) -> tuple[int, int]:
+        """Rows a and columns b of one entry."""
+        a, b = self.table(0).shape[1:]
+        return a, b
 
     def table(self, index: int) -> Tensor:
         """Codebook `index`, [V, a, b]."""
@@ -86,9 +107,8 @@ class CodebookSegment:
     def format(self) -> SegmentFormat:
         """The frozen summary."""
         tables = [self.table(i) for i in range(len(self.tables))]
-        a, b = tables[0].shape[1:]
         named = tuple((t.shape[0], n if isinstance(n, str) else "") for t, n in zip(tables, self.tables, strict=True))
-        return SegmentFormat(self.codes.shape[1] * b, (a, b), named, self.divisors)
+        return SegmentFormat(self.codes.shape[1] * self.vector[1], self.vector, named, self.divisors)
 
     def dequantize(self) -> Tensor:
         """float32 [ceil(N/a)*a, columns]: the sum of the codebook entries, in codebook order."""
@@ -108,9 +128,10 @@ class CodebookSegment:
 class CodebookTensor:
     """Vector-quantized weight [N, K].
 
-    Rows past N are cut, segments join along K; then, in this order: row scale, permutation, column scale, column bias.
+    Rows past N are cut, segments join along K, columns past K are cut; then, in this order: row scale, permutation,
+    column scale, column bias. fp32, each step rounded once.
 
-    scale         float [N/a] or [1]
+    scale         float [1], [N], or [ceil(N/a)] for the rows of vectors (all segments then have one a)
     permutation   int64 [K]: stored column j is input column permutation[j]
     column_scale  float [K], after un-permutation
     column_bias   float [K]
@@ -122,6 +143,32 @@ class CodebookTensor:
     permutation: Tensor | None = None
     column_scale: Tensor | None = None
     column_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        columns = sum(s.codes.shape[1] * s.vector[1] for s in self.segments)
+        rows = [(s.codes.shape[0], -(-n // s.vector[0])) for s in self.segments]
+        if columns < k or any(have != need for have, need in rows):
+            found = [tuple(s.codes.shape) for s in self.segments]
+            vectors = [s.vector for s in self.segments]
+            raise FormatError(f"codes {found} of vectors {vectors} do not cover a weight [{n}, {k}]")
+        self._rows_per_scale()
+        for name in ("permutation", "column_scale", "column_bias"):
+            t = getattr(self, name)
+            if t is not None and tuple(t.shape) != (k,):
+                raise FormatError(f"the {name} of a codebook weight [{n}, {k}] is {tuple(t.shape)}, must be [{k}]")
+
+    def _rows_per_scale(self) -> int:
+        """How many rows share one value of `scale`."""
+        n, count = self.shape[0], 1 if self.scale is None else self.scale.numel()
+        heights = {s.vector[0] for s in self.segments}
+        if count == 1:
+            return n
+        if count == n:
+            return 1
+        if len(heights) != 1 or count != -(-n // min(heights)):
+            raise FormatError(f"{count} row scales do not fit {n} rows of vectors {sorted(heights)} high")
+        return min(heights)
 
     @property
     def format(self) -> CodebookFormat:
@@ -141,8 +188,7 @@ class CodebookTensor:
         n, k = self.shape
         w = torch.cat([s.dequantize()[:n] for s in self.segments], 1)[:, :k]
         if self.scale is not None:
-            scale = self.scale.float().reshape(-1)
-            w = w * scale.repeat_interleave(-(-n // scale.numel()))[:n, None]
+            w = w * self.scale.float().reshape(-1).repeat_interleave(self._rows_per_scale())[:n, None]
         if self.permutation is not None:
             back = torch.empty_like(w)
             back[:, self.permutation.long()] = w
@@ -171,33 +217,37 @@ class CodebookTensor:
 
     def shard(self, dim: int, rank: int, world: int) -> CodebookTensor:
         """Part `rank` of `world` along N or K; a cut through a vector, a permutation or a segment is refused."""
+        check_axis(dim)
         n, k = self.shape
-        start, stop = bounds((n, k)[dim], rank, world, "rows" if dim == 0 else "columns")
+        start, stop = bounds((n, k)[dim], rank, world, f"{'rows' if dim == 0 else 'columns'} of {self.format}")
+        if world == 1:
+            return self
         if dim == 0:
-            a = max(s.format.vector[0] for s in self.segments)
-            if any(start % s.format.vector[0] or (stop % s.format.vector[0] and stop != n) for s in self.segments):
-                raise ShardError(f"row {start} or {stop} lies inside a codebook vector of {a} rows")
+            for a in {s.vector[0] for s in self.segments}:
+                if start % a or (stop % a and stop != n):
+                    raise ShardError(f"{self.format}: row {start} or {stop} lies inside a codebook vector of {a} rows")
             segments = tuple(
-                replace(s, codes=s.codes[start // s.format.vector[0] : -(-stop // s.format.vector[0])])
-                for s in self.segments
+                replace(s, codes=s.codes[start // s.vector[0] : -(-stop // s.vector[0])]) for s in self.segments
             )
             scale = self.scale
             if scale is not None and scale.numel() > 1:
-                per = -(-n // scale.numel())
+                per = self._rows_per_scale()
                 scale = scale.reshape(-1)[start // per : -(-stop // per)]
             return replace(self, shape=(stop - start, k), segments=segments, scale=scale)
         if self.permutation is not None:
-            raise ShardError("columns of a permuted codebook weight cannot be cut: every segment spans the input")
+            raise ShardError(f"{self.format}: columns of a permuted weight cannot be cut: segments span the input")
         kept: list[CodebookSegment] = []
         at = 0
         for s in self.segments:
-            f = s.format
-            lo, hi = max(start, at) - at, min(stop, at + f.columns) - at
+            b = s.vector[1]
+            columns = s.codes.shape[1] * b
+            lo, hi = max(start, at) - at, min(stop, at + columns) - at
             if lo < hi:
-                if lo % f.vector[1] or hi % f.vector[1]:
-                    raise ShardError(f"column {start} or {stop} lies inside a codebook vector of {f.vector[1]} columns")
-                kept.append(replace(s, codes=s.codes[:, lo // f.vector[1] : hi // f.vector[1]]))
-            at += f.columns
+                if lo % b or (hi % b and stop != k):
+                    cut = f"column {start} or {stop} lies inside a codebook vector of {b} columns"
+                    raise ShardError(f"{self.format}: {cut}")
+                kept.append(replace(s, codes=s.codes[:, lo // b : -(-hi // b)]))
+            at += columns
         column_scale = None if self.column_scale is None else self.column_scale[start:stop]
         column_bias = None if self.column_bias is None else self.column_bias[start:stop]
         return replace(

@@ -316,9 +316,11 @@ def test_rows_are_permuted_exactly_or_refused(name: str) -> None:
 def codebook(n: int = 8, k: int = 32, **more: Any) -> CodebookTensor:
     g = torch.Generator().manual_seed(7)
     segments = (
-        CodebookSegment(torch.randint(0, 16, (n // 2, 2, 1), generator=g), (torch.randn(16, 2, 8, generator=g),)),
+        CodebookSegment(torch.randint(0, 16, (n // 2, 2, 1), generator=g).int(), (torch.randn(16, 2, 8, generator=g),)),
         CodebookSegment(
-            torch.randint(0, 4, (n, (k - 16) // 4, 2), generator=g), (torch.randn(4, 1, 4, generator=g),) * 2, (1, 2)
+            torch.randint(0, 4, (n, (k - 16) // 4, 2), generator=g).int(),
+            (torch.randn(4, 1, 4, generator=g),) * 2,
+            (1, 2),
         ),
     )
     return CodebookTensor((n, k), segments, scale=torch.rand(n, generator=g) + 1, **more)
@@ -335,7 +337,7 @@ def test_codebook_cuts() -> None:
         t.shard(0, 0, 8)
     with pytest.raises(ShardError, match="inside a codebook vector of 8 columns"):
         t.shard(1, 0, 8)
-    with pytest.raises(ShardError, match="columns of a permuted codebook weight cannot be cut"):
+    with pytest.raises(ShardError, match="columns of a permuted weight cannot be cut"):
         replace(t, permutation=torch.randperm(32)).shard(1, 0, 2)
     with pytest.raises(ShardError, match="codebook weights cannot be fused"):
         CodebookTensor.concat([t, t], 0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from qhal.codebooks import CodebookTensor
 from qhal.elements import Element, element
 from qhal.errors import FormatError, ShardError
+from qhal.rotations import Permutation
 from qhal.tensors import QTensor
 
 Stored = QTensor | CodebookTensor | Tensor
@@ -28,6 +29,7 @@ def keep(w: Stored) -> Stored:
     if isinstance(w, Tensor):
         return w.detach().clone(memory_format=torch.contiguous_format)
     if isinstance(w, CodebookTensor):
+        _check_codebooks(w)
         return _keep_codebooks(w)
     check_values(w)
     own = _each(w, lambda t: t.clone(memory_format=torch.contiguous_format))
@@ -152,6 +154,19 @@ def _each(w: QTensor, change: Callable[[Tensor], Tensor], *, shared: bool = True
         table=common(w.table),
         group_index=common(w.group_index),
     )
+
+
+def _check_codebooks(w: CodebookTensor) -> None:
+    """FormatError for codes that no table has an entry for, and for a permutation that is none."""
+    for i, s in enumerate(w.segments):
+        for c, (entries, _) in enumerate(s.format.codebooks):
+            lo, hi = (int(v) for v in torch.aminmax(s.codes[..., c])) if s.codes.numel() else (0, 0)
+            if lo < 0 or hi >= entries:
+                raise FormatError(
+                    f"{w.format}: codes of codebook {c} in segment {i} reach from {lo} to {hi} of {entries}"
+                )
+    if w.permutation is not None:
+        Permutation(w.permutation).checked()
 
 
 def _keep_codebooks(w: CodebookTensor) -> CodebookTensor:
