@@ -90,6 +90,17 @@ class CheckpointConfig:
             )
         return value
 
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of the model, 0 where config.json does not say."""
+        return self.count("num_key_value_heads") or self.count("num_attention_heads") or 0
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head, 0 where config.json does not say."""
+        hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
+        return self.count("head_dim") or (hidden // heads if hidden and heads else 0)
+
     def value(self, key: str, default: Any = None) -> Any:
         """A value of config.json, or of its text_config where a multimodal model keeps the decoder's values."""
         text = self.model.get("text_config")

@@ -56,7 +56,7 @@ class CacheScheme:
             scheme._check_heads(layer)
             for name, dtypes in scheme.names(layer):
                 shape = index[name].shape if name in index else ()
-                heads = scheme.heads if a.strategy == "attn_head" else 1
+                heads = config.kv_heads if a.strategy == "attn_head" else 1
                 per_head = a.strategy == "attn_head" and len(shape) == 3
                 wanted = (heads or None, 1, 1) if per_head else ((heads or None),)
                 index.expect(name, dtypes, () if shape == () and heads == 1 and name in index else wanted)
@@ -64,7 +64,7 @@ class CacheScheme:
 
     def _check_heads(self, layer: int) -> None:
         """Heads times features must be the rows of k_proj, whose output is what the cache holds."""
-        heads, dim, module = self.heads, self._dim(), f"{self.layers[layer]}.k_proj"
+        heads, dim, module = self.config.kv_heads, self.config.head_dim, f"{self.layers[layer]}.k_proj"
         leaves = (self.index.entries.get(f"{module}.{leaf}") for leaf in ("weight", "weight_packed", "compressed"))
         rows = next((e.shape[0] for e in leaves if e is not None and e.shape), None)
         if heads and dim and rows is not None and rows != heads * dim:
@@ -72,11 +72,6 @@ class CacheScheme:
                 f"{self.config.folder / 'config.json'}: num_key_value_heads {heads} and head_dim {dim} need a k_proj "
                 f"of {heads * dim} rows, {module} has {rows}"
             )
-
-    @property
-    def heads(self) -> int:
-        """Key-value heads, 0 where the configuration does not say."""
-        return self.config.count("num_key_value_heads") or self.config.count("num_attention_heads") or 0
 
     def names(self, layer: int) -> list[tuple[str, tuple[str, ...]]]:
         """The tensors of one layer's cache and the dtypes they may have; none for a dynamic cache."""
@@ -94,21 +89,16 @@ class CacheScheme:
         stored = ELEMENT_OF[self.index[name].dtype] if name in self.index else dtype_name(self.config.dtype)
         return input_format(self.arguments, stored)
 
-    def _dim(self) -> int:
-        value = self.config.count("head_dim")
-        hidden, heads = self.config.count("hidden_size"), self.config.count("num_attention_heads")
-        return value or (hidden // heads if hidden and heads else 0)
-
     def describe(self, layer: int) -> KVFormat:
         """The format of one layer's cache."""
-        k, v, dim = self._format(layer, "k"), self._format(layer, "v"), self._dim()
-        return KVFormat("mha", k, v, heads=self.heads, k_dim=dim, v_dim=dim, name=self.layers[layer])
+        k, v, dim = self._format(layer, "k"), self._format(layer, "v"), self.config.head_dim
+        return KVFormat("mha", k, v, heads=self.config.kv_heads, k_dim=dim, v_dim=dim, name=self.layers[layer])
 
     def spec(self, layer: int) -> KVSpec:
         """The formats and static scales of one layer's cache: scale [1], or [heads] per head."""
-        dim = self._dim()
+        dim = self.config.head_dim
         k, v = (self._operand(layer, part) for part in "kv")
-        return KVSpec(k, v, heads=self.heads, k_dim=dim, v_dim=dim, name=self.layers[layer])
+        return KVSpec(k, v, heads=self.config.kv_heads, k_dim=dim, v_dim=dim, name=self.layers[layer])
 
     def _operand(self, layer: int, part: str) -> Operand:
         fmt, module = self._format(layer, part), self.layers[layer]
