@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from qhal.elements import dtype_name
@@ -11,14 +10,11 @@ from qhal.formats import Format
 from qhal.layer_formats import KVFormat
 from qhal.specs import KVSpec, Operand
 from qhal_schemes import checks
+from qhal_schemes.attention import attention_layers, check_cache_rows
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.ct_config import Arguments, arguments, input_format
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.source import WIDE, TensorIndex
-
-_ATTENTION = re.compile(
-    r"(.*\.layers\.(\d+)\.(?:self_attn|attention|attn))\.(?:[kv]_scale|[qkvo]_proj\..*|qkv_proj\..*)$"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +40,10 @@ class CacheScheme:
                 f"unsupported: {config.folder / config.file}: kv_cache_scheme: {a.kind}{a.bits} per {a.strategy}, "
                 f"dynamic {a.dynamic}; static int8 and fp8 per tensor or head can be read, others are planned"
             )
-        layers: dict[int, str] = {}
-        for name in index:
-            found = _ATTENTION.match(name)
-            if found:
-                layers.setdefault(int(found[2]), found[1])
+        layers = attention_layers(index)
         if not layers:
             raise CheckpointError(f"{index.folder}: kv_cache_scheme is given, but no attention module is in the file")
-        scheme = CacheScheme(config, index, a, dict(sorted(layers.items())))
+        scheme = CacheScheme(config, index, a, layers)
         for layer in scheme.layers:
             scheme._check_heads(layer)
             for name, dtypes in scheme.names(layer):
@@ -63,15 +55,10 @@ class CacheScheme:
         return scheme
 
     def _check_heads(self, layer: int) -> None:
-        """Heads times features must be the rows of k_proj, whose output is what the cache holds."""
-        heads, dim, module = self.config.kv_heads, self.config.head_dim, f"{self.layers[layer]}.k_proj"
+        """The rows of k_proj against the heads of the configuration."""
+        module = f"{self.layers[layer]}.k_proj"
         leaves = (self.index.entries.get(f"{module}.{leaf}") for leaf in ("weight", "weight_packed", "compressed"))
-        rows = next((e.shape[0] for e in leaves if e is not None and e.shape), None)
-        if heads and dim and rows is not None and rows != heads * dim:
-            raise CheckpointError(
-                f"{self.config.folder / 'config.json'}: num_key_value_heads {heads} and head_dim {dim} need a k_proj "
-                f"of {heads * dim} rows, {module} has {rows}"
-            )
+        check_cache_rows(self.config, module, next((e.shape[0] for e in leaves if e is not None and e.shape), None))
 
     def names(self, layer: int) -> list[tuple[str, tuple[str, ...]]]:
         """The tensors of one layer's cache and the dtypes they may have; none for a dynamic cache."""
