@@ -7,6 +7,7 @@ is the exact name of a module or the name of its class. A fused name (`qkv_proj`
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -24,6 +25,7 @@ FUSED: dict[str, tuple[str, ...]] = {
 
 _WARNINGS = 20  # entries that match nothing and are named one by one: looking for near names takes a while
 _ALIAS = {part: fused for fused, parts in FUSED.items() for part in parts}
+_GLOB = frozenset("*?[")
 LINEAR, EMBEDDING = "Linear", "Embedding"
 _LINEAR_CLASSES = frozenset({LINEAR, "LinearBase", "torch.nn.Linear", "torch.nn.modules.linear.Linear"})
 _EMBEDDINGS = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
@@ -140,6 +142,25 @@ class PathPatterns(Patterns):
     def _find_name(self, name: str) -> str | None:
         path = f".{name}."
         return next((p for p in self.patterns if f".{p}." in path), None)
+
+
+class Globs(Patterns):
+    """Names and globs (`*`, `?`, `[]`, matched against the whole name); a plain name also covers what lies in it."""
+
+    def __init__(self, what: str, patterns: Sequence[str]) -> None:
+        super().__init__(what, patterns)
+        globs = [p for p in self.patterns if not p.startswith("re:") and not _GLOB.isdisjoint(p)]
+        self._globs = [(p, re.compile(fnmatch.translate(p))) for p in globs]
+        self._any = re.compile("|".join(f"(?:{fnmatch.translate(p)})" for p in globs) or "(?!)")
+
+    def _find_name(self, name: str) -> str | None:
+        found = super()._find_name(name)
+        if found is None and self._any.match(name):
+            found = next(p for p, glob in self._globs if glob.match(name))
+        while found is None and name:
+            name = name.rpartition(".")[0]
+            found = name if name in self._exact else None
+        return found
 
 
 def near_text(name: str, modules: Iterable[str], limit: int = 3) -> str:

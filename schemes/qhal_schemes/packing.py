@@ -92,6 +92,20 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     return (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
 
 
+def unpack_row_nibbles(packed: Tensor) -> Tensor:
+    """int8 codes [2n, k] from uint8 [n, k]: row 2i in the low nibbles, row 2i+1 in the high ones, two's complement."""
+    codes = torch.empty(packed.shape[0] * 2, packed.shape[1], dtype=torch.int8, device=packed.device)
+    torch.bitwise_right_shift((packed << 4).view(torch.int8), 4, out=codes[0::2])
+    torch.bitwise_right_shift(packed.view(torch.int8), 4, out=codes[1::2])
+    return codes
+
+
+def pack_row_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [n, k] from codes [2n, k]; the inverse of `unpack_row_nibbles`."""
+    low, high = (part.to(torch.int8).view(torch.uint8) for part in (codes[0::2], codes[1::2]))
+    return (low & 15) | (high << 4)
+
+
 def unpack_awq(packed: Tensor) -> Tensor:
     """uint8 codes [N, K] from AWQ's int32 [K, N/8], nibbles in the order of AWQ_NIBBLES."""
     codes = torch.empty(packed.shape[1] * 8, packed.shape[0], dtype=torch.uint8, device=packed.device)
