@@ -13,11 +13,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import qhal
 import qhal_schemes
 from qhal.encoding import encode
+from qhal.layers import prepare_linear
+from qhal.specs import LinearSpec
 
 GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
-FAMILIES = ("compressed_tensors", "awq", "gptq")
+FAMILIES = ("compressed_tensors", "awq", "gptq", "modelopt")
+INPUT_ARITHMETIC = {"compressed_tensors": "bf16", "modelopt": "fp32"}
+"""What a tool computes scale and quotient of an input in; NVFP4 inputs are fp32 everywhere."""
+FLOAT32_LAYERS = ("modelopt",)
+"""Tools whose fixtures were computed in float32 throughout: whole layers are compared, within the bound of a sum."""
 
 
 def read_keys(path: Path) -> list[str]:
@@ -56,18 +63,27 @@ def test_case_decodes_exactly(case: str) -> None:
     assert set(ckpt.modules(quantized=True)) <= compared, "every quantized module was compared"
 
 
+def rotated(spec: LinearSpec, x: torch.Tensor) -> torch.Tensor:
+    turned = qhal.select("cpu_reference").hadamard(x, spec.rotate_in) if spec.rotate_in else x
+    assert isinstance(turned, torch.Tensor)
+    return turned
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "input_qdq" in KEYS[c]])
 def test_inputs_are_quantized_as_by_the_tool(case: str) -> None:
-    """The tools compute scale, quotient and product in bf16; with that arithmetic every element is the tool's own."""
+    """With the tool's arithmetic every element is the tool's own, as the bf16 number that the product reads."""
     ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
     expected = load_file(GOLDEN / case / "expected.safetensors")
     for module in (key.removesuffix(".input_qdq") for key in expected if key.endswith(".input_qdq")):
-        spec, x = ckpt.spec(module), expected[f"{module}.input"]
-        assert spec.input is not None
-        arith = "fp32" if spec.input.format.element == "e2m1" else "bf16"
-        fmt = replace(spec.input.format, rule=replace(spec.input.format.rule, arith=arith))
-        got = encode(x, fmt, scale=spec.input.scale, zero=spec.input.zero).dequantize()
-        assert torch.equal(got.bfloat16().float(), expected[f"{module}.input_qdq"]), module
+        spec = ckpt.spec(module)
+        got, want = rotated(spec, expected[f"{module}.input"]), expected[f"{module}.input_qdq"]
+        if spec.input is not None:
+            arith = "fp32" if spec.input.format.element == "e2m1" else INPUT_ARITHMETIC[case.partition("/")[0]]
+            fmt = replace(spec.input.format, rule=replace(spec.input.format.rule, arith=arith))
+            got = encode(got, fmt, scale=spec.input.scale, zero=spec.input.zero).dequantize()
+        assert torch.equal(got.bfloat16(), want.bfloat16()), module
+        if case.startswith(FLOAT32_LAYERS):  # code * (amax / 448) here, code / (448 / amax) there: four roundings
+            assert bool(((got - want).abs() <= want.abs() * 4 * 2**-24).all()), module
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "output" in KEYS[c]])
@@ -78,12 +94,27 @@ def test_outputs_follow_from_weight_input_and_bias(case: str) -> None:
     assert outputs
     for module in outputs:
         spec = ckpt.spec(module)
-        x = expected.get(f"{module}.input_qdq", expected[f"{module}.input"])
-        y = x.double() @ spec.effective().double().T
+        x = expected.get(f"{module}.input_qdq")  # what the product reads: behind the input's rotation
+        weight = spec.effective() if x is None else spec.stored()
+        y = (expected[f"{module}.input"] if x is None else x).double() @ weight.double().T
         if spec.bias is not None:
             y = y + spec.bias.double()
         peak = expected[f"{module}.output"].abs().max()
         assert (y - expected[f"{module}.output"]).abs().max() / peak < 1e-2, module
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "output" in KEYS[c] and c.startswith(FLOAT32_LAYERS)])
+def test_whole_layers_give_the_tools_outputs(case: str) -> None:
+    """Rotation, input quantization and product on the reference; the bound is that of a float32 sum of K products."""
+    ckpt, ops = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint"), qhal.select("cpu_reference")
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    for module in (key.removesuffix(".output") for key in expected if key.endswith(".output")):
+        spec = replace(ckpt.spec(module), operand=None)  # the fixtures hold the stored weight, not the rounded one
+        layer = prepare_linear(spec, ops, dtype=torch.float32)
+        y, want = layer(expected[f"{module}.input"]), expected[f"{module}.output"]
+        x = expected[f"{module}.input_qdq"].abs().double()
+        bound = (x.shape[-1] + 2) * 2.0**-24 * (x @ spec.stored().abs().double().T)
+        assert bool(((y.double() - want.double()).abs() <= bound).all()), module
 
 
 def test_some_case_of_every_family_is_present() -> None:
