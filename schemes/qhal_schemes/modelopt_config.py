@@ -180,9 +180,7 @@ def _no_zero_points(config: CheckpointConfig, section: Mapping[str, Any], path: 
         if not isinstance(section.get(key), bool | None):
             raise config.bad(path + key, "true or false", section[key])
     if section.get("has_zero_point"):
-        raise CheckpointError(
-            f"unsupported: {config.folder / config.file}: {path}has_zero_point: no exporter writes any"
-        )
+        raise CheckpointError(f"unsupported: {config.folder / config.file}: {path}has_zero_point true; planned")
 
 
 def _cache(config: CheckpointConfig) -> str | None:

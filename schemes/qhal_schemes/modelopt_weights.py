@@ -126,10 +126,11 @@ def _scale(index: TensorIndex, module: str, layer: Layer, block: Block, n: int, 
         index.expect(name, dtypes, (-(-n // size), 1, -(-k // size), 1))
         return size
     groups = index.expect(name, dtypes, (n, None)).shape[1]
-    size = size or (k // groups if groups else 0)
+    if not size and groups:
+        size = k // groups
     if size < 1 or groups * size != k:
-        expected = f"{k / size:g} groups of {size}" if size else "a group"
-        raise index.bad(name, f"{expected} for {k} columns (K)", f"{groups} groups")
+        exact = f"{k // size} groups of {size} for" if size and k % size == 0 else "groups that fill"
+        raise index.bad(name, f"{exact} {k} columns (K)", f"{groups} groups{f' of {size}' if size else ''}")
     return size
 
 
