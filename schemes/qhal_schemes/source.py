@@ -128,13 +128,42 @@ class TensorIndex(Mapping[str, TensorEntry]):
         entry = self.entries[name]
         if entry.dtype not in ("I64", "I32") or prod(entry.shape) > 8:
             raise self.bad(name, "a shape (I64 [2])", f"{entry.dtype} {list(entry.shape)}")
+        raw = self._metadata_bytes(entry)
+        return struct.unpack(f"<{prod(entry.shape)}{'q' if entry.dtype == 'I64' else 'i'}", raw)
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The JSON object in a U8 tensor of at most 4096 bytes: a description stored as a tensor counts as metadata."""
+        entry = self.expect(name, ("U8",), (None,))
+        if entry.nbytes > 4096:
+            raise self.bad(name, "a JSON object of at most 4096 bytes", f"{entry.nbytes} bytes")
+        try:
+            value = parse_json(self._metadata_bytes(entry))
+        except ValueError as bad:
+            raise self.bad(name, "a JSON object", f"no JSON: {bad}") from None
+        if not isinstance(value, dict):
+            raise self.bad(name, "a JSON object", type(value).__name__)
+        return value
+
+    def metadata(self) -> dict[str, str]:
+        """The free-form `__metadata__` of the headers, all files together; it is read again, as few formats need it."""
+        found: dict[str, str] = {}
+        for file in dict.fromkeys(entry.file for entry in self.entries.values()):
+            value = _load_header(_inside(self.folder, file))[0].get("__metadata__", {})
+            if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+                raise CheckpointError(f"{self.folder / file}: __metadata__: expected an object of texts")
+            found |= value
+        return found
+
+    def _metadata_bytes(self, entry: TensorEntry) -> bytes:
         try:
             with (self.folder / entry.file).open("rb") as f:  # the index checked the path when it was opened
                 f.seek(entry.start)
                 raw = f.read(entry.nbytes)
-            return struct.unpack(f"<{prod(entry.shape)}{'q' if entry.dtype == 'I64' else 'i'}", raw)
-        except (OSError, struct.error) as bad:
-            raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {bad}") from None
+        except OSError as bad:
+            raise CheckpointError(f"{self.folder / entry.file}: {entry.name} cannot be read: {bad}") from None
+        if len(raw) != entry.nbytes:
+            raise CheckpointError(f"{self.folder / entry.file}: {entry.name} cannot be read: the file was cut")
+        return raw
 
     def expect(self, name: str, dtypes: Sequence[str], shape: Sequence[int | None]) -> TensorEntry:
         """The entry of a tensor that must be there with one of `dtypes` and this shape (None: any size)."""
@@ -158,6 +187,22 @@ class TensorIndex(Mapping[str, TensorEntry]):
 
 def read_header(path: Path, file: str) -> list[TensorEntry]:
     """The entries of one safetensors file, in file order; every length and offset is checked against the file."""
+    header, length, size = _load_header(path)
+    header.pop("__metadata__", None)
+    entries = sorted((_entry(path, file, n, e, 8 + length) for n, e in header.items()), key=lambda e: (e.start, e.stop))
+    position = 8 + length
+    for entry in entries:
+        if entry.start != position:
+            raise CheckpointError(f"{path}: {entry.name}: corrupt offsets: starts at {entry.start}, not at {position}")
+        position = entry.stop
+    if position != size:
+        state = "truncated" if size < position else "longer than its header says"
+        raise CheckpointError(f"{path}: {state}: expected {position} bytes, found {size}")
+    return entries
+
+
+def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON object of a header, its length and that of the file, in bytes."""
     if not is_file(path):  # a pipe would be waited for without end
         raise CheckpointError(f"{path}: is {'no regular file' if path.exists() else 'missing'}")
     try:
@@ -177,17 +222,7 @@ def read_header(path: Path, file: str) -> list[TensorEntry]:
         raise CheckpointError(f"{path}: corrupt safetensors header: {bad}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: corrupt safetensors header: expected an object")
-    header.pop("__metadata__", None)
-    entries = sorted((_entry(path, file, n, e, 8 + length) for n, e in header.items()), key=lambda e: (e.start, e.stop))
-    position = 8 + length
-    for entry in entries:
-        if entry.start != position:
-            raise CheckpointError(f"{path}: {entry.name}: corrupt offsets: starts at {entry.start}, not at {position}")
-        position = entry.stop
-    if position != size:
-        state = "truncated" if size < position else "longer than its header says"
-        raise CheckpointError(f"{path}: {state}: expected {position} bytes, found {size}")
-    return entries
+    return header, length, size
 
 
 def _entry(path: Path, file: str, name: str, e: Any, base: int) -> TensorEntry:
