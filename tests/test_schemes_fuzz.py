@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qhal.errors import CheckpointError, QhalError
@@ -136,17 +137,19 @@ def test_mutated_tensors(tmp_path: Path, case: str) -> None:
     folder = copied(case, tmp_path / "c")
     file = folder / "model.safetensors"
     tensors = load_file(file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
     ckpt = open_checkpoint(folder)
     module = ckpt.modules(quantized=True)[0]
     right = decoded(ckpt, [module])
     count = 0
-    for name in (n for n in tensors if n.rpartition(".")[0] == module):
+    for name in (n for n in tensors if n.startswith(f"{module}.")):
         rest = {n: t for n, t in tensors.items() if n != name}
         changes = [(what, rest | {name: t}) for what, t in mutated(tensors[name])]
         changes += [("dropped", rest), ("renamed", rest | {f"{name}_": tensors[name]})]
         changes += [("doubled", tensors | {f"{name}.{module}": tensors[name].clone()})]
         for what, new in changes:
-            save_file({n: t.contiguous() for n, t in new.items()}, file)
+            save_file({n: t.contiguous() for n, t in new.items()}, file, metadata)
             found = outcome(folder, [module], right, (name, what))
             one_value = tensors[name].numel() == 1 and what in ("flat", "one axis more")
             assert found == "refused" or what == "scalar" or one_value, (name, what)

@@ -80,10 +80,11 @@ def unsigned(codes: Tensor, bits: int) -> Tensor:
     return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """uint8 [..., 2n] from uint8 [..., n], even positions in the low nibble."""
+def unpack_nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:
+    """uint8 [..., 2n] from uint8 [..., n], even positions in the low nibble, or (high_first) in the high one."""
     codes = torch.empty(*packed.shape, 2, dtype=torch.uint8, device=packed.device)
-    codes[..., 0], codes[..., 1] = packed & 15, packed >> 4
+    even = int(high_first)
+    codes[..., even], codes[..., 1 - even] = packed & 15, packed >> 4
     return codes.flatten(-2)
 
 
