@@ -56,6 +56,8 @@ OUTPUTS = [
     "modelopt/fp8_2d_blockwise_weight_only",
     "modelopt/int4_awq_g128",
     "modelopt/int8_smoothquant",
+    "bitsandbytes/nf4_double_quant",
+    "torchao/int8_weight_only",
 ]
 
 

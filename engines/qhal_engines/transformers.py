@@ -105,15 +105,16 @@ class QhalConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, quant_method: str = "qhal", **values: Any) -> None:
-        self.quant_method = quant_method
-        self.values = values
+        four = values.get("load_in_4bit", values.get("_load_in_4bit"))
+        self.method, self.values = quant_method, values
+        self.quant_method = _keys(quant_method)[0 if four else -1]  # what transformers looks up
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it stood in config.json."""
-        return {"quant_method": self.quant_method, **self.values}
+        return {"quant_method": self.method, **self.values}
 
     def __repr__(self) -> str:
-        return f"QhalConfig({self.quant_method!r})"
+        return f"QhalConfig({self.method!r})"
 
 
 class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -209,9 +210,14 @@ def install(backend: str = "auto", policy: Policy = "error") -> None:
         raise PolicyError(f"policy {policy!r}: an engine runs the model, so it is one of {', '.join(POLICIES)}")
     quantizer = type("QhalQuantizer", (QhalQuantizer,), {"backend": backend, "policy": policy})
     quantizers, configs = hf_auto.AUTO_QUANTIZER_MAPPING, hf_auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    for method in ("qhal", *qhal_schemes.known_methods()):
+    for method in (key for name in ("qhal", *qhal_schemes.known_methods()) for key in (name, *_keys(name))):
         _saved.setdefault(method, (quantizers.get(method), configs.get(method)))
         quantizers[method], configs[method] = quantizer, QhalConfig
+
+
+def _keys(method: str) -> tuple[str, ...]:
+    """The keys under which transformers looks for the quantizer of a method: those of one method say its width."""
+    return ("bitsandbytes_4bit", "bitsandbytes_8bit") if method == "bitsandbytes" else (method,)
 
 
 def uninstall() -> None:
