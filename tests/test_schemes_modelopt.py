@@ -18,7 +18,7 @@ from qhal.errors import ShardError
 from qhal.layer_formats import ExpertsFormat
 from qhal_schemes import open_checkpoint
 from qhal_schemes.modelopt_algorithms import ALGORITHMS
-from qhal_schemes.packing import pack_nibbles, pack_row_nibbles, unpack_row_nibbles
+from qhal_schemes.packing import pack_int4, pack_nibbles, unpack_int4
 
 Write = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -73,7 +73,7 @@ def parts(algo: str, n: int = N, k: int = K, seed: int = 0) -> tuple[Tensors, to
         w = t["weight"].float() * t["weight_scale"][:, None]
     elif "AWQ" in algo and "NVFP4" not in algo:
         codes = whole(n, k, low=-8, high=8)
-        t["weight"] = pack_row_nibbles(codes)
+        t["weight"] = pack_int4(codes, 0).view(torch.uint8)
         t["weight_scale"] = scales(n, k // 64)
         w = codes.float() * spread(t["weight_scale"], 1, 64)
     elif algo == "MXFP8":
@@ -156,8 +156,8 @@ def test_low_rank_factors_under_older_names(write_checkpoint: Write, names: str)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_rows_packed_in_pairs(pairs: int, k: int, seed: int) -> None:
     codes = torch.randint(-8, 8, (2 * pairs, k), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    packed = pack_row_nibbles(codes)
-    assert packed.dtype == torch.uint8 and torch.equal(unpack_row_nibbles(packed), codes)
+    packed = pack_int4(codes, 0).view(torch.uint8)
+    assert packed.dtype == torch.uint8 and torch.equal(unpack_int4(packed, 0), codes)
     byte = int(packed[0, 0])
     assert (byte & 15, byte >> 4) == (int(codes[0, 0]) % 16, int(codes[1, 0]) % 16)
 

@@ -17,7 +17,7 @@ from qhal.errors import CheckpointError
 from qhal.formats import Format
 from qhal.layer_formats import LinearFormat
 from qhal_schemes import CheckpointWarning, open_checkpoint
-from qhal_schemes.packing import pack_row_nibbles
+from qhal_schemes.packing import pack_int4
 
 Write = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ def nvfp4(name: str = Q, **more: torch.Tensor) -> Tensors:
 
 def int4(name: str = Q, **more: torch.Tensor) -> Tensors:
     codes = torch.randint(-8, 8, (N, K), generator=torch.Generator().manual_seed(0))
-    parts = {"weight": pack_row_nibbles(codes), "weight_scale": torch.full((N, K // 64), 0.5)}
+    parts = {"weight": pack_int4(codes, 0).view(torch.uint8), "weight_scale": torch.full((N, K // 64), 0.5)}
     return {f"{name}.{leaf}": t for leaf, t in (parts | more).items()}
 
 

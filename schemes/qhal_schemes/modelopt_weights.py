@@ -21,7 +21,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.modelopt_algorithms import Algorithm
 from qhal_schemes.modelopt_config import Layer
-from qhal_schemes.packing import unpack_nibbles, unpack_row_nibbles
+from qhal_schemes.packing import unpack_int4, unpack_nibbles
 from qhal_schemes.source import WIDE, TensorIndex
 
 CODES = ("F8_E4M3", "I8", "U8")
@@ -80,7 +80,7 @@ def weight(index: TensorIndex, module: str, stored: Stored, t: dict[str, Tensor]
     if fmt.element == "e4m3fn":
         checks.float8_codes(index, f"{module}.weight", codes)
     elif fmt.element != "int8":
-        codes = unpack_nibbles(codes) if fmt.element == "e2m1" else unpack_row_nibbles(codes)
+        codes = unpack_nibbles(codes) if fmt.element == "e2m1" else unpack_int4(codes, 0)
     nested = not fmt.scale.plain
     checks.scales(index, name, t[name], zero_ok=nested, positive=not nested)
     scale: Tensor | QTensor = t[name].reshape(fmt.block.grid(stored.n, stored.k))

@@ -93,18 +93,21 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     return (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
 
 
-def unpack_row_nibbles(packed: Tensor) -> Tensor:
-    """int8 codes [2n, k] from uint8 [n, k]: row 2i in the low nibbles, row 2i+1 in the high ones, two's complement."""
-    codes = torch.empty(packed.shape[0] * 2, packed.shape[1], dtype=torch.int8, device=packed.device)
-    torch.bitwise_right_shift((packed << 4).view(torch.int8), 4, out=codes[0::2])
-    torch.bitwise_right_shift(packed.view(torch.int8), 4, out=codes[1::2])
+def unpack_int4(packed: Tensor, dim: int) -> Tensor:
+    """int8 codes -8..7 from int8 or uint8 pairs along `dim`: even positions in the low nibble, two's complement."""
+    fields, dim = packed.view(torch.uint8), dim % packed.dim()
+    shape = [n * 2 if axis == dim else n for axis, n in enumerate(packed.shape)]
+    codes = torch.empty(shape, dtype=torch.int8, device=packed.device)
+    even, odd = torch.unbind(codes.unflatten(dim, (-1, 2)), dim + 1)
+    torch.bitwise_right_shift((fields << 4).view(torch.int8), 4, out=even)  # an arithmetic shift copies the sign
+    torch.bitwise_right_shift(fields.view(torch.int8), 4, out=odd)
     return codes
 
 
-def pack_row_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [n, k] from codes [2n, k]; the inverse of `unpack_row_nibbles`."""
-    low, high = (part.to(torch.int8).view(torch.uint8) for part in (codes[0::2], codes[1::2]))
-    return (low & 15) | (high << 4)
+def pack_int4(codes: Tensor, dim: int) -> Tensor:
+    """int8 pairs from codes -8..7; the inverse of `unpack_int4`. The axis is even."""
+    low, high = torch.unbind(codes.view(torch.uint8).unflatten(dim, (-1, 2)), dim % codes.dim() + 1)
+    return ((low & 15) | (high << 4)).view(torch.int8)
 
 
 def unpack_awq(packed: Tensor) -> Tensor:
