@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import qhal
+import qhal_schemes
+from qhal.encoding import encode
 
 transformers = pytest.importorskip("transformers")
 
 import qhal_engines.transformers as adapter  # noqa: E402
 from qhal_engines import EngineError  # noqa: E402
+from qhal_engines.loading import arguments  # noqa: E402
 
 
 @pytest.fixture
@@ -88,6 +91,30 @@ def test_golden_modules_give_their_tools_outputs(installed: None, golden: Path, 
         module = model.get_submodule(name)
         assert isinstance(module, adapter.QhalLinear)
         assert near(module(expected[f"{name}.input"].to(model.dtype)), expected[f"{name}.output"])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["w8a8_pdmix", "w8a16_group64_asym"])
+def test_checkpoints_that_config_json_does_not_lead_to(installed: None, golden: Path, case: str) -> None:
+    folder = golden_case(golden, f"modelslim/{case}") / "checkpoint"
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        load(folder)
+    model, info = load(folder, **arguments(folder), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = load_file(folder.parent / "expected.safetensors")
+    module = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(module, adapter.QhalLinear)
+    x = expected["model.layers.0.self_attn.q_proj.input"].to(model.dtype)
+    spec = qhal_schemes.open_checkpoint(folder).spec("model.layers.0.self_attn.q_proj")
+    for rows, operand in ((x[None], spec.input), (x[:, None], spec.decode_input or spec.input)):  # one token: decoding
+        q = rows.float()
+        if operand is not None:
+            q = encode(x.float(), operand.format, scale=operand.scale, zero=operand.zero).dequantize()
+        assert near(module(rows).reshape(x.shape[0], -1), q.reshape(x.shape) @ spec.stored().T)
+
+
+def test_recognized_checkpoints_need_no_arguments(golden: Path) -> None:
+    assert arguments(golden_case(golden, "awq/autoawq_b4_g128_gemm") / "checkpoint") == {}
 
 
 def test_golden_experts_are_refused(installed: None, golden: Path) -> None:

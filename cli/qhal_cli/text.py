@@ -37,12 +37,13 @@ def generate(
     from qhal_engines import transformers as engine
     from qhal_engines.generation import chat_prompt
     from qhal_engines.generation import generate as run
+    from qhal_engines.loading import arguments
 
     qhal.select(backend)  # before anything is read: is there such a backend at all
     engine.install(backend, policy)  # type: ignore[arg-type]  # it checks the policy itself
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, **arguments(checkpoint))
     except (OSError, ValueError) as error:
         if isinstance(error, QhalError):
             raise

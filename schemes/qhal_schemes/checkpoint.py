@@ -107,6 +107,11 @@ class Checkpoint:
         """The dtype of the model's activations."""
         return self._mapping.config.dtype
 
+    @property
+    def weights_file(self) -> str:
+        """The file of the folder that leads to the weights: an index of shards, or the one weight file."""
+        return self._index.source
+
     def modules(self, *, quantized: bool | None = None) -> tuple[str, ...]:
         """Every Linear module in the order of the file; only the quantized or only the plain ones if asked."""
         return tuple(m for m in self._all if quantized is None or (m in self._formats) == quantized)

@@ -66,6 +66,8 @@ class TensorIndex(Mapping[str, TensorEntry]):
     entries: dict[str, TensorEntry]
     unread: tuple[str, ...] = ()
     """weight files of the folder that this index does not name (pickles, copies in other layouts)"""
+    source: str = ""
+    """the file that was opened: an index of shards, or the one weight file"""
 
     @staticmethod
     def open(folder: Path) -> TensorIndex:
@@ -84,7 +86,7 @@ class TensorIndex(Mapping[str, TensorEntry]):
         if weight_map is not None:
             _agree(folder / source, weight_map, entries)
         others = [p.name for pattern in ("*.safetensors", *_PICKLED) for p in sorted(folder.glob(pattern))]
-        return TensorIndex(folder, entries, tuple(name for name in others if name not in files))
+        return TensorIndex(folder, entries, tuple(name for name in others if name not in files), source)
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self.entries[name]
@@ -248,7 +250,7 @@ def _entry(path: Path, file: str, name: str, e: Any, base: int) -> TensorEntry:
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str] | None, str]:
-    """The files to read and, for shards, the map from tensor to file and the index that holds it."""
+    """The files to read, for shards the map from tensor to file, and the index that holds it or the one file."""
     indices = sorted(p.name for p in folder.glob("*.safetensors.index.json"))
     if _INDEX_FILE in indices:
         files, weight_map = _indexed(folder, _INDEX_FILE)
@@ -256,14 +258,14 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str] | None, str]:
             raise CheckpointError(f"{folder}: both {_ONE_FILE} and {_INDEX_FILE} are there; remove one set of weights")
         return files, weight_map, _INDEX_FILE
     if is_file(folder / _ONE_FILE):
-        return [_ONE_FILE], None, ""
+        return [_ONE_FILE], None, _ONE_FILE
     if len(indices) == 1:
         return *_indexed(folder, indices[0]), indices[0]
     if indices:
         raise CheckpointError(f"{folder}: {' and '.join(indices)} are there; remove the other sets of weights")
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(found) == 1:
-        return found, None, ""
+        return found, None, found[0]
     if found:
         raise CheckpointError(
             f"{folder}: {len(found)} safetensors files but no {_INDEX_FILE}; found {', '.join(found)}"
