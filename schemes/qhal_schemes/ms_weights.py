@@ -65,7 +65,7 @@ def locate(index: TensorIndex, stem: str, kind: Kind, packed: bool, group_size: 
         index.expect(f"{stem}.weight_offset_second", _FLOATS, inner.shape)
         names += [second, f"{stem}.weight_offset_second"]
         groups, element = inner.shape[1], f"({ELEMENT_OF[inner.dtype]}.row*{element})"
-    pairs = _pairs(kind, weight, n, groups, packed, group_size)
+    pairs = _pairs(kind, weight, n, groups, packed)
     found = [axis * 2 if pairs == i else axis for i, axis in enumerate(weight)]
     k = found[1]
     if found[0] != n:
@@ -126,14 +126,12 @@ def _codes(index: TensorIndex, stem: str, kind: Kind, stored: Stored, weight: Te
     return weight
 
 
-def _pairs(kind: Kind, weight: tuple[int, ...], n: int, groups: int, packed: bool, group_size: int) -> int | None:
+def _pairs(kind: Kind, weight: tuple[int, ...], n: int, groups: int, packed: bool) -> int | None:
     """The axis along which two int4 codes share a byte."""
     if kind.element != "int4" or (not kind.offset and kind.input != "int8.row*fp32"):
         return None
     if weight[0] * 2 == n:
         return 0
-    if groups > 1 and group_size:
-        return 1 if weight[1] * 2 == groups * group_size else None
     return 1 if kind.offset and packed and groups == 1 else None
 
 
