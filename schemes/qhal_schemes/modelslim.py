@@ -105,7 +105,7 @@ class ModelSlimMapping(SchemeMapping):
             weight = ms_weights.read(index, stem, m.kind, m.stored, t)
         if m.kind is not None and m.kind.static:
             static = ms_static.operand(index, stem, t)
-            folded = ms_static.folded_bias(index, stem, t)
+            folded = ms_static.folded_bias(index, stem, t, known=m.kind.static == "decode")
             bias = folded if m.kind.static == "always" else bias
         always = m.kind is not None and m.kind.static == "always"
         return LinearSpec(

@@ -55,24 +55,25 @@ def operand(index: TensorIndex, stem: str, t: dict[str, Tensor]) -> Operand:
     return Operand(Format.parse(STATIC), scale, offset)
 
 
-def folded_bias(index: TensorIndex, stem: str, t: dict[str, Tensor]) -> Tensor:
+def folded_bias(index: TensorIndex, stem: str, t: dict[str, Tensor], known: bool) -> Tensor:
     """float32 [n]: the bias that quant_bias stands for. Product scale and bias are compared with what is stored beside
-    them: weight_scale and `bias`, where the file has them.
+    them, weight_scale and `bias`. known: the layer has no other bias than `bias`, none if the file has none.
     """
     deq, offset = product_scale(index, stem, t["deq_scale"]).double(), t["input_offset"].double().reshape(1)
     if "weight_scale" in t:
         _check_product(index, stem, t, deq)
     correction = offset * t["weight"].sum(-1).double()
     folded = (t["quant_bias"].double() + correction) * deq
-    if "bias" in t:
-        bias = t["bias"].double()
+    if known or "bias" in t:
+        bias = t["bias"].double() if "bias" in t else torch.zeros_like(deq)
         rounding = 0.5 + 4 * _UNIT * ((bias / deq).abs() + correction.abs())
         wrong = ~((folded - bias).abs() <= deq * rounding)
         if bool(wrong.any()):
             raise index.bad(
-                f"{stem}.quant_bias", "round(bias / deq_scale - input_offset * sums of the rows of the weight)",
+                f"{stem}.quant_bias",
+                "round(bias / deq_scale - input_offset * sums of the rows of the weight)",
                 f"{int(wrong.sum())} other values",
-            )  # fmt: skip
+            )
     return folded.float()
 
 
