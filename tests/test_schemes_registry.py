@@ -75,7 +75,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_built_in_methods_are_known() -> None:
-    assert {"awq", "compressed-tensors", "gptq"} <= set(known_methods())
+    assert {"awq", "compressed-tensors", "gptq", "modelslim"} <= set(known_methods())
 
 
 def test_a_format_is_one_file_behind_an_entry_point(site: Path, write_checkpoint: Write) -> None:

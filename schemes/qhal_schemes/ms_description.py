@@ -75,8 +75,9 @@ class Description:
         size = config.quantization.get("group_size", 0)
         if type(size) is not int or size < 0:
             raise config.bad("group_size", "0 or a positive integer", size)
-        if config.quantization.get("kv_cache_type") not in (None, "C8"):
-            raise config.bad("kv_cache_type", "C8 or no such key", config.quantization["kv_cache_type"])
+        for key in ("kv_cache_type", "kv_quant_type"):
+            if config.quantization.get(key) not in (None, "C8"):
+                raise config.bad(key, "C8 or no such key", config.quantization[key])
         found = Description(types, attention, _rotated(config), size, version is not None)
         found._compare(config, index)
         return found
