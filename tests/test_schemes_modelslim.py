@@ -160,7 +160,7 @@ def test_the_older_writer(tmp_path: Path) -> None:
     modules = {Q: ("W8A8", parts), UP: ("W8A8S", static(seed=5)), "model.layers.0.input_layernorm": ("W8A8", norm)}
     folder = write(tmp_path / "c", modules, file="quant_model_description_w8a8.json", version=None, optional=None)
     (folder / "quant_model_weights.safetensors").rename(folder / "quant_model_weight_w8a8.safetensors")
-    with pytest.warns(CheckpointWarning, match=r"1 norms have a bias \(model.layers.0.input_layernorm.bias"):
+    with pytest.warns(CheckpointWarning, match=r"1 norms have a bias .*\(model\.layers\.0\.input_layernorm\.bias"):
         ckpt = open_checkpoint(folder)
     assert set(ckpt.modules()) == {Q, UP} and str(ckpt.format(Q).weight) == "int8.row*fp32"
     assert torch.equal(ckpt.stored(Q), parts["weight"].float() * parts["weight_scale"])
@@ -464,6 +464,12 @@ def test_outer_blocks_of_dual_scales(tmp_path: Path, blocks: int, columns: int, 
     w = torch.stack([parts["weight"] & 15, parts["weight"] >> 4], -1).flatten(1)
     inner = torch.exp2(parts["weight_scale"].float() - 127).repeat_interleave(32, 1)
     assert torch.equal(ckpt.stored(Q), values[w.long()] * (inner * outer))
+
+
+def test_rotations_in_the_place_of_modules_are_named(tmp_path: Path) -> None:
+    modules = {Q: ("W8A8_DYNAMIC", dynamic()), "model.layers.0.self_attn": ("FLOAT", {"q_rot": torch.eye(4)})}
+    with pytest.warns(CheckpointWarning, match=r"1 matrices are no weight: rotations.*self_attn\.q_rot"):
+        open_checkpoint(write(tmp_path / "c", modules))
 
 
 def test_unknown_keys_are_named(tmp_path: Path) -> None:

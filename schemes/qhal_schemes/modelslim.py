@@ -3,7 +3,7 @@
 The description (`ms_description.py`) is matched with the files, types (`ms_types.py`) with tensors (`ms_weights.py`,
 `ms_static.py`), and what is wrapped around a Linear module (`ms_wrappers.py`) becomes its rotations, branch and clip.
 Layouts were checked against files of msmodelslim 26.1.0. From specification, not compared: two-stage W4A8, W4A16, files
-without a version, int8 groups with quantized inputs, low-rank branches, smoothing that is not fused.
+without a version, groups with quantized inputs, FlatQuant around other types than W4A4_DYNAMIC.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ModelSlimMapping(SchemeMapping):
         self._excluded: dict[str, str] = {}
         self._match(ModuleTable(index))
         self._cache = Caches(config, index, self._description)
-        self._warn_about_norms()
+        self._warn_about_the_model()
 
     @property
     def modules(self) -> Sequence[str]:
@@ -217,18 +217,26 @@ class ModelSlimMapping(SchemeMapping):
         state = "is there" if there else "is missing"
         raise CheckpointError(f"{self._where}: {stem}.weight has the type {found.name}, but {name} {state}")
 
-    def _warn_about_norms(self) -> None:
-        """Outlier suppression gives norms a bias; the model class of an RMSNorm has none and would leave it out."""
-        if self.config.value("rms_norm_eps") is None:
-            return
+    def _warn_about_the_model(self) -> None:
+        """What Linear modules do not hold, and a model class that does not know it would leave out in silence.
+
+        Outlier suppression gives RMSNorms a bias; a rotation that stands in a module's place is a square matrix.
+        """
+        read = {name for m in self._modules for name in self.tensors(m)}
         biases = [n for n in self.index if n.endswith(".bias") and n.split(".")[-2] in _NORMS]
-        if biases:
-            warnings.warn(
-                f"{self.index.folder}: {len(biases)} norms have a bias ({biases[0]} ...): the model must add it after "
-                f"the norm, or every layer's input is another",
-                CheckpointWarning,
-                stacklevel=2,
-            )
+        square = [n for n, e in self.index.items() if len(e.shape) == 2 and e.shape[0] == e.shape[1] > 1]
+        turned = [n for n in square if not n.endswith(".weight") and n not in read]
+        for names, what in (
+            (biases if self.config.value("rms_norm_eps") is not None else [], "norms have a bias that must be added"),
+            (turned, "matrices are no weight: rotations, which the model must apply to its activations"),
+        ):
+            if names:
+                warnings.warn(
+                    f"{self.index.folder}: {len(names)} {what} ({names[0]} ...); a model without them computes "
+                    f"something else",
+                    CheckpointWarning,
+                    stacklevel=3,
+                )
 
 
 scheme = MappingScheme(ModelSlimMapping)

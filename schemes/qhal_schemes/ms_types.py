@@ -24,6 +24,7 @@ class Kind:
 
     static  input_scale, input_offset, quant_bias and deq_scale: always, or when decoding (`decode`)
     offset  weight_offset counts; elsewhere the writer stores zeros, which are checked and dropped
+    pairs   two int4 codes may share a byte
     """
 
     element: str
@@ -31,6 +32,7 @@ class Kind:
     input: str = ""
     static: Literal["", "always", "decode"] = ""
     offset: bool = False
+    pairs: bool = False
     mx: bool = False
     dual: bool = False
 
@@ -43,10 +45,10 @@ _KINDS: dict[str, Kind] = {
     "W8A8S": Kind("int8", "I8", static="always"),  # pruned, stored densely
     "W8A8_MIX": Kind("int8", "I8", "int8.row*fp32", static="decode"),
     "W8A8_DYNAMIC": Kind("int8", "I8", "int8.row*fp32"),
-    "W4A8_DYNAMIC": Kind("int4", "I8", "int8.row*fp32"),
+    "W4A8_DYNAMIC": Kind("int4", "I8", "int8.row*fp32", pairs=True),
     "W4A4_DYNAMIC": Kind("int4", "I8", "int4.row*fp32"),
     "W8A16": Kind("int8", "I8", offset=True),
-    "W4A16": Kind("int4", "I8", offset=True),
+    "W4A16": Kind("int4", "I8", offset=True, pairs=True),
     "WFP8AFP8_DYNAMIC": Kind("e4m3fn", "F8_E4M3", "e4m3fn.row*fp32"),
     "W8A8_MXFP8": Kind("e4m3fn", "F8_E4M3", _MXFP8, mx=True),
     "W4A8_MXFP": Kind("e2m1", "U8", _MXFP8, mx=True),

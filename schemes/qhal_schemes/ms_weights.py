@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import lcm
 
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def locate(index: TensorIndex, stem: str, kind: Kind, packed: bool, group_size: 
     names += [scale_name, f"{stem}.weight_offset"]
     element = ELEMENT_OF[scale.dtype]
     second = f"{stem}.weight_scale_second"
-    if second in index and kind.element == "int4" and kind.input:
+    if second in index and kind.pairs and kind.input:
         inner = index.expect(second, _FLOATS, (n, None))
         index.expect(scale_name, _FLOATS, (n, 1))
         index.expect(f"{stem}.weight_offset_second", _FLOATS, inner.shape)
@@ -69,13 +70,13 @@ def locate(index: TensorIndex, stem: str, kind: Kind, packed: bool, group_size: 
     found = [axis * 2 if pairs == i else axis for i, axis in enumerate(weight)]
     k = found[1]
     if found[0] != n:
-        rows = f"{n // 2} or {n}" if kind.element == "int4" and n % 2 == 0 else f"{n}"
+        rows = f"{n // 2} or {n}" if kind.pairs and n % 2 == 0 else f"{n}"
         raise index.bad(f"{stem}.weight", f"{rows} rows, as {scale_name} has {n}", f"{weight[0]} rows")
     if groups < 1 or k % groups:
         raise index.bad(scale_name, f"columns that divide the {k} columns (K) of the weight", f"{groups} columns")
     if groups > 1 and group_size and k != groups * group_size:
         raise index.bad(scale_name, f"{k / group_size:g} columns, as group_size is {group_size}", f"{groups} columns")
-    if f"{stem}.scale_bias" in index and kind.element == "int4" and kind.input == "int8.row*fp32":
+    if f"{stem}.scale_bias" in index and kind.pairs and kind.input:
         index.expect(f"{stem}.scale_bias", _FLOATS, (n, None))
         names.append(f"{stem}.scale_bias")
     block = "row" if groups == 1 else f"g{k // groups}"
@@ -128,7 +129,7 @@ def _codes(index: TensorIndex, stem: str, kind: Kind, stored: Stored, weight: Te
 
 def _pairs(kind: Kind, weight: tuple[int, ...], n: int, groups: int, packed: bool) -> int | None:
     """The axis along which two int4 codes share a byte."""
-    if kind.element != "int4" or (not kind.offset and kind.input != "int8.row*fp32"):
+    if not kind.pairs:
         return None
     if weight[0] * 2 == n:
         return 0
@@ -182,12 +183,15 @@ def _check_scale_bias(index: TensorIndex, name: str, stored: Tensor, weight: QTe
     slices = stored.shape[1]
     if slices < 1 or k % slices:
         raise index.bad(name, f"a number of slices that divides {k} columns (K)", f"{slices} columns")
-    w = weight.dequantize().double().reshape(n, slices, k // slices)
-    whole = slices == k and slices > 16
-    sums, size = w.sum(-1) * (1 if whole else 8), w.abs().sum(-1) * (1 if whole else 8)
-    rounding = (k // slices + 2) * 2.0**-24
-    if isinstance(weight.scale, QTensor):
-        rounding += 2.0**-7
+    scale = weight.scale.dequantize() if isinstance(weight.scale, QTensor) else weight.scale
+    assert scale is not None
+    pieces = lcm(scale.shape[1], slices)  # runs of columns with one scale in one slice
+    factor = scale.double().repeat_interleave(pieces // scale.shape[1], 1) * (8 if slices < k or slices == 16 else 1)
+    codes = weight.codes.reshape(n, pieces, k // pieces)
+    sums, size = (
+        (part.sum(-1) * f).reshape(n, slices, -1).sum(-1) for part, f in ((codes, factor), (codes.abs(), factor.abs()))
+    )
+    rounding = (k // slices + 2) * 2.0**-24 + (2.0**-7 if isinstance(weight.scale, QTensor) else 0)
     wrong = ~((stored.double() - sums).abs() <= size * rounding)  # NaN is wrong, too
     if bool(wrong.any()):
         raise index.bad(name, "8 times the sums of the rows of the weight", f"{int(wrong.sum())} other values")
