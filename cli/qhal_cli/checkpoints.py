@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import typer
+from torch import Tensor
 
 import qhal
 from qhal.elements import WIDE
@@ -124,14 +126,10 @@ def dequantize(
     plain = {name: _plain_layout(ckpt, name, chosen) for name in ckpt.account.plain if name not in layout}
     needed = sum(one.nbytes for one in (*layout.values(), *plain.values()))
     with progress() as shown, AtomicFile(out, needed=needed) as file:
-        task = shown.add_task("dequantizing", total=len(ckpt.modules(quantized=True)) + len(plain))
+        task = shown.add_task("dequantizing", total=len(layout) + len(plain))
         with StreamingSafetensors(file.path, layout | plain) as target:
-            for module in ckpt.modules(quantized=True):
-                spec = ckpt.spec(module)
-                target.write(f"{module}.weight", (spec.stored() if stored else spec.effective()).to(chosen))
-                if spec.bias is not None:  # a stored bias stands before an output rotation, the spec's behind it
-                    bias = ckpt.tensor(f"{module}.bias") if stored else spec.bias
-                    target.write(f"{module}.bias", bias.to(chosen))
+            for name, value in _dense_tensors(ckpt, stored):
+                target.write(name, value.to(chosen))
                 shown.advance(task)
             for name in plain:
                 value = ckpt.tensor(name)
@@ -153,13 +151,42 @@ def dequantize(
 
 def _dense_layout(ckpt: Checkpoint, dtype: torch.dtype) -> dict[str, TensorLayout]:
     """Weights and biases of the quantized modules, as plain floats."""
+    shapes = {m: (f.n, f.k, f.bias) for m in _single(ckpt) for f in (ckpt.format(m),)}
+    for prefix, group in ckpt.stacked.items():
+        f = ckpt.experts_format(prefix)
+        halves = {"gate_proj": (f.down.k, f.gate_up), "up_proj": (f.down.k, f.gate_up), "down_proj": (f.down.n, f.down)}
+        for e in range(group.count):
+            shapes |= {f"{prefix}.{e}.{name}": (n, part.k, part.bias) for name, (n, part) in halves.items()}
     found = {}
-    for module in ckpt.modules(quantized=True):
-        f = ckpt.format(module)
-        found[f"{module}.weight"] = TensorLayout(_NAMES[dtype], (f.n, f.k))
-        if f.bias:
-            found[f"{module}.bias"] = TensorLayout(_NAMES[dtype], (f.n,))
+    for module, (n, k, bias) in shapes.items():
+        found[f"{module}.weight"] = TensorLayout(_NAMES[dtype], (n, k))
+        if bias:
+            found[f"{module}.bias"] = TensorLayout(_NAMES[dtype], (n,))
     return found
+
+
+def _dense_tensors(ckpt: Checkpoint, stored: bool) -> Iterator[tuple[str, Tensor]]:
+    """The values of `_dense_layout`, one module or expert in memory at a time."""
+    for module in _single(ckpt):
+        spec = ckpt.spec(module)
+        yield f"{module}.weight", spec.stored() if stored else spec.effective()
+        if spec.bias is not None:  # a stored bias stands before an output rotation, the spec's behind it
+            yield f"{module}.bias", ckpt.tensor(f"{module}.bias") if stored else spec.bias
+    for prefix, e in ((p, e) for p, group in ckpt.stacked.items() for e in range(group.count)):
+        experts = ckpt.experts_spec(prefix, (e, 1))
+        for part, names in ((experts.gate_up, ("gate_proj", "up_proj")), (experts.down, ("down_proj",))):
+            weight = part.stored() if stored else part.effective()
+            for name, w in zip(names, weight[0].chunk(len(names)), strict=True):
+                yield f"{prefix}.{e}.{name}.weight", w
+            if part.bias is not None:
+                for name, b in zip(names, part.bias[0].chunk(len(names)), strict=True):
+                    yield f"{prefix}.{e}.{name}.bias", b
+
+
+def _single(ckpt: Checkpoint) -> list[str]:
+    """Quantized modules that are one layer each."""
+    stacked = {m for group in ckpt.stacked.values() for m in group.modules()}
+    return [m for m in ckpt.modules(quantized=True) if m not in stacked]
 
 
 def _plain_layout(ckpt: Checkpoint, name: str, dtype: torch.dtype) -> TensorLayout:

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from qhal.layer_formats import KVFormat, LinearFormat
 from qhal.specs import KVSpec, LinearSpec
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.experts import StackedExperts
 from qhal_schemes.source import TensorIndex
 
 
@@ -55,6 +56,16 @@ class SchemeMapping(ABC):
     @abstractmethod
     def tensors(self, module: str) -> Sequence[str]:
         """Every tensor that `read(module)` accounts for."""
+
+    @property
+    def stacked(self) -> Mapping[str, StackedExperts]:
+        """Experts that the file stores stacked, by prefix. Both modules of each are in `modules`; `describe` answers
+        for one expert, and `read_experts` takes the place of `read`."""
+        return {}
+
+    def read_experts(self, module: str, first: int, count: int) -> LinearSpec:
+        """The spec [count, N, K] of experts first:first+count of a stacked module; reads only their bytes."""
+        raise NotImplementedError(f"{type(self).__name__} has no stacked experts")
 
     @property
     def kv_layers(self) -> Mapping[int, str]:

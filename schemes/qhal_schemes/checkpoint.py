@@ -20,7 +20,7 @@ from qhal_schemes import experts as expert_modules
 from qhal_schemes.allocator import Loading
 from qhal_schemes.base import SchemeMapping
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.experts import ExpertGroup
+from qhal_schemes.experts import Group, Source, StackedExperts
 from qhal_schemes.matching import fused_parts, near_text
 from qhal_schemes.modules import Account, account
 from qhal_schemes.plain import PlainMapping, describe_plain, read_plain
@@ -79,11 +79,14 @@ class Checkpoint:
             )
         self._account: Account = account(mapping)
         self._plain = {m: describe_plain(self._index, m) for m in mapping.excluded}
-        order = {name.rpartition(".")[0]: i for i, name in reversed(list(enumerate(self._index)))}
-        last = len(order)
+        self._stacked = {m: group.count for group in mapping.stacked.values() for m in group.modules()}
+        place = {name: i for i, name in enumerate(self._index)}
+        order = {name.rpartition(".")[0]: i for name, i in reversed(place.items())}
+        order |= {m: min(place[name] for name in mapping.tensors(m)) for m in self._stacked}
+        last = len(self._index)
         self._all = {**dict.fromkeys(sorted([*self._formats, *self._plain], key=lambda m: order.get(m, last)), None)}
         self._check_layers()
-        self._groups = expert_modules.find_groups(self._all)
+        self._groups: dict[str, Group] = {**expert_modules.find_groups(self._all), **mapping.stacked}
 
     # ---------------------------------------------------------------- what it is
 
@@ -126,8 +129,13 @@ class Checkpoint:
         """Where every tensor of the files went."""
         return self._account
 
+    @property
+    def stacked(self) -> Mapping[str, StackedExperts]:
+        """Experts that the file holds in two stacked modules, by the prefix that `load_experts` takes."""
+        return self._mapping.stacked
+
     def format(self, name: str) -> LinearFormat:
-        """The format of a Linear module; reads no data."""
+        """The format of a Linear module, or of one expert of a stacked one; reads no data."""
         self._known(name)
         return self._formats.get(name) or self._plain[name]
 
@@ -177,11 +185,15 @@ class Checkpoint:
         return self._index[name]
 
     def spec(self, name: str) -> LinearSpec:
-        """What the checkpoint says a Linear module is, its tensors read and checked."""
+        """What the checkpoint says a Linear module is, its tensors read and checked. Stacked experts: [E, N, K]."""
         self._known(name)
         if name not in self._formats:
             return read_plain(self._index, name)
-        spec = self._mapping.read(name)
+        if name in self._stacked:
+            return self._checked(name, self._mapping.read_experts(name, 0, self._stacked[name]))
+        return self._checked(name, self._mapping.read(name))
+
+    def _checked(self, name: str, spec: LinearSpec) -> LinearSpec:
         if spec.format != self._formats[name]:
             raise CheckpointError(
                 f"{self.path}: {name}: the scheme {self.method!r} described {self._formats[name]} but read "
@@ -192,7 +204,8 @@ class Checkpoint:
     def dequantize(self, name: str) -> Tensor:
         """float32 [out, in], the effective weight: y = x @ w.T (+ bias) before activation quantization.
 
-        Every online rotation, pre-scale and low-rank branch is folded in (in float64, rounded once).
+        Stacked experts: [E, out, in], rows in the order of the file. Every online rotation, pre-scale and low-rank
+        branch is folded in (in float64, rounded once).
         """
         return self.spec(name).effective()
 
@@ -212,6 +225,13 @@ class Checkpoint:
         parts = [p for name in wanted for p in self._parts(name)]
         if not parts:
             raise CheckpointError(f"{self.path}: no module names were given")
+        for part in parts:
+            if part in self._stacked:
+                prefix = next(p for p, g in self._groups.items() if part in g.modules())
+                raise CheckpointError(
+                    f"{self.path}: {part} holds {self._stacked[part]} experts and is no single layer; "
+                    f"use load_experts({prefix!r})"
+                )
         specs = [self.spec(part) for part in parts]
         if shard is not None:
             if not isinstance(shard, tuple) or [type(n) for n in shard] != [int, int, int] or shard[0] not in (0, 1):
@@ -235,9 +255,8 @@ class Checkpoint:
         return layer
 
     def experts_format(self, prefix: str) -> ExpertsFormat:
-        """The format of the experts `<prefix>.<e>.{gate,up,down}_proj`; reads no data."""
-        group = self._group(prefix)
-        return expert_modules.describe_group(group, self.format, expert_modules.activation(self._mapping.config))
+        """The format of the experts under `prefix`, a module each or stacked in the file; reads no data."""
+        return expert_modules.describe_group(self._group(prefix), self._source())
 
     def experts_spec(self, prefix: str, experts: range | tuple[int, int] | None = None) -> ExpertsSpec:
         """Experts stacked: [E, 2I, K] gate rows first, [E, K, I]. experts: range or (first, count), default all."""
@@ -248,8 +267,7 @@ class Checkpoint:
         if not isinstance(pair, tuple) or [type(n) for n in pair] != [int, int]:
             raise CheckpointError(f"{prefix}: experts={experts!r}: give a range of step 1, or (first, count)")
         first, count = pair
-        act = expert_modules.activation(self._mapping.config)
-        return expert_modules.read_group(group, self.spec, act, first, count)
+        return expert_modules.read_group(group, self._source(), first, count)
 
     def load_experts(
         self,
@@ -292,7 +310,13 @@ class Checkpoint:
         text = f" (near: {', '.join(near)})" if near else near_text(name, self._all)
         raise CheckpointError(f"{self.path}: no Linear module {name!r}{text}; it has {len(self._all)}")
 
-    def _group(self, prefix: str) -> ExpertGroup:
+    def _source(self) -> Source:
+        def read_range(name: str, first: int, count: int) -> LinearSpec:
+            return self._checked(name, self._mapping.read_experts(name, first, count))
+
+        return Source(self._mapping.config, self.format, self.spec, read_range)
+
+    def _group(self, prefix: str) -> Group:
         if prefix not in self._groups:
             known = ", ".join(list(self._groups)[:3]) or "none"
             raise CheckpointError(

@@ -101,6 +101,15 @@ class CheckpointConfig:
         hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
         return self.count("head_dim") or (hidden // heads if hidden and heads else 0)
 
+    def number(self, key: str) -> float | None:
+        """A positive number of config.json, None where it names none; CheckpointError if it is something else."""
+        value = self.value(key)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key}: expected a positive number, found {_SHORT.repr(value)}"
+            )
+        return None if value is None else float(value)
+
     def value(self, key: str, default: Any = None) -> Any:
         """A value of config.json, or of its text_config where a multimodal model keeps the decoder's values."""
         text = self.model.get("text_config")

@@ -101,8 +101,8 @@ class TensorIndex(Mapping[str, TensorEntry]):
         """One tensor; only its own bytes are read. CheckpointError if it is missing or the file changed."""
         return self.read_all((name,))[name]
 
-    def read_all(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Several tensors, each file opened once."""
+    def read_all(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Several tensors, each file opened once. rows: (first, count) of their first axis, only these are read."""
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
@@ -114,13 +114,14 @@ class TensorIndex(Mapping[str, TensorEntry]):
                     if entry.file not in handles:
                         opened = safe_open(inside(self.folder, entry.file), "pt", device="cpu")
                         handles[entry.file] = stack.enter_context(opened)
-                    tensor: Tensor = handles[entry.file].get_tensor(name)
+                    tensor = _part(handles[entry.file], name, rows)
                 except (SafetensorError, OSError, AttributeError) as bad:
                     raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {bad}") from None
-                if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype]:
+                shape = entry.shape if rows is None else (rows[1], *entry.shape[1:])
+                if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[entry.dtype]:
                     raise CheckpointError(
                         f"{self.folder / entry.file}: {name} changed since the checkpoint was opened: "
-                        f"expected {entry.dtype} {list(entry.shape)}, found {tensor.dtype} {list(tensor.shape)}"
+                        f"expected {entry.dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}"
                     )
                 found[name] = tensor
         return found
@@ -318,6 +319,11 @@ def _agree(index: Path, weight_map: dict[str, str], entries: dict[str, TensorEnt
     for name, entry in entries.items():
         if name not in weight_map:
             raise CheckpointError(f"{index.parent / entry.file}: tensor {name} is extra: {index.name} does not list it")
+
+
+def _part(handle: Any, name: str, rows: tuple[int, int] | None) -> Tensor:
+    found: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : sum(rows)]
+    return found
 
 
 def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:

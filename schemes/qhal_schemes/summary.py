@@ -8,7 +8,7 @@ from typing import Any
 
 from qhal.layer_formats import LinearFormat
 from qhal_schemes.base import SchemeMapping
-from qhal_schemes.experts import ExpertGroup
+from qhal_schemes.experts import Group
 from qhal_schemes.modules import Account
 
 
@@ -16,7 +16,7 @@ def summarize(
     mapping: SchemeMapping,
     formats: Mapping[str, LinearFormat],
     account: Account,
-    groups: Mapping[str, ExpertGroup],
+    groups: Mapping[str, Group],
 ) -> dict[str, Any]:
     """What `qhal inspect` prints. Bytes are those of the files; a tensor that modules share counts in each of them."""
     index = mapping.index
@@ -51,6 +51,7 @@ def summarize(
 def _formats(mapping: SchemeMapping, formats: Mapping[str, LinearFormat]) -> list[dict[str, Any]]:
     """One row for every pair of weight and input format, largest first."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    stacked = {m: group.count for group in mapping.stacked.values() for m in group.modules()}
     for module, f in formats.items():
         weight, given = str(f.weight), "none" if f.input is None else str(f.input)
         given += " (static)" if f.static_input else ""
@@ -58,6 +59,6 @@ def _formats(mapping: SchemeMapping, formats: Mapping[str, LinearFormat]) -> lis
             (weight, given), {"weight": weight, "input": given, "modules": 0, "weights": 0, "bytes": 0}
         )
         row["modules"] += 1
-        row["weights"] += f.n * f.k
+        row["weights"] += f.n * f.k * stacked.get(module, 1)
         row["bytes"] += sum(mapping.index[name].nbytes for name in set(mapping.tensors(module)))
     return sorted(rows.values(), key=lambda row: -int(row["bytes"]))
