@@ -124,8 +124,13 @@ class Patterns:
         parts = [repr(p) for p in self.patterns if p != module and p.removeprefix("re:") in module]
         return f"; {', '.join(parts)} of {self.what} is only a part of its name" if parts else ""
 
-    def warn_unused(self, modules: Collection[str]) -> None:
-        """One CheckpointWarning for every pattern that matches no module, with the names it may have meant."""
+    def warn_unused(self, modules: Collection[str], also: Iterable[str] = ()) -> None:
+        """One CheckpointWarning for every pattern that matches no module, with the names it may have meant.
+
+        also  modules that a pattern may name although nothing asked about them: embeddings, fused experts
+        """
+        for name in also:
+            self.find(name)
         unused = self.unused()
         for i, pattern in enumerate(unused[: _WARNINGS + 1]):
             rest = f"; and {len(unused) - _WARNINGS} more" if i == _WARNINGS else near_text(pattern, modules)
@@ -161,6 +166,27 @@ class Globs(Patterns):
             name = name.rpartition(".")[0]
             found = name if name in self._exact else None
         return found
+
+
+class SkipPatterns(Patterns):
+    """Entries of transformers' modules_to_not_convert: whole components from the start or at the end of a name.
+
+    `model.visual` is everything below it, `gate` is `mlp.gate` and never `mlp.gate_proj`, `model.layers.*.self_attn`
+    is an expression (quantizers_utils.should_convert_module, transformers 5; there an end may cut a component).
+    """
+
+    def __init__(self, what: str, patterns: Sequence[str]) -> None:
+        super().__init__(what, patterns)
+        self._compiled: list[tuple[str, re.Pattern[str]]] = []
+        for p in self.patterns:
+            try:
+                self._compiled.append((p, compile_pattern(rf"(?:{p.removeprefix('re:')})(?:(?<=\.)|(?=\.|$))")))
+            except (re.error, RecursionError, OverflowError) as bad:
+                raise CheckpointError(f"{what}: {p!r} is neither a name nor a regular expression: {bad}") from None
+
+    def _find_name(self, name: str) -> str | None:
+        path = f".{name}"
+        return next((p for p, r in self._compiled if r.match(name) or path.endswith(f".{p}")), None)
 
 
 def near_text(name: str, modules: Iterable[str], limit: int = 3) -> str:

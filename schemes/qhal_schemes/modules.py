@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from qhal.errors import CheckpointError
 from qhal_schemes.base import SchemeMapping
-from qhal_schemes.matching import LINEAR, module_class
+from qhal_schemes.matching import EMBEDDING, LINEAR, module_class
 from qhal_schemes.source import WIDE, TensorEntry, TensorIndex
 
 QUANTIZED_SUFFIXES = frozenset({
@@ -55,6 +55,10 @@ class ModuleTable(Mapping[str, dict[str, TensorEntry]]):
         """Modules with a plain 2-D weight that are no embedding."""
         return [m for m, t in self._table.items() if is_plain(t) and module_class(m) == LINEAR]
 
+    def embeddings(self) -> list[str]:
+        """Modules that are embeddings by their names."""
+        return [m for m in self._table if module_class(m) == EMBEDDING]
+
 
 def is_plain(tensors: Mapping[str, TensorEntry]) -> bool:
     """Whether a module holds a 2-D weight of plain floats."""
@@ -96,7 +100,7 @@ def account(mapping: SchemeMapping) -> Account:
                 f"{index.folder / entry.file}: tensor {name} is extra: {mapping.config.method or 'a float model'} has "
                 f"{', '.join(n.rpartition('.')[2] for n in mapping.tensors(owner))} of the quantized module {owner}"
             )
-        if leaf in QUANTIZED_SUFFIXES or (leaf == "weight" and entry.dtype in _CODES):
+        if leaf in QUANTIZED_SUFFIXES or (entry.dtype in _CODES and (leaf == "weight" or entry.dtype != "I32")):
             why = mapping.excluded.get(module)
             reader = f"no module that {mapping.config.method} reads"
             reader = reader if mapping.config.method else "the checkpoint has no quantization section"
