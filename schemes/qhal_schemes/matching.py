@@ -119,6 +119,10 @@ class Patterns:
         """The patterns that matched nothing so far."""
         return tuple(p for p in self.patterns if p not in self.used)
 
+    def _names(self, pattern: str, name: str) -> bool:
+        """Whether this one pattern is the name."""
+        return pattern == name
+
     def partial(self, module: str) -> str:
         """Text with the entries that are a mere part of a module's name, "" if there are none."""
         parts = [repr(p) for p in self.patterns if p != module and p.removeprefix("re:") in module]
@@ -127,10 +131,9 @@ class Patterns:
     def warn_unused(self, modules: Collection[str], also: Iterable[str] = ()) -> None:
         """One CheckpointWarning for every pattern that matches no module, with the names it may have meant.
 
-        also  modules that a pattern may name although nothing asked about them: embeddings, fused experts
+        also  modules that a pattern may name although nothing asked about them: embeddings, norms
         """
-        for name in also:
-            self.find(name)
+        self.used.update(p for p in self.unused() if any(self._names(p, name) for name in also))
         unused = self.unused()
         for i, pattern in enumerate(unused[: _WARNINGS + 1]):
             rest = f"; and {len(unused) - _WARNINGS} more" if i == _WARNINGS else near_text(pattern, modules)
@@ -149,23 +152,31 @@ class PathPatterns(Patterns):
         return next((p for p in self.patterns if f".{p}." in path), None)
 
 
-class Globs(Patterns):
-    """Names and globs (`*`, `?`, `[]`, matched against the whole name); a plain name also covers what lies in it."""
+class GlobPatterns(Patterns):
+    """Names and shell patterns (`*`, `?`, `[]`) of whole names: `*mlp.gate` is no child of it, nor `mlp.gate_proj`.
 
-    def __init__(self, what: str, patterns: Sequence[str]) -> None:
+    inside  a plain name also covers the modules that lie in it
+    """
+
+    def __init__(self, what: str, patterns: Sequence[str], *, inside: bool = False) -> None:
         super().__init__(what, patterns)
+        self._inside = inside
         globs = [p for p in self.patterns if not p.startswith("re:") and not _GLOB.isdisjoint(p)]
-        self._globs = [(p, re.compile(fnmatch.translate(p))) for p in globs]
+        self._compiled = {p: re.compile(fnmatch.translate(p)) for p in globs}
         self._any = re.compile("|".join(f"(?:{fnmatch.translate(p)})" for p in globs) or "(?!)")
 
     def _find_name(self, name: str) -> str | None:
         found = super()._find_name(name)
         if found is None and self._any.match(name):
-            found = next(p for p, glob in self._globs if glob.match(name))
-        while found is None and name:
+            found = next(p for p, glob in self._compiled.items() if glob.match(name))
+        while self._inside and found is None and name:
             name = name.rpartition(".")[0]
             found = name if name in self._exact else None
         return found
+
+    def _names(self, pattern: str, name: str) -> bool:
+        compiled = self._compiled.get(pattern)
+        return pattern == name or (compiled is not None and compiled.match(name) is not None)
 
 
 class SkipPatterns(Patterns):
@@ -177,16 +188,18 @@ class SkipPatterns(Patterns):
 
     def __init__(self, what: str, patterns: Sequence[str]) -> None:
         super().__init__(what, patterns)
-        self._compiled: list[tuple[str, re.Pattern[str]]] = []
+        self._compiled: dict[str, re.Pattern[str]] = {}
         for p in self.patterns:
             try:
-                self._compiled.append((p, compile_pattern(rf"(?:{p.removeprefix('re:')})(?:(?<=\.)|(?=\.|$))")))
+                self._compiled[p] = compile_pattern(rf"(?:{p.removeprefix('re:')})(?:(?<=\.)|(?=\.|$))")
             except (re.error, RecursionError, OverflowError) as bad:
                 raise CheckpointError(f"{what}: {p!r} is neither a name nor a regular expression: {bad}") from None
 
     def _find_name(self, name: str) -> str | None:
-        path = f".{name}"
-        return next((p for p, r in self._compiled if r.match(name) or path.endswith(f".{p}")), None)
+        return next((p for p in self.patterns if self._names(p, name)), None)
+
+    def _names(self, pattern: str, name: str) -> bool:
+        return self._compiled[pattern].match(name) is not None or f".{name}".endswith(f".{pattern}")
 
 
 def near_text(name: str, modules: Iterable[str], limit: int = 3) -> str:

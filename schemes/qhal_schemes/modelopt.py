@@ -20,7 +20,7 @@ from qhal_schemes import checks, modelopt_weights
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.matching import EMBEDDING, Globs, module_class, near_text
+from qhal_schemes.matching import EMBEDDING, GlobPatterns, module_class, near_text
 from qhal_schemes.modelopt_config import SIDE_FILE, Layer, read_description
 from qhal_schemes.modelopt_kv import Cache
 from qhal_schemes.modelopt_weights import CODES, Stored, locate
@@ -38,7 +38,7 @@ class ModelOptMapping(SchemeMapping):
         self._said = read_description(config)
         table = ModuleTable(index)
         self._refuse_stacked(table)
-        skipped = Globs("exclude_modules", self._said.excluded or ())
+        skipped = GlobPatterns("exclude_modules", self._said.excluded or (), inside=True)
         self._modules: dict[str, Stored] = {}
         for module, tensors in table.items():
             if "weight" in tensors and tensors["weight"].dtype in CODES:
@@ -118,7 +118,7 @@ class ModelOptMapping(SchemeMapping):
 
     # ---------------------------------------------------------------- matching
 
-    def _layer(self, module: str, skipped: Globs) -> Layer:
+    def _layer(self, module: str, skipped: GlobPatterns) -> Layer:
         """The algorithm of a module that the file holds quantized."""
         layer, where = self._said.layer(module), f"{self.index.folder}: {module}"
         if layer is None:
@@ -163,13 +163,13 @@ class ModelOptMapping(SchemeMapping):
         entry = self.index.entries.get(f"{module}.weight")
         return entry.shape[0] if entry is not None and entry.shape else None
 
-    def _warn(self, table: ModuleTable, skipped: Globs) -> None:
+    def _warn(self, table: ModuleTable, skipped: GlobPatterns) -> None:
         """One warning for every name in the configuration that stands for nothing in the file."""
         tied = ("lm_head", "model.lm_head", "language_model.lm_head") if self.config.tied else ()
         for module in (*table, *tied):
             skipped.find(module)
         skipped.warn_unused(list(table))
-        layers = Globs("quantized_layers", tuple(self._said.layers or ()))
+        layers = GlobPatterns("quantized_layers", tuple(self._said.layers or ()), inside=True)
         for module in (*table, *tied):
             layers.find(module)
         layers.warn_unused(list(table))

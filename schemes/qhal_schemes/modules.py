@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from qhal.errors import CheckpointError
 from qhal_schemes.base import SchemeMapping
-from qhal_schemes.matching import EMBEDDING, LINEAR, module_class
+from qhal_schemes.matching import LINEAR, module_class
 from qhal_schemes.source import WIDE, TensorEntry, TensorIndex
 
 QUANTIZED_SUFFIXES = frozenset({
@@ -54,10 +54,6 @@ class ModuleTable(Mapping[str, dict[str, TensorEntry]]):
     def plain_linears(self) -> list[str]:
         """Modules with a plain 2-D weight that are no embedding."""
         return [m for m, t in self._table.items() if is_plain(t) and module_class(m) == LINEAR]
-
-    def embeddings(self) -> list[str]:
-        """Modules that are embeddings by their names."""
-        return [m for m in self._table if module_class(m) == EMBEDDING]
 
 
 def is_plain(tensors: Mapping[str, TensorEntry]) -> bool:
