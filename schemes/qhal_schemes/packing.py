@@ -118,6 +118,23 @@ def unpack_awq(packed: Tensor) -> Tensor:
     return codes
 
 
+def unpack_order(packed: Tensor) -> Tensor:
+    """uint8 codes [..., 8n] from int32 [..., n] in the order of AWQ_NIBBLES, along the axis that was packed."""
+    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
+    for j, nibble in enumerate(AWQ_NIBBLES):
+        codes[..., j] = (packed >> (4 * nibble)) & 15
+    return codes.flatten(-2)
+
+
+def pack_order(codes: Tensor) -> Tensor:
+    """int32 [..., n] from codes [..., 8n]; the inverse of `unpack_order`."""
+    runs = codes.unflatten(-1, (-1, 8)).long() & 15
+    packed = torch.zeros(runs.shape[:-1], dtype=torch.int64, device=codes.device)
+    for j, nibble in enumerate(AWQ_NIBBLES):
+        packed |= runs[..., j] << (4 * nibble)
+    return wrap(packed)
+
+
 def pack_awq(codes: Tensor) -> Tensor:
     """AWQ's int32 [K, N/8] from codes [N, K]; the inverse of `unpack_awq`."""
     packed = torch.zeros(codes.shape[1], codes.shape[0] // 8, dtype=torch.int64, device=codes.device)
