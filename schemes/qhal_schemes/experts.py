@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qhal.errors import CheckpointError, ShardError
+from qhal.formats import Format
 from qhal.layer_formats import Activation, ExpertsFormat, LinearFormat
 from qhal.specs import ExpertsSpec, LinearSpec, Operand
 from qhal.tensors import QTensor
@@ -242,16 +243,30 @@ def _stack_operands(parts: Sequence[Operand | None], what: str) -> Operand | Non
 
 def _stack_weights(weights: Sequence[QTensor]) -> QTensor:
     """Stack; where only some fused halves needed per-row scales, give them to all."""
-    blocks = {str(w.format.block) for w in weights}
-    if blocks == {"tensor", "row"}:
-        weights = [QTensor.concat([_rows(w)], 0) if str(w.format.block) == "tensor" else w for w in weights]
+    formats = {str(w.format): w.format for w in weights}
+    if len(formats) > 1:
+        rows = [f for f in formats.values() if all(_tensor_free(f, other) for other in formats.values())]
+        weights = [_rows(w, rows[0]) for w in weights] if rows else weights
     return QTensor.stack(list(weights))
 
 
-def _rows(w: QTensor) -> QTensor:
-    """A per-tensor scale as one value per row: the same numbers."""
-    fmt = replace(w.format, block=type(w.format.block)("row") if w.format.block is not None else None)
-    scale = w.scale
-    if not isinstance(scale, Tensor) or w.zero is not None or w.offset is not None:
+def _tensor_free(f: Format, other: Format) -> bool:
+    """Whether `f` is `other` with per-row scales, at any level, for per-tensor ones."""
+    if f == other or f.scale is None or other.scale is None:
+        return f == other
+    same = f.block == other.block or (str(f.block), str(other.block)) == ("row", "tensor")
+    return same and _tensor_free(f.scale, other.scale) and replace(f, block=other.block, scale=other.scale) == other
+
+
+def _rows(w: QTensor, to: Format) -> QTensor:
+    """The same numbers in a format that `_tensor_free` allows: per-tensor scales as one value for every row."""
+    if w.format == to or to.scale is None or w.scale is None:
+        return w
+    if w.zero is not None or w.offset is not None:
         raise ShardError(f"{w.format}: experts with per-tensor and per-row scales cannot be stacked")
-    return replace(w, format=fmt, scale=scale.expand(*scale.shape[:-2], w.shape[-2], 1).contiguous())
+    scale = w.scale if isinstance(w.scale, Tensor) else _rows(w.scale, to.scale)
+    if w.format.block != to.block:
+        if isinstance(scale, QTensor):
+            raise ShardError(f"{w.format}: experts with per-tensor and per-row scales cannot be stacked")
+        scale = scale.expand(*scale.shape[:-2], w.shape[-2], 1).contiguous()
+    return replace(w, format=to, scale=scale)
