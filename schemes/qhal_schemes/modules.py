@@ -90,8 +90,9 @@ def account(mapping: SchemeMapping) -> Account:
         if name in result.consumed:
             continue
         module, _, leaf = name.rpartition(".")
-        owner = next((m for m in _ancestors(module) if m in quantized), None)
+        owner = next((m for m in _ancestors(module) if m in quantized or m in result.consumed), None)
         if owner is not None:
+            owner = result.consumed.get(owner, owner)
             raise CheckpointError(
                 f"{index.folder / entry.file}: tensor {name} is extra: {mapping.config.method or 'a float model'} has "
                 f"{', '.join(n.rpartition('.')[2] for n in mapping.tensors(owner))} of the quantized module {owner}"

@@ -66,18 +66,16 @@ class MXFP4Mapping(SchemeMapping):
         return self._stacked
 
     def tensors(self, module: str) -> Sequence[str]:
-        """Blocks, scales, and a bias if there is one."""
-        return [f"{module}_{part}" for part in _PARTS if part != "bias" or f"{module}_bias" in self.index]
+        """Blocks, scales and biases."""
+        return [f"{module}_{part}" for part in _PARTS]
 
     def describe(self, module: str) -> LinearFormat:
         """The format of one expert, from shapes alone."""
         name = f"{module}_blocks"
         experts, rows, blocks, _ = self.index.expect(name, ("U8",), (None, None, None, _BLOCK_BYTES)).shape
         self.index.expect(f"{module}_scales", ("U8", "F8_E8M0"), (experts, rows, blocks))
-        bias = f"{module}_bias" in self.index
-        if bias:
-            self.index.expect(f"{module}_bias", tuple(WIDE), (experts, rows))
-        return LinearFormat(module, rows, blocks * 2 * _BLOCK_BYTES, _FORMAT, bias=bias)
+        self.index.expect(f"{module}_bias", tuple(WIDE), (experts, rows))
+        return LinearFormat(module, rows, blocks * 2 * _BLOCK_BYTES, _FORMAT, bias=True)
 
     def read(self, module: str) -> LinearSpec:
         """Not called: every quantized module is stacked."""
@@ -86,12 +84,11 @@ class MXFP4Mapping(SchemeMapping):
     def read_experts(self, module: str, first: int, count: int) -> LinearSpec:
         """Unpack experts first:first+count to [count, N, K]; rows stay in the order of the file."""
         t = self.index.read_all(self.tensors(module), (first, count))
-        scales, bias = t[f"{module}_scales"], t.get(f"{module}_bias")
+        scales, bias = t[f"{module}_scales"], t[f"{module}_bias"]
         checks.scales(self.index, f"{module}_scales", scales)
-        if bias is not None:
-            checks.finite(self.index, f"{module}_bias", bias)
+        checks.finite(self.index, f"{module}_bias", bias)
         codes = unpack_nibbles(t[f"{module}_blocks"].flatten(-2))
-        return LinearSpec(QTensor(_FORMAT, codes, scales), bias=None if bias is None else bias.float(), name=module)
+        return LinearSpec(QTensor(_FORMAT, codes, scales), bias=bias.float(), name=module)
 
     def _group(self, prefix: str) -> StackedExperts:
         gate_up, down = (f"{prefix}.{p}" for p in _PROJECTIONS)
