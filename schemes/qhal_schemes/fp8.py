@@ -70,7 +70,7 @@ class FP8Mapping(SchemeMapping):
         if not self._modules:
             raise CheckpointError(f"{index.folder}: quant_method fp8, but no module has a weight_scale_inv")
         skipped = SkipPatterns(*_skipped(config))
-        self._excluded = BlockRules(config, self._modules, skipped, self._kept).exclude(table.plain_linears())
+        self._excluded = BlockRules(config, self._modules, skipped, _kept, self._partial).exclude(table.plain_linears())
         skipped.warn_unused(list(table), also=table)
 
     @property
@@ -157,14 +157,16 @@ class FP8Mapping(SchemeMapping):
                 self._stacked[module] = StackedExperts(module, next(iter(pair.values())).experts, *pair)
         return found
 
-    def _kept(self, module: str) -> str | None:
-        name = next((n for n in _KEPT_PLAIN if f".{module}".endswith(f".{n}")), None)
-        if name is not None:
-            return f"{name} is plain in every checkpoint of this method"
+    def _partial(self, module: str) -> str | None:
         n, k = self.index[f"{module}.weight"].shape
         if self._tile is not None and (n % self._tile[0] or k % self._tile[1]):
             return f"a weight without whole {self._tile[0]}x{self._tile[1]} tiles is left plain by the writer"
         return None
+
+
+def _kept(module: str) -> str | None:
+    name = next((n for n in _KEPT_PLAIN if f".{module}".endswith(f".{n}")), None)
+    return None if name is None else f"{name} is plain in every checkpoint of this method"
 
 
 def _skipped(config: CheckpointConfig) -> tuple[str, tuple[str, ...]]:

@@ -80,8 +80,10 @@ class BlockRules:
         quantized: Collection[str],
         skipped: Patterns,
         rule: Callable[[str], str | None] = lambda module: None,
+        last: Callable[[str], str | None] = lambda module: None,
     ) -> None:
-        self.config, self.skipped, self.rule = config, skipped, rule
+        """rule, last: why a method keeps a module plain, asked after the configuration's list, and at the very end."""
+        self.config, self.skipped, self.rule, self.last = config, skipped, rule, last
         for module in quantized:
             entry = skipped.find(module)
             if entry is not None:
@@ -113,6 +115,9 @@ class BlockRules:
             return "a router is not quantized by this method"
         if self.within and not any(f".{module}".endswith(f".{n}") for n in self.within):
             return "not in modules_in_block_to_quantize"
+        named = self.last(module)
+        if named is not None:
+            return named
         raise CheckpointError(
             f"{self.config.folder}: {module}: the configuration quantizes every Linear layer of its block, "
             f"but the file holds a plain weight and no rule excludes it{self.skipped.partial(module)}"
