@@ -225,9 +225,7 @@ def transposed(t: QTensor) -> QTensor:
     """[..., N, K] as [..., K, N]: the same codes, every block turned (row to col, g<k> to kx1, n x k to k x n)."""
     block, fmt = t.format.block, t.format
     if t.layout != "canonical":
-        raise ShardError(
-            f"{fmt}: layout {t.layout!r} is a backend's own; `QuantOps.restore` it first"
-        )
+        raise ShardError(f"{fmt}: layout {t.layout!r} is a backend's own; `QuantOps.restore` it first")
     if t.group_index is not None:
         raise ShardError(f"{fmt}: a group index orders columns; act-order groups have no transpose")
     if fmt.sparsity is not None:

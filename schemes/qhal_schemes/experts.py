@@ -17,6 +17,7 @@ from torch import Tensor
 from qhal.errors import CheckpointError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import Activation, ExpertsFormat, LinearFormat
+from qhal.recoding import recode
 from qhal.specs import ExpertsSpec, LinearSpec, Operand
 from qhal.tensors import QTensor
 from qhal_schemes.config import CheckpointConfig
@@ -246,7 +247,7 @@ def _stack_weights(weights: Sequence[QTensor]) -> QTensor:
     formats = {str(w.format): w.format for w in weights}
     if len(formats) > 1:
         rows = [f for f in formats.values() if all(_tensor_free(f, other) for other in formats.values())]
-        weights = [_rows(w, rows[0]) for w in weights] if rows else weights
+        weights = [recode(w, rows[0]) for w in weights] if rows else weights
     return QTensor.stack(list(weights))
 
 
@@ -256,17 +257,3 @@ def _tensor_free(f: Format, other: Format) -> bool:
         return f == other
     same = f.block == other.block or (str(f.block), str(other.block)) == ("row", "tensor")
     return same and _tensor_free(f.scale, other.scale) and replace(f, block=other.block, scale=other.scale) == other
-
-
-def _rows(w: QTensor, to: Format) -> QTensor:
-    """The same numbers in a format that `_tensor_free` allows: per-tensor scales as one value for every row."""
-    if w.format == to or to.scale is None or w.scale is None:
-        return w
-    if w.zero is not None or w.offset is not None:
-        raise ShardError(f"{w.format}: experts with per-tensor and per-row scales cannot be stacked")
-    scale = w.scale if isinstance(w.scale, Tensor) else _rows(w.scale, to.scale)
-    if w.format.block != to.block:
-        if isinstance(scale, QTensor):
-            raise ShardError(f"{w.format}: experts with per-tensor and per-row scales cannot be stacked")
-        scale = scale.expand(*scale.shape[:-2], w.shape[-2], 1).contiguous()
-    return replace(w, format=to, scale=scale)

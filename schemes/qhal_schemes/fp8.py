@@ -136,7 +136,9 @@ class FP8Mapping(SchemeMapping):
         if "input" not in t:
             return Operand(fmt)
         checks.scales(self.index, s.names["input"], t["input"], positive=True)
-        return Operand(fmt, t["input"].reshape(-1, 1, 1) if s.experts else t["input"].reshape(1))
+        if s.experts:
+            return Operand(fmt, t["input"].reshape(-1, 1), per_expert=True)
+        return Operand(fmt, t["input"].reshape(1))
 
     def _input_format(self, s: Stored) -> Format:
         return _input_format(s.input_dtype, None if self._tile is None else self._tile[1], self._scale_fmt == "ue8m0")

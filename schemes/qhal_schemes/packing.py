@@ -106,7 +106,7 @@ def unpack_int4(packed: Tensor, dim: int) -> Tensor:
 
 def pack_int4(codes: Tensor, dim: int) -> Tensor:
     """int8 pairs from codes -8..7; the inverse of `unpack_int4`. The axis is even."""
-    low, high = torch.unbind(codes.view(torch.uint8).unflatten(dim, (-1, 2)), dim % codes.dim() + 1)
+    low, high = torch.unbind(codes.to(torch.int8).view(torch.uint8).unflatten(dim, (-1, 2)), dim % codes.dim() + 1)
     return ((low & 15) | (high << 4)).view(torch.int8)
 
 

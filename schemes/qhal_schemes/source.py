@@ -151,7 +151,7 @@ class TensorIndex(Mapping[str, TensorEntry]):
         """The free-form `__metadata__` of the headers, all files together; it is read again, as few formats need it."""
         found: dict[str, str] = {}
         for file in dict.fromkeys(entry.file for entry in self.entries.values()):
-            value = _load_header(_inside(self.folder, file))[0].get("__metadata__", {})
+            value = _load_header(inside(self.folder, file))[0].get("__metadata__", {})
             if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
                 raise CheckpointError(f"{self.folder / file}: __metadata__: expected an object of texts")
             found |= value
