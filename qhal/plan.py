@@ -140,6 +140,7 @@ def resolve(
     dtype: torch.dtype | None = None,
     numerics: NumericsClass | None = None,
     page: int = 16,
+    also: Iterable[tuple[str, Request]] = (),
 ) -> Plan:
     """Ask `ops` what every layer would execute; refuse by `policy` (PlanError lists every offending entry).
 
@@ -149,6 +150,7 @@ def resolve(
     dtype     of the activations; default the model's own, bfloat16 for bare specs
     numerics  the loosest class accepted everywhere; default each format's minimum
     page      slots of a page of every cache
+    also      (layer name, request) of what an engine asks beyond the layers themselves, such as attention
     """
     if policy not in get_args(Policy):
         raise PolicyError(f"policy {policy!r}: choose one of {', '.join(get_args(Policy))}")
@@ -162,6 +164,8 @@ def resolve(
     for f in formats:
         for request in requests(f, dtype, m=m, numerics=numerics, page=page):
             grouped.setdefault(request, []).append(f.name)
+    for name, request in also:
+        grouped.setdefault(request, []).append(name)
     entries = tuple(_entry(request, names, ops, world) for request, names in grouped.items())
     plan = Plan(entries, policy, ops.name, str(ops.device), INTERFACE_VERSION, dtype_name(dtype), _digest(entries))
     offending = plan.offending(policy)

@@ -11,3 +11,7 @@ class EngineMissingError(QhalError, ImportError):
 
 class EngineError(QhalError):
     """An engine's model, options or placement that an adapter cannot serve; nothing was loaded."""
+
+
+class EngineWarning(UserWarning):
+    """An engine runs what was asked, but with something that its caller should know."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qhal.errors import CheckpointError, ShardError
-from qhal.layer_formats import ExpertsFormat, LayerFormat, LinearFormat
+from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat, LinearFormat
 from qhal.specs import ExpertsSpec, KVSpec, LinearSpec
 from qhal_schemes import experts as expert_modules
 from qhal_schemes.allocator import Loading
@@ -156,11 +156,12 @@ class Checkpoint:
             elif group.prefix not in seen:
                 seen.add(group.prefix)
                 found.append(self.experts_format(group.prefix))
-        for layer in self._mapping.kv_layers:
-            cache = self._mapping.kv_format(layer)
-            if cache is not None:
-                found.append(cache)
-        return found
+        return [*found, *self.kv_formats().values()]
+
+    def kv_formats(self) -> dict[int, KVFormat]:
+        """The cache format of every layer whose cache the checkpoint quantizes, by layer number; reads no data."""
+        found = ((layer, self._mapping.kv_format(layer)) for layer in self._mapping.kv_layers)
+        return {layer: f for layer, f in found if f is not None}
 
     # ---------------------------------------------------------------- reading
 

@@ -1,0 +1,252 @@
+"""Which cache every layer gets: the checkpoint's own, or the one asked for at start-up; decided before any weight is
+read, as formats and requests that a plan can refuse. Imports no engine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+import qhal
+from qhal.elements import dtype_name, element
+from qhal.errors import CheckpointError, FormatError
+from qhal.formats import Format
+from qhal.interface import QuantOps
+from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat
+from qhal.plan import Plan, Policy
+from qhal.requests import AttentionRequest, KVRequest, Request
+from qhal.specs import KVSpec, Operand
+from qhal_engines import EngineError, EngineWarning
+from qhal_schemes import Checkpoint
+from qhal_schemes.kv_words import parse_kv
+
+PAGE = 16
+"""Slots of a page; the same that `qhal.layers.requests` asks for."""
+PHASES: tuple[Literal["prefill"], Literal["decode"]] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention: heads and features of Q, K and V, and what the softmax sees.
+
+    window  keys that a query sees, its own included; None: all before it
+    """
+
+    name: str
+    layer: int
+    heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """The cache of one layer. stored: the parts ("k", "v") whose static scales the checkpoint holds."""
+
+    attention: AttentionLayer
+    format: KVFormat
+    stored: tuple[str, ...] = ()
+
+    @property
+    def request(self) -> KVRequest:
+        """The planes to allocate."""
+        f = self.format  # replaced by the function of qhal/layers.py that makes a KVRequest, once it takes a page
+        return KVRequest(kind=f.kind, k=f.k, v=f.v, heads=f.heads, k_dim=f.k_dim, v_dim=f.v_dim, page=PAGE)
+
+    def attention_request(self, phase: Literal["prefill", "decode"], dtype: torch.dtype) -> AttentionRequest:
+        """Attention over this cache with activations of `dtype`; Q and P stay in it unless the checkpoint says else."""
+        a, plain = self.attention, Format(dtype_name(dtype))
+        return AttentionRequest(
+            kv=self.request,
+            heads=a.heads,
+            scale=a.scale,
+            phase=phase,
+            q=self.format.q or plain,
+            p=self.format.p or plain,
+            out=dtype,
+            window=a.window,
+            softcap=a.softcap,
+            sinks=a.sinks,
+        )
+
+    def read(self, checkpoint: Checkpoint) -> KVSpec:
+        """Formats and static scales; a part whose scales are not stored has none, and its planes stay at 1."""
+        f, spec = self.format, checkpoint.kv_format(self.attention.layer) if self.stored else None
+        k = spec.k if spec is not None and "k" in self.stored else Operand(f.k)
+        v = spec.v if spec is not None and "v" in self.stored else Operand(f.v)
+        q, p = (None, None) if spec is None else (spec.q, spec.p)
+        return KVSpec(k, v, q, p, f.kind, f.heads, f.k_dim, f.v_dim, f.name)
+
+
+def attention_layers(config: Mapping[str, Any]) -> list[AttentionLayer]:
+    """Every layer's attention as config.json describes it; CheckpointError for keys that are missing.
+
+    EngineError for layers that have no such cache: latent (MLA), linear, chunked or shared ones.
+    """
+    text = config.get("text_config") or config
+    count, heads, hidden = (_count(text, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    kv_heads = text.get("num_key_value_heads") or heads
+    dim = text.get("head_dim") or hidden // heads
+    if text.get("kv_lora_rank"):
+        raise EngineError(
+            "unsupported: a model with latent attention (MLA, kv_lora_rank) under a quantized cache: transformers "
+            "expands the latent rows before they reach its cache.\n  do: leave the cache format out"
+        )
+    kinds = text.get("layer_types") or [None] * count
+    wanted = {"full_attention", "sliding_attention", None}
+    odd = next((f"layer {i} is {kind!r}" for i, kind in enumerate(kinds) if kind not in wanted), None)
+    if odd or text.get("num_kv_shared_layers"):
+        raise EngineError(
+            f"unsupported: {odd or 'layers that share their keys (num_kv_shared_layers)'}; a quantized cache serves "
+            "full and sliding attention.\n  do: leave the cache format out"
+        )
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) is not False else None
+    scale = text.get("attention_multiplier") or (text.get("query_pre_attn_scalar") or dim) ** -0.5
+    return [
+        AttentionLayer(
+            name=f"model.layers.{i}.self_attn",
+            layer=i,
+            heads=heads,
+            kv_heads=kv_heads,
+            k_dim=dim,
+            v_dim=dim,
+            scale=float(scale),
+            window=window if kind != "full_attention" else None,
+            softcap=text.get("attn_logit_softcapping"),
+            sinks=text.get("model_type") == "gpt_oss",
+        )
+        for i, kind in enumerate(kinds[:count])
+    ]
+
+
+def cache_layers(
+    checkpoint: Checkpoint, kv_format: str | None, attention: list[AttentionLayer] | None = None
+) -> list[CacheLayer]:
+    """The cache of every layer that has a quantized one; [] where nobody asks for any.
+
+    kv_format  None or "auto": what the checkpoint says. Else one format for K and V or "K,V", words or names (see
+               qhal_schemes.kv_words); static scales of the same element and block still come from the checkpoint
+    attention  the layers of the loaded model; default: what config.json says
+
+    FormatError for a static integer format without scales in the checkpoint. Static scales of float formats are 1 then,
+    and one EngineWarning says so.
+    """
+    said = checkpoint.kv_formats()
+    asked = None if kv_format in (None, "auto") else parse_kv(str(kv_format))
+    if not said and asked is None:
+        return []
+    layers = attention_layers(checkpoint.config) if attention is None else attention
+    unknown = sorted(set(said) - {a.layer for a in layers})
+    if unknown:
+        raise CheckpointError(f"{checkpoint.path}: a cache of layer {unknown[0]}, but the model has {len(layers)}")
+    found = [_cache_layer(a, said.get(a.layer), asked, checkpoint) for a in layers if asked or a.layer in said]
+    ones = {str(f) for c in found for part, f in _parts(c.format) if part not in c.stored and _given(f)}
+    if ones:
+        warnings.warn(
+            f"the cache format {', '.join(sorted(ones))} has static scales and the checkpoint holds none: they are 1. "
+            "fp8_row, int8 and the group formats compute theirs",
+            EngineWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def resolve_with_caches(
+    checkpoint: Checkpoint,
+    ops: QuantOps,
+    policy: Policy,
+    caches: list[CacheLayer],
+    *,
+    dtype: torch.dtype | None = None,
+    world: int = 1,
+    experts_top_k: int | None = None,
+) -> Plan:
+    """`qhal.resolve` of the checkpoint with these caches instead of its own, and with the attention over them.
+
+    experts_top_k  the engine calls experts with Indexed groups of so many experts per token
+    """
+    dtype = dtype or checkpoint.dtype
+    layers = [f for f in checkpoint.layer_formats() if not isinstance(f, KVFormat)]
+    also: list[tuple[str, Request]] = []
+    if experts_top_k is not None:
+        for experts in (f for f in layers if isinstance(f, ExpertsFormat)):
+            also += [(experts.name, request) for request in indexed_requests(experts, dtype, experts_top_k)]
+        layers = [f for f in layers if not isinstance(f, ExpertsFormat)]
+    for cache in caches:
+        also += [(cache.attention.name, cache.attention_request(phase, dtype)) for phase in PHASES]
+    model = _Layers(dtype, (*layers, *(c.format for c in caches)))
+    return qhal.resolve(model, ops, policy, world=world, dtype=dtype, also=also)
+
+
+def indexed_requests(experts: ExpertsFormat, dtype: torch.dtype, top_k: int) -> list[Request]:
+    """The two grouped products of an expert layer that is called with token indices."""
+    from qhal.layers import expert_requests
+
+    return [replace(r, groups="indexed", top_k=top_k) for r in expert_requests(experts, dtype)]
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What `qhal.resolve` wants of a model."""
+
+    dtype: torch.dtype
+    formats: tuple[LayerFormat, ...]
+
+    def layer_formats(self) -> tuple[LayerFormat, ...]:
+        return self.formats
+
+
+def _cache_layer(
+    a: AttentionLayer, said: KVFormat | None, asked: tuple[Format, Format] | None, checkpoint: Checkpoint
+) -> CacheLayer:
+    base = said or KVFormat("mha", *(asked or ()), name=a.name)  # type: ignore[arg-type]  # one of the two is there
+    if base.kind != "mha":
+        raise EngineError(f"unsupported: {base.name}: a cache of kind {base.kind}; transformers keeps keys and values")
+    sizes = (a.kv_heads, a.k_dim, a.v_dim)
+    if any(x not in (0, y) for x, y in zip((base.heads, base.k_dim, base.v_dim), sizes, strict=True)):
+        raise CheckpointError(
+            f"{checkpoint.path}: {base.name}: a cache of {base.heads} heads of {base.k_dim} and {base.v_dim} features; "
+            f"the model's attention has {a.kv_heads} of {a.k_dim} and {a.v_dim}"
+        )
+    chosen, stored = {}, []
+    for part, own in (("k", said and said.k), ("v", said and said.v)):
+        wanted = own if asked is None else asked["kv".index(part)]
+        assert wanted is not None
+        if own is not None and (own.element, own.block, own.op) == (wanted.element, wanted.block, wanted.op):
+            wanted = own
+            stored.append(part)
+        elif _given(wanted) and element(wanted.element).kind in ("int", "uint"):
+            raise FormatError(
+                f"cache format {wanted} of {part} needs scales that the checkpoint does not hold; "
+                "formats with row or g<k> blocks compute theirs, for example int8.row*fp32"
+            )
+        chosen[part] = wanted
+    filled = replace(base, k=chosen["k"], v=chosen["v"], heads=sizes[0], k_dim=sizes[1], v_dim=sizes[2])
+    return CacheLayer(replace(a, name=base.name), filled, tuple(stored))
+
+
+def _parts(f: KVFormat) -> Iterator[tuple[str, Format]]:
+    yield "k", f.k
+    yield "v", f.v
+
+
+def _given(f: Format) -> bool:
+    """Whether something of the format is no function of the row: a static scale, or the outer one of two levels."""
+    static = f.block is not None and f.block.kind in ("tensor", "head", "col")
+    return static or (f.scale is not None and not f.scale.plain)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}; a cache needs to know it, as a number from 1")
+    return value
