@@ -154,14 +154,20 @@ def set_static(cache: KVCache, spec: KVSpec) -> None:
 
 
 def expert_requests(
-    f: ExpertsFormat, dtype: torch.dtype, *, m: tuple[int, int] = (1, 8192), numerics: NumericsClass | None = None
+    f: ExpertsFormat,
+    dtype: torch.dtype,
+    *,
+    m: tuple[int, int] = (1, 8192),
+    numerics: NumericsClass | None = None,
+    groups: Literal["offsets", "masked", "indexed"] = "offsets",
+    top_k: int = 1,
 ) -> tuple[GroupedRequest, GroupedRequest]:
-    """The two grouped products of an expert layer."""
+    """The two grouped products of an expert layer. groups, top_k: how the engine says which rows belong to whom."""
     first = gemm_request(f.gate_up, dtype, m=m, numerics=numerics)
     second = gemm_request(f.down, dtype, m=m, numerics=numerics)
     return (
-        GroupedRequest(gemm=first, experts=f.experts, groups="offsets", activation=f.activation),
-        GroupedRequest(gemm=second, experts=f.experts, groups="offsets"),
+        GroupedRequest(gemm=first, experts=f.experts, groups=groups, top_k=top_k, activation=f.activation),
+        GroupedRequest(gemm=second, experts=f.experts, groups=groups, top_k=top_k),
     )
 
 
@@ -202,12 +208,14 @@ def prepare_experts(
     dtype: torch.dtype = torch.bfloat16,
     m: tuple[int, int] = (1, 8192),
     numerics: NumericsClass | None = None,
+    groups: Literal["offsets", "masked", "indexed"] = "offsets",
+    top_k: int = 1,
 ) -> PreparedExperts:
-    """The experts of one layer on `ops`."""
+    """The experts of one layer on `ops`; groups and top_k as in `expert_requests`."""
     for part in (spec.gate_up, spec.down):
         if part.rotate_in or part.rotate_out or part.low_rank:
             raise ShardError(f"{spec.name}: rotations and low-rank branches inside experts are not supported yet")
-    first, second = expert_requests(spec.format, dtype, m=m, numerics=numerics)
+    first, second = expert_requests(spec.format, dtype, m=m, numerics=numerics, groups=groups, top_k=top_k)
 
     def one(part: LinearSpec, request: GroupedRequest) -> Prepared:
         inputs: list[Operand] = [o for o in (part.input, part.decode_input) if o is not None]

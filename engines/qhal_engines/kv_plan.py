@@ -17,6 +17,7 @@ from qhal.errors import CheckpointError, FormatError
 from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat
+from qhal.layers import expert_requests
 from qhal.plan import Plan, Policy
 from qhal.requests import AttentionRequest, KVRequest, Request
 from qhal.specs import KVSpec, Operand
@@ -179,19 +180,13 @@ def resolve_with_caches(
     also: list[tuple[str, Request]] = []
     if experts_top_k is not None:
         for experts in (f for f in layers if isinstance(f, ExpertsFormat)):
-            also += [(experts.name, request) for request in indexed_requests(experts, dtype, experts_top_k)]
+            pair = expert_requests(experts, dtype, groups="indexed", top_k=experts_top_k)
+            also += [(experts.name, request) for request in pair]
         layers = [f for f in layers if not isinstance(f, ExpertsFormat)]
     for cache in caches:
         also += [(cache.attention.name, cache.attention_request(phase, dtype)) for phase in PHASES]
     model = _Layers(dtype, (*layers, *(c.format for c in caches)))
     return qhal.resolve(model, ops, policy, world=world, dtype=dtype, also=also)
-
-
-def indexed_requests(experts: ExpertsFormat, dtype: torch.dtype, top_k: int) -> list[Request]:
-    """The two grouped products of an expert layer that is called with token indices."""
-    from qhal.layers import expert_requests
-
-    return [replace(r, groups="indexed", top_k=top_k) for r in expert_requests(experts, dtype)]
 
 
 @dataclass(frozen=True)

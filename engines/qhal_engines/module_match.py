@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from qhal.layer_formats import LinearFormat
+from qhal.layer_formats import ExpertsFormat, LinearFormat
 from qhal_engines import EngineError
 
 
@@ -40,6 +40,52 @@ def match_modules(model: nn.Module, layers: Iterable[LinearFormat]) -> dict[str,
     if lost:
         raise EngineError(_lost_text(type(model).__name__, lost, modules))
     return found
+
+
+def match_experts(model: nn.Module, experts: Iterable[ExpertsFormat], names: Iterable[str]) -> dict[str, str]:
+    """Prefix of experts in the checkpoint -> the model's module that keeps all of them in fused parameters.
+
+    names: the quantized modules of the checkpoint; the first of every group shows where transformers puts them.
+    Raises EngineError when the module is not one whose numbers are act(gate) * up, then down, then the weighted sum.
+    """
+    formats = {f.name: f for f in experts}
+    if not formats:
+        return {}
+    modules, rename, found = dict(model.named_modules()), _Renamer(model), {}
+    for name in names:
+        prefix = name.rpartition(".")[0].rpartition(".")[0]
+        if prefix in formats and prefix not in found:
+            target = rename.fused(name)
+            if target not in modules:
+                raise EngineError(_lost_text(type(model).__name__, [prefix], modules))
+            _check_experts(formats[prefix], target, modules[target])
+            found[prefix] = target
+    return found
+
+
+def _check_experts(f: ExpertsFormat, target: str, module: nn.Module) -> None:
+    """The flags are those that transformers' own dispatch of experts reads."""
+    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    odd = [f"{key}={getattr(module, key, None)}" for key, value in wanted.items() if getattr(module, key, None) != value]
+    gate = getattr(type(module), "_apply_gate", None)
+    if getattr(module, "has_post_expert_norm", False):
+        odd.append("has_post_expert_norm=True")
+    if getattr(gate, "__name__", "") != "_default_apply_gate":
+        odd.append("a gate of its own")
+    if odd or f.gate_up.bias or f.down.bias or not f.activation.gated:
+        raise EngineError(
+            f"unsupported: {f.name}: quantized experts of a {type(module).__name__} ({', '.join(odd) or 'with bias'}); "
+            "the transformers adapter runs gated experts without bias, gate rows first, as in Qwen3-MoE and Mixtral. "
+            "Nothing was loaded"
+        )
+    expected = {"gate_up_proj": [f.experts, f.gate_up.n, f.gate_up.k], "down_proj": [f.experts, f.down.n, f.down.k]}
+    for key, stored in expected.items():
+        shape = list(getattr(module, key).shape)
+        if shape != stored:
+            raise EngineError(
+                f"module {target!r}: the model has {key} of shape {shape}, the checkpoint {stored}; "
+                "config.json and the weights belong to different models"
+            )
 
 
 def ignore_patterns(modules: Iterable[str], found: Mapping[str, str]) -> set[str]:
@@ -110,13 +156,27 @@ class _Renamer:
         self._apply = core_model_loading.rename_source_key
 
     def __call__(self, name: str) -> str:
-        if self._apply is None:
-            return name
-        key, pattern = self._apply(f"{name}.weight", self._renamings, self._converters, self._prefix, self._state)
-        if pattern is not None:
+        key, fused = self._renamed(name)
+        if fused:
             raise EngineError(
                 f"the checkpoint quantizes {name!r}, which this transformers version merges with other tensors into "
-                f"the parameter {key!r}; the transformers adapter does not run quantized experts or other fused "
-                "parameters yet. Nothing was loaded"
+                f"the parameter {key!r}; of fused parameters the transformers adapter runs those of experts. Nothing "
+                "was loaded"
             )
-        return str(key).removesuffix(".weight")
+        return key.removesuffix(".weight")
+
+    def fused(self, name: str) -> str:
+        """The module whose parameter takes this expert's weight together with the others of its layer."""
+        key, fused = self._renamed(name)
+        if not fused:
+            raise EngineError(
+                f"unsupported: {name!r} is an expert of its own in this transformers version; the adapter runs experts "
+                "that transformers keeps in one parameter per layer. Nothing was loaded"
+            )
+        return key.rpartition(".")[0]
+
+    def _renamed(self, name: str) -> tuple[str, bool]:
+        if self._apply is None:
+            return f"{name}.weight", False
+        key, pattern = self._apply(f"{name}.weight", self._renamings, self._converters, self._prefix, self._state)
+        return str(key), pattern is not None

@@ -6,95 +6,47 @@
     print(model.qhal_plan.explain())
 
 The adapter knows no checkpoint format. It opens the folder with qhal_schemes, resolves the plan before any weight is
-read, puts a `QhalLinear` in place of every quantized linear, lets transformers load the rest, then prepares one module
-at a time, so that at no time more than one module's packed tensors are held beside the prepared ones.
+read, puts a `QhalLinear` in place of every quantized linear and a `QhalExperts` in place of a layer's quantized experts,
+lets transformers load the rest, then prepares one module at a time, so that at no time more than one module's packed
+tensors are held beside the prepared ones. A quantized cache, the checkpoint's or the one asked for with
+install(kv_format="fp8"), is attached last.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import qhal
 import qhal_schemes
 from qhal.errors import PolicyError
-from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat
+from qhal.layer_formats import ExpertsFormat
 from qhal.plan import Policy
-from qhal.prepared import PreparedLinear
 from qhal_engines import EngineError, EngineMissingError
-from qhal_engines.module_match import ignore_patterns, match_modules
+from qhal_engines.kv_plan import cache_layers, resolve_with_caches
+from qhal_engines.module_match import ignore_patterns, match_experts, match_modules
+from qhal_engines.modules import QhalExperts
+from qhal_engines.modules import QhalLinear as QhalLinear
+from qhal_schemes.kv_words import parse_kv
 
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
     from transformers.quantizers import auto as hf_auto
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from qhal_engines.kv_attach import attach, model_attention
 except ImportError as error:
     raise EngineMissingError(
         f"qhal_engines.transformers needs the package transformers, 5.17 or newer ({error}).\n"
         "  do: python -m pip install 'transformers>=5.17'"
     ) from error
 
-_log = logging.getLogger(__name__)
 POLICIES = ("exact", "error", "allow")
 _saved: dict[str, tuple[Any, Any]] = {}  # quant_method -> (quantizer, config class) that install() displaced, or None
-
-
-class QhalLinear(nn.Module):
-    """A linear layer whose weight lives in a backend. It has no parameters: `layer` holds everything.
-
-    x [..., in] -> [..., out], in the model's dtype; the numbers are those of the plan's entry for `name`.
-    """
-
-    def __init__(self, name: str, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.name, self.in_features, self.out_features = name, in_features, out_features
-        self.layer: Callable[[Tensor], Tensor] = self._not_loaded
-        self._prepared: PreparedLinear | None = None
-        self._placed: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The prepared layer on x."""
-        return self.layer(x)
-
-    def place(self, layer: PreparedLinear, device: torch.device, dtype: torch.dtype) -> None:
-        """Takes the prepared layer, which serves activations of `dtype` on `device` only."""
-        self._prepared, self._placed = layer, torch.empty(0, dtype=dtype, device=device)
-        # Few layers quantize their input in another way while decoding; the others are called with nothing in between.
-        self.layer = self._by_phase if layer.decode_index else layer
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the prepared layer keeps."""
-        return 0 if self._prepared is None else self._prepared.nbytes
-
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QhalLinear:
-        if self._placed is not None:
-            moved = fn(self._placed)
-            if (moved.device, moved.dtype) != (self._placed.device, self._placed.dtype):
-                raise EngineError(
-                    f"{self.name}: asked to move a quantized layer from {self._placed.dtype} on {self._placed.device} "
-                    f"to {moved.dtype} on {moved.device}; prepared weights stay where they were prepared.\n"
-                    "  do: load the model again with install(backend=...) and from_pretrained(dtype=...)"
-                )
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
-
-    def _by_phase(self, x: Tensor) -> Tensor:
-        """One new token per sequence, [batch, 1, in], is decoding."""
-        assert self._prepared is not None
-        return self._prepared(x, decode=x.dim() == 3 and x.shape[1] == 1)
-
-    def _not_loaded(self, x: Tensor) -> Tensor:
-        raise EngineError(f"{self.name}: called before its weight was loaded")
 
 
 class QhalConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -125,12 +77,13 @@ class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
     is_compileable = False
     backend = "auto"
     policy: Policy = "error"
+    kv_format: str | None = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._ops = qhal.select(self.backend)
         self._quantize = quantization_config.values.get("quantize")
-        self._pending: dict[str, QhalLinear] = {}
+        self._pending: dict[str, QhalLinear | QhalExperts] = {}
 
     def is_serializable(self, **_: Any) -> bool:
         """Prepared weights are not written back: the checkpoint on disk is the only source."""
@@ -153,62 +106,67 @@ class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = _folder(kwargs.get("checkpoint_files"), model.config.name_or_path)
         dtype = kwargs.get("dtype") or model.dtype
         checkpoint = qhal_schemes.open_checkpoint(folder, quantize=self._quantize)
-        plan = qhal.resolve(checkpoint, self._ops, policy=self.policy, dtype=dtype)
-        self._refuse_what_stays_unquantized(folder, checkpoint.layer_formats())
-        found = match_modules(model, [checkpoint.format(name) for name in checkpoint.modules(quantized=True)])
+        wants_caches = bool(checkpoint.kv_formats()) or self.kv_format not in (None, "auto")
+        caches = cache_layers(checkpoint, self.kv_format, model_attention(model)) if wants_caches else []
+        experts = [f for f in checkpoint.layer_formats() if isinstance(f, ExpertsFormat)]
+        top_k = _top_k(model) if experts else None
+        plan = resolve_with_caches(checkpoint, self._ops, self.policy, caches, dtype=dtype, experts_top_k=top_k)
+        names = checkpoint.modules(quantized=True)
+        inside = tuple(f"{f.name}." for f in experts)
+        linears = [checkpoint.format(name) for name in names if not name.startswith(inside)]
+        found_experts = match_experts(model, experts, names)
+        found = match_modules(model, linears)
         modules = dict(model.named_modules())
         for name, target in found.items():
             linear = modules[target]
             self._pending[name] = QhalLinear(name, linear.in_features, linear.out_features)
             model.set_submodule(target, self._pending[name])
+        for f in experts:
+            self._pending[f.name] = QhalExperts(f.name, f.experts)
+            model.set_submodule(found_experts[f.name], self._pending[f.name])
+        found |= found_experts
         replaced = set(found.values())
         ignored = model._keys_to_ignore_on_load_unexpected  # a set in transformers 5, a list or None in 4
         patterns = ignore_patterns(modules, found) | set(ignored or ())
+        patterns |= {rf"^{re.escape(c.format.name)}\.[kv]_(scale|zero_point)$" for c in caches}
         model._keys_to_ignore_on_load_unexpected = patterns if isinstance(ignored, set) else list(patterns)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for key in [k for k in tied if k.rpartition(".")[0] in replaced]:
             del tied[key]
-        self._checkpoint, self._plan, self._dtype = checkpoint, plan, dtype
+        self._checkpoint, self._plan, self._dtype, self._caches, self._top_k = checkpoint, plan, dtype, caches, top_k
         return model
 
-    def _refuse_what_stays_unquantized(self, folder: Path, layers: list[LayerFormat]) -> None:
-        """Nothing that the checkpoint quantizes may run unquantized without a word."""
-        experts = [layer.name for layer in layers if isinstance(layer, ExpertsFormat) and _quantized(layer)]
-        if experts:
-            raise EngineError(
-                f"{folder}: {len(experts)} modules of quantized experts (first: {experts[0]!r}); the transformers "
-                "adapter does not run quantized experts yet: transformers keeps all experts of a layer in one fused "
-                "parameter. Nothing was loaded; qhal's own checkpoint.load_experts(...) runs them"
-            )
-        caches = [layer for layer in layers if isinstance(layer, KVFormat)]
-        if caches:
-            text = (
-                f"{folder}: the checkpoint quantizes the key-value cache ({caches[0]}), but transformers keeps its own "
-                "cache in the model's dtype"
-            )
-            if self.policy != "allow":
-                raise EngineError(f"{text}. Nothing was loaded.\n  do: install(policy='allow') runs it that way")
-            _log.warning("%s; policy 'allow' runs it that way", text)
-
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        device = torch.device(self._ops.device)
+        device, checkpoint = torch.device(self._ops.device), self._checkpoint
         for name, module in tqdm(self._pending.items(), desc="Preparing quantized layers"):
-            layer = self._checkpoint.load_linear(name, self._ops, dtype=self._dtype)
-            module.place(layer, device, self._dtype)
+            if isinstance(module, QhalExperts):
+                groups = {"groups": "indexed", "top_k": self._top_k}
+                module.place(checkpoint.load_experts(name, self._ops, None, self._dtype, **groups), device, self._dtype)
+            else:
+                module.place(checkpoint.load_linear(name, self._ops, dtype=self._dtype), device, self._dtype)
+        if self._caches:
+            specs = {c.attention.layer: c.read(checkpoint) for c in self._caches}
+            attach(model, self._ops, self._caches, specs, self._dtype)
         model.qhal_plan = self._plan
         del self._checkpoint, self._pending
         return model
 
 
-def install(backend: str = "auto", policy: Policy = "error") -> None:
+def install(backend: str = "auto", policy: Policy = "error", kv_format: str | None = None) -> None:
     """Takes over transformers' table of quantizers for every quant_method that qhal_schemes reads.
 
     backend: as for `qhal.select`; it is selected when a model is loaded. policy: as for `qhal.resolve`; "report" runs
-    nothing and is refused here. A second call replaces the settings of the first. `uninstall` puts the table back.
+    nothing and is refused here. kv_format: None or "auto" gives every layer the cache that the checkpoint says; a word
+    or format, "K,V" if they differ, gives all layers that one (`qhal_schemes.kv_words`). A model that is not quantized
+    gets it with from_pretrained(quantization_config=QhalConfig()).
+    A second call replaces the settings of the first. `uninstall` puts the table back.
     """
     if policy not in POLICIES:
         raise PolicyError(f"policy {policy!r}: an engine runs the model, so it is one of {', '.join(POLICIES)}")
-    quantizer = type("QhalQuantizer", (QhalQuantizer,), {"backend": backend, "policy": policy})
+    if kv_format not in (None, "auto"):
+        parse_kv(str(kv_format))  # a wrong name is found now, not when a model is loaded
+    settings = {"backend": backend, "policy": policy, "kv_format": kv_format}
+    quantizer = type("QhalQuantizer", (QhalQuantizer,), settings)
     quantizers, configs = hf_auto.AUTO_QUANTIZER_MAPPING, hf_auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     for method in (key for name in ("qhal", *qhal_schemes.known_methods()) for key in (name, *_keys(name))):
         _saved.setdefault(method, (quantizers.get(method), configs.get(method)))
@@ -246,8 +204,12 @@ def _folder(files: Any, name: str) -> Path:
     return folders.pop()
 
 
-def _quantized(experts: ExpertsFormat) -> bool:
-    return experts.gate_up.quantized or experts.down.quantized
+def _top_k(model: Any) -> int:
+    """Experts per token."""
+    value = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    if not isinstance(value, int):
+        raise EngineError(f"unsupported: {type(model).__name__} has experts, but no num_experts_per_tok in its config")
+    return value
 
 
 def _same_device(wanted: Any, device: torch.device) -> bool:

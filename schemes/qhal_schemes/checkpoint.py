@@ -276,11 +276,15 @@ class Checkpoint:
         ops: QuantOps,
         experts: range | tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
+        **groups: Any,
     ) -> PreparedExperts:
-        """The experts of one layer on `ops`. experts: range or (first, count) for expert parallelism."""
+        """The experts of one layer on `ops`. experts: range or (first, count) for expert parallelism.
+
+        groups: `groups` and `top_k` as in `qhal.layers.expert_requests`.
+        """
         from qhal.layers import prepare_experts
 
-        layer = prepare_experts(self.experts_spec(prefix, experts), ops, dtype=dtype or self.dtype)
+        layer = prepare_experts(self.experts_spec(prefix, experts), ops, dtype=dtype or self.dtype, **groups)
         self._loading.add(layer.nbytes)
         return layer
 
