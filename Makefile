@@ -9,7 +9,7 @@ DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/roc
 SOURCES := qhal schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
-.PHONY: help dev demo test lint format conformance docs bench clean
+.PHONY: help dev demo kv-quality test lint format conformance docs bench clean
 help:
 	@head -2 Makefile | sed 's/^# //'
 
@@ -26,6 +26,9 @@ $(VENV)/.installed: pyproject.toml requirements-dev.txt $(wildcard backends/*/py
 
 demo: dev
 	$(BIN)/python examples/demo/demo.py
+
+kv-quality: dev
+	$(BIN)/python examples/kv_quality/kv_quality.py
 
 lint: dev
 	$(BIN)/ruff check $(SOURCES)

@@ -93,7 +93,11 @@ def pattern(
         window = local_size
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
-    if attention_mask is not None and window is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+    if (
+        attention_mask is not None
+        and window is not None
+        and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any())
+    ):
         raise _no_pattern("a sliding window over padding that stands behind tokens")
     return Pattern(attention_mask, window)
 

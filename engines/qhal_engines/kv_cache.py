@@ -219,4 +219,3 @@ def fill_static(cache: KVCache, spec: KVSpec) -> None:
             cache.set_static(f"{part}.scale" if scale.plain else f"{part}.scale.scale", operand.scale)
         if operand.zero is not None:
             cache.set_static(f"{part}.zero", operand.zero)
-

@@ -137,7 +137,9 @@ class Batches:
         """The batch of this request, planned with the lengths and pages of this step."""
         need = (len(step.query_lens), int(step.query_lens.sum()), step.table.shape[1])
         found = self._made.get(request)
-        if found is None or any(n > m for n, m in zip(need, (found[0].batch, found[0].tokens, found[0].pages), strict=True)):
+        if found is None or any(
+            n > m for n, m in zip(need, (found[0].batch, found[0].tokens, found[0].pages), strict=True)
+        ):
             limits = Limits(need[0], max(need[1], 1), 2 * need[2])  # pages grow with every token: ask rarely
             found = self._made[request] = (limits, self._ops.attention_batch(request, limits))
             self._planned.pop(request, None)

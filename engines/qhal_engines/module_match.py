@@ -66,7 +66,9 @@ def match_experts(model: nn.Module, experts: Iterable[ExpertsFormat], names: Ite
 def _check_experts(f: ExpertsFormat, target: str, module: nn.Module) -> None:
     """The flags are those that transformers' own dispatch of experts reads."""
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    odd = [f"{key}={getattr(module, key, None)}" for key, value in wanted.items() if getattr(module, key, None) != value]
+    odd = [
+        f"{key}={getattr(module, key, None)}" for key, value in wanted.items() if getattr(module, key, None) != value
+    ]
     gate = getattr(type(module), "_apply_gate", None)
     if getattr(module, "has_post_expert_norm", False):
         odd.append("has_post_expert_norm=True")
