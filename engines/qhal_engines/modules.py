@@ -1,4 +1,4 @@
-"""The modules that stand in a transformers model where the checkpoint has quantized weights. They have no parameters."""
+"""The modules that stand in a model of transformers where the checkpoint has quantized weights."""
 
 from __future__ import annotations
 

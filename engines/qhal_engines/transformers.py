@@ -6,9 +6,9 @@
     print(model.qhal_plan.explain())
 
 The adapter knows no checkpoint format. It opens the folder with qhal_schemes, resolves the plan before any weight is
-read, puts a `QhalLinear` in place of every quantized linear and a `QhalExperts` in place of a layer's quantized experts,
-lets transformers load the rest, then prepares one module at a time, so that at no time more than one module's packed
-tensors are held beside the prepared ones. A quantized cache, the checkpoint's or the one asked for with
+read, puts a `QhalLinear` in place of every quantized linear and a `QhalExperts` in place of a layer's quantized
+experts, lets transformers load the rest, then prepares one module at a time, so that at no time more than one module's
+packed tensors are held beside the prepared ones. A quantized cache, the checkpoint's or the one asked for with
 install(kv_format="fp8"), is attached last.
 """
 

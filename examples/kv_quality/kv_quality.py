@@ -2,8 +2,8 @@
 
     python examples/kv_quality/kv_quality.py [--cache build/demo] [--out docs/quality] [--json]
 
-Model, text and windows are the demo's (SmolLM2-135M-Instruct, Newton's Opticks). Only the cache differs from row to row;
-weights and activations stay bf16. Formats whose static scales are "calibrated" take them from the largest magnitudes
+Model, text and windows are the demo's (SmolLM2-135M-Instruct, Newton's Opticks). Only the cache differs from row to
+row; weights and activations stay bf16. Formats whose static scales are "calibrated" take them from the largest magnitudes
 of K and V over 512 tokens of the same text before the first window.
 """
 
@@ -117,6 +117,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(arguments.threads)
+    ran = commit()
     ops = qhal.select(arguments.backend)
     files = prepare(arguments.cache)
     checkpoint = qhal_schemes.open_checkpoint(files.checkpoint)
@@ -154,7 +155,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "tokens": arguments.windows * 511,
         "backend": f"{ops.name} on {ops.device}, {arguments.threads} thread(s)",
         "level": "L2" if ops.device.type == "cpu" else "L3",
-        "commit": commit(),
+        "commit": ran,
         "transformers_perplexity": own,
         "rows": [asdict(row) for row in rows],
     }
@@ -226,7 +227,7 @@ def write(report: dict[str, Any], rows: list[Row], out: Path) -> None:
     lines = [
         "# Perplexity by cache format",
         "",
-        "Made by `make kv-quality` (`examples/kv_quality/kv_quality.py`); only the format of the key-value cache differs.",
+        "Made by `make kv-quality` (`examples/kv_quality/`); only the format of the key-value cache differs.",
         "",
         f"* model: {report['model']}; text: {report['text']}",
         f"* {report['windows']} windows of 512 tokens, {report['tokens']} predictions, the same for every row",
@@ -251,8 +252,8 @@ def write(report: dict[str, Any], rows: list[Row], out: Path) -> None:
 
 
 NOTES = (
-    "A row block is one (token, head) vector of 64 features, so `g64` would be `row` here. Bits per element count codes",
-    "and paged scales; static scales are a few bytes per layer. One small model and one text: no claim about others.",
+    "A row block is one (token, head) vector of 64 features, so `g64` would be `row` here. Bits per element count",
+    "codes and paged scales; static scales are a few bytes per layer. One small model, one text: no claim about others.",
 )
 
 
