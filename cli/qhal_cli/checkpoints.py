@@ -15,12 +15,16 @@ from qhal.elements import WIDE
 from qhal.errors import CheckpointError, FormatError, PlanError
 from qhal.plan import Policy
 from qhal_cli.output import Json, console, emit, progress, size, table
+from qhal_engines.kv_plan import plan_with_caches
 from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
 from qhal_schemes.source import DTYPES
 from qhal_schemes.strict_json import is_file
 from qhal_schemes.writing import AtomicFile, StreamingSafetensors, TensorLayout
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+KVFormatOption = Annotated[
+    str | None, typer.Option(help="Of the cache: fp8, int8, int4, nvfp4, any format name, or K,V [the checkpoint's].")
+]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder: config.json and safetensors.")]
 
 
@@ -71,14 +75,15 @@ def plan(
     policy: Annotated[str, typer.Option(help="exact, error, allow or report.")] = "error",
     world: Annotated[int, typer.Option(min=1, help="Ranks of tensor parallelism.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Of the activations: bf16, fp16, fp32.")] = None,
+    kv_format: KVFormatOption = None,
     json: Json = False,
 ) -> None:
-    """What would execute for every layer. Exits with 1 if the policy refuses.
+    """What would execute for every layer and cache. Exits with 1 if the policy refuses.
 
     exact refuses every deviation, error refuses downgrades, allow runs and lists them, report only tells.
 
     Examples:
-      qhal plan CKPT --backend cpu_reference
+      qhal plan CKPT --backend cpu_reference --kv-format fp8
       qhal plan CKPT --backend NAME --arch ARCH --policy report --json
     """
     if policy not in get_args(Policy):
@@ -86,7 +91,7 @@ def plan(
     ops = qhal.select(backend, arch=arch)
     chosen = None if dtype is None else _dtype(dtype)
     try:
-        result = qhal.resolve(open_checkpoint(checkpoint), ops, policy=policy, world=world, dtype=chosen)  # type: ignore[arg-type]
+        result = plan_with_caches(open_checkpoint(checkpoint), ops, policy, kv_format, dtype=chosen, world=world)  # type: ignore[arg-type]
     except PlanError as error:
         if not json:
             raise

@@ -107,6 +107,12 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop("qhal_kv", None)
 
 
+def cache_name(model: nn.Module) -> str | None:
+    """The formats of the attached caches, as the plan writes them; None without one."""
+    found: list[LayerKV] = [m.__dict__["qhal_kv"] for m in model.modules() if "qhal_kv" in m.__dict__]
+    return "; ".join(dict.fromkeys(f"k={kv.request.k} v={kv.request.v}" for kv in found)) or None
+
+
 class _UsesCache:
     """A hook before forward: a call that wants a cache gets ours, and another kind of cache is refused.
 
@@ -122,10 +128,9 @@ class _UsesCache:
     def __call__(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.name:
             return None
-        args_given = list(args)
         name = next((n for n in _NAMES if kwargs.get(n) is not None), self.name)
         positional = len(args) > self.position
-        given = args[self.position] if positional else kwargs.get(name)
+        given: Any = args[self.position] if positional else kwargs.get(name)
         if isinstance(given, QhalCache):
             if [layer.kv for layer in given.layers] != list(self.layers):
                 raise EngineError("the cache belongs to another model, or to another cache format of this one")
@@ -141,6 +146,5 @@ class _UsesCache:
             return None
         ours = QhalCache(self.layers)
         if positional:
-            args_given[self.position] = ours
-            return tuple(args_given), kwargs
+            return (*args[: self.position], ours, *args[self.position + 1 :]), kwargs
         return args, {**kwargs, name: ours}

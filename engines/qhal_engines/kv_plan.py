@@ -161,6 +161,25 @@ def cache_layers(
     return found
 
 
+def plan_with_caches(
+    checkpoint: Checkpoint,
+    ops: QuantOps,
+    policy: Policy,
+    kv_format: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    world: int = 1,
+) -> Plan:
+    """The plan of a checkpoint with the caches of `cache_layers` and the attention over them, without a model.
+
+    Caches of latent attention stand in it as the checkpoint describes them, without their attention.
+    """
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    if kv_format in (None, "auto") and text.get("kv_lora_rank"):
+        return qhal.resolve(checkpoint, ops, policy, dtype=dtype, world=world)
+    return resolve_with_caches(checkpoint, ops, policy, cache_layers(checkpoint, kv_format), dtype=dtype, world=world)
+
+
 def resolve_with_caches(
     checkpoint: Checkpoint,
     ops: QuantOps,
@@ -203,7 +222,9 @@ class _Layers:
 def _cache_layer(
     a: AttentionLayer, said: KVFormat | None, asked: tuple[Format, Format] | None, checkpoint: Checkpoint
 ) -> CacheLayer:
-    base = said or KVFormat("mha", *(asked or ()), name=a.name)  # type: ignore[arg-type]  # one of the two is there
+    own = {} if said is None else {"k": said.k, "v": said.v}
+    wanted = own if asked is None else dict(zip("kv", asked, strict=True))
+    base = said or KVFormat("mha", wanted["k"], wanted["v"], name=a.name)
     if base.kind != "mha":
         raise EngineError(f"unsupported: {base.name}: a cache of kind {base.kind}; transformers keeps keys and values")
     sizes = (a.kv_heads, a.k_dim, a.v_dim)
@@ -212,20 +233,18 @@ def _cache_layer(
             f"{checkpoint.path}: {base.name}: a cache of {base.heads} heads of {base.k_dim} and {base.v_dim} features; "
             f"the model's attention has {a.kv_heads} of {a.k_dim} and {a.v_dim}"
         )
-    chosen, stored = {}, []
-    for part, own in (("k", said and said.k), ("v", said and said.v)):
-        wanted = own if asked is None else asked["kv".index(part)]
-        assert wanted is not None
-        if own is not None and (own.element, own.block, own.op) == (wanted.element, wanted.block, wanted.op):
-            wanted = own
+    stored = []
+    for part, f in wanted.items():
+        mine = own.get(part)
+        if mine is not None and (mine.element, mine.block, mine.op) == (f.element, f.block, f.op):
+            wanted[part] = mine
             stored.append(part)
-        elif _given(wanted) and element(wanted.element).kind in ("int", "uint"):
+        elif _given(f) and element(f.element).kind in ("int", "uint"):
             raise FormatError(
-                f"cache format {wanted} of {part} needs scales that the checkpoint does not hold; "
-                "formats with row or g<k> blocks compute theirs, for example int8.row*fp32"
+                f"cache format {f} of {part} needs scales that the checkpoint does not hold; formats with row or g<k> "
+                "blocks compute theirs, for example int8.row*fp32"
             )
-        chosen[part] = wanted
-    filled = replace(base, k=chosen["k"], v=chosen["v"], heads=sizes[0], k_dim=sizes[1], v_dim=sizes[2])
+    filled = replace(base, k=wanted["k"], v=wanted["v"], heads=sizes[0], k_dim=sizes[1], v_dim=sizes[2])
     return CacheLayer(replace(a, name=base.name), filled, tuple(stored))
 
 

@@ -13,15 +13,17 @@ from qhal_engines.transformers import QhalConfig
 _FOUND_BY_NAME = ("model.safetensors", "model.safetensors.index.json")
 
 
-def arguments(folder: str | Path) -> dict[str, Any]:
+def arguments(folder: str | Path, kv_format: str | None = None) -> dict[str, Any]:
     """Arguments for from_pretrained(folder, ...); none for a checkpoint that transformers recognizes by itself.
 
     Some formats say in a file of their own how weights are quantized (quant_model_description.json), so that
-    config.json has no section, and give their weight files other names. `install` must have been called.
+    config.json has no section, and give their weight files other names; a checkpoint without quantization needs a
+    section to get a quantized cache. `install` must have been called, with the same kv_format.
     """
     checkpoint = qhal_schemes.open_checkpoint(folder)
     found: dict[str, Any] = {}
-    if checkpoint.method and not any(key in checkpoint.config for key in ("quantization_config", "compression_config")):
+    wanted = checkpoint.method or kv_format is not None
+    if wanted and not any(key in checkpoint.config for key in ("quantization_config", "compression_config")):
         found["quantization_config"] = QhalConfig()
     if checkpoint.weights_file not in _FOUND_BY_NAME:
         found["config"] = AutoConfig.from_pretrained(folder)

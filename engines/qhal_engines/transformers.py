@@ -138,7 +138,7 @@ class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         device, checkpoint = torch.device(self._ops.device), self._checkpoint
-        for name, module in tqdm(self._pending.items(), desc="Preparing quantized layers"):
+        for name, module in tqdm(self._pending.items(), desc="Preparing quantized layers", disable=not self._pending):
             if isinstance(module, QhalExperts):
                 groups = {"groups": "indexed", "top_k": self._top_k}
                 module.place(checkpoint.load_experts(name, self._ops, None, self._dtype, **groups), device, self._dtype)

@@ -3,8 +3,8 @@
     python examples/kv_quality/kv_quality.py [--cache build/demo] [--out docs/quality] [--json]
 
 Model, text and windows are the demo's (SmolLM2-135M-Instruct, Newton's Opticks). Only the cache differs from row to
-row; weights and activations stay bf16. Formats whose static scales are "calibrated" take them from the largest magnitudes
-of K and V over 512 tokens of the same text before the first window.
+row; weights and activations stay bf16. Formats whose static scales are "calibrated" take them from the largest
+magnitudes of K and V over 512 tokens of the same text before the first window.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ def write(report: dict[str, Any], rows: list[Row], out: Path) -> None:
 
 NOTES = (
     "A row block is one (token, head) vector of 64 features, so `g64` would be `row` here. Bits per element count",
-    "codes and paged scales; static scales are a few bytes per layer. One small model, one text: no claim about others.",
+    "codes and paged scales; static scales are a few bytes per layer. One small model and one text: no claim about",
+    "others.",
 )
 
 
