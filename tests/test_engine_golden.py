@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import qhal
 import qhal_schemes
 from qhal.encoding import encode
+from qhal.errors import QhalError
+from qhal.formats import Format
+from qhal.specs import Operand
 
 transformers = pytest.importorskip("transformers")
 
 import qhal_engines.transformers as adapter  # noqa: E402
-from qhal_engines import EngineError  # noqa: E402
+from qhal_cpu_reference.kv import read  # noqa: E402
+from qhal_engines.kv_attach import cache_name  # noqa: E402
+from qhal_engines.kv_cache import QhalLayer  # noqa: E402
 from qhal_engines.loading import arguments  # noqa: E402
+from qhal_engines.modules import QhalExperts  # noqa: E402
 
 
 @pytest.fixture
@@ -117,19 +123,99 @@ def test_recognized_checkpoints_need_no_arguments(golden: Path) -> None:
     assert arguments(golden_case(golden, "awq/autoawq_b4_g128_gemm") / "checkpoint") == {}
 
 
-def test_golden_experts_are_refused(installed: None, golden: Path) -> None:
+@torch.inference_mode()
+def test_golden_experts_give_their_tools_logits(installed: None, golden: Path) -> None:
     folder = golden_case(golden, "compressed_tensors/moe_qwen3_w4a16_g64_ct013")
-    with pytest.raises(EngineError, match=r"quantized experts(.|\n)*Nothing was loaded"):
-        load(folder / "checkpoint")
+    expected = load_file(folder / "expected.safetensors")
+    model, info = load(folder / "checkpoint", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert isinstance(model.model.layers[0].mlp.experts, QhalExperts)
+    ids = expected["logits.input_ids"].long()
+    assert near(model(ids.reshape(-1, ids.shape[-1])).logits.reshape(expected["logits"].shape), expected["logits"])
 
 
-def test_a_quantized_cache_needs_the_word_allow(golden: Path) -> None:
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["moe_qwen3_fp8_dynamic", "moe_qwen3_w4a16_g64_ct013"])
+def test_golden_experts_give_the_products_of_their_decoded_weights(installed: None, golden: Path, case: str) -> None:
+    """Every product in float64, rounded where the contract rounds: the same bits."""
+    folder = golden_case(golden, f"compressed_tensors/{case}")
+    expected = load_file(folder / "expected.safetensors")
+    prefix = "model.layers.0.mlp.experts"
+    experts = load(folder / "checkpoint").get_submodule(prefix)
+    checkpoint = qhal_schemes.open_checkpoint(folder / "checkpoint")
+    spec = checkpoint.experts_spec(prefix)
+    for name in ("gate_proj", "up_proj", "down_proj"):  # what the tool says of one expert's weights
+        key = f"{prefix}.0.{name}"
+        assert torch.equal(checkpoint.dequantize(key).bfloat16().float(), expected[f"{key}.weight"])
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(9, spec.gate_up.weight.shape[-1], generator=g).bfloat16()
+    share, ids = torch.rand(9, 4, generator=g).topk(2)
+    ids[3, 1] = 4  # elsewhere, as expert parallelism writes it
+
+    def product(rows: torch.Tensor, name: str, operand: Operand | None) -> torch.Tensor:
+        rows = rows if operand is None else encode(rows, operand.format).dequantize()
+        return rows.double() @ checkpoint.dequantize(f"{prefix}.{name}").double().T
+
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(9):
+        for k, e in enumerate(ids[t].tolist()):
+            if e < 4:
+                gate, up = (product(x[t : t + 1], f"{e}.{n}_proj", spec.gate_up.input) for n in ("gate", "up"))
+                hidden = (torch.nn.functional.silu(gate) * up).bfloat16()
+                y[t] += share[t, k].double() * product(hidden, f"{e}.down_proj", spec.down.input)[0]
+    assert torch.equal(experts(x, ids, share), y.bfloat16())
+
+
+@torch.inference_mode()
+def test_a_golden_cache_runs_with_its_stored_scales(installed: None, golden: Path) -> None:
+    folder = golden_case(golden, "compressed_tensors/fp8_tensor_kv_fp8")
+    expected = load_file(folder / "expected.safetensors")
+    model, info = load(folder / "checkpoint", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert cache_name(model) == "k=e4m3fn.tensor*bf16 v=e4m3fn.tensor*bf16"
+    assert "attention[decode]" in model.qhal_plan.explain()
+
+    # what the tool's cache makes of keys and values; it computes quotients in bf16, where the serving rule says fp32
+    name = "model.layers.0.self_attn"
+    k, v = (expected[f"{name}.{part}_scale.input"].bfloat16() for part in "kv")
+    kv, rule = model.get_submodule(name).qhal_kv, Format.parse("e4m3fn.tensor*bf16@arith=bf16")
+    layer = QhalLayer(replace(kv, request=replace(kv.request, k=rule, v=rule)))
+    layer.write(layer.update(k, v)[0], None)
+    for which, part in enumerate("kv"):
+        held = read(layer.cache, which, torch.tensor(layer.sequences.pages[0]), 6)  # [tokens, heads, features]
+        assert torch.equal(held.transpose(0, 1)[None].bfloat16().float(), expected[f"{name}.{part}_scale.output"])
+
+    # the whole model: the same attention over keys and values that this file has rounded
+    ids = torch.arange(3, 27)[None]
+    ours = model(ids).logits
+    stored = load_file(folder / "checkpoint" / "model.safetensors")
+    scales = [stored[f"{name}.{part}_scale"].float() for part in "kv"]
+    stage = QhalLayer.update
+
+    def rounded(self: QhalLayer, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return stage(self, *(fake_fp8(x, s) for x, s in zip((keys, values), scales, strict=True)))
+
+    adapter.install("cpu_reference", kv_format="fp32")
+    plain = load(folder / "checkpoint")
+    assert not torch.equal(plain(ids).logits, ours)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QhalLayer, "update", rounded)
+        assert torch.equal(plain(ids).logits, ours)
+
+
+def fake_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_a_kv_format_replaces_the_golden_one(golden: Path) -> None:
     folder = golden_case(golden, "compressed_tensors/fp8_tensor_kv_fp8") / "checkpoint"
+    names = {"auto": "k=e4m3fn.tensor*bf16 v=e4m3fn.tensor*bf16", "fp8,int4": "k=e4m3fn.tensor*bf16 v=int4.row*fp32"}
     try:
-        adapter.install("cpu_reference")
-        with pytest.raises(EngineError, match=r"key-value cache(.|\n)*policy='allow'"):
+        for kv_format, name in names.items():
+            adapter.install("cpu_reference", kv_format=kv_format)
+            assert cache_name(load(folder)) == name  # fp8 per tensor: the stored scale is used
+        adapter.install("cpu_reference", kv_format="int8.tensor*fp32")
+        with pytest.raises(QhalError, match=r"int8\.tensor\*fp32 of k needs scales"):
             load(folder)
-        adapter.install("cpu_reference", policy="allow")
-        assert isinstance(load(folder).qhal_plan, qhal.Plan)
     finally:
         adapter.uninstall()

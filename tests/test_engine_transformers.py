@@ -18,13 +18,14 @@ import qhal
 import qhal_schemes
 from qhal.errors import PlanError, QhalError
 from qhal.formats import Format
-from qhal.layer_formats import LinearFormat
+from qhal.layer_formats import ExpertsFormat, LinearFormat
 
 transformers = pytest.importorskip("transformers")
 
 import qhal_engines.transformers as adapter  # noqa: E402
 from qhal_engines import EngineError  # noqa: E402
-from qhal_engines.module_match import ignore_patterns  # noqa: E402
+from qhal_engines.module_match import _check_experts, ignore_patterns  # noqa: E402
+from qhal_engines.modules import QhalExperts  # noqa: E402
 
 GROUP = 32
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -191,7 +192,7 @@ def test_a_policy_that_runs_nothing_is_refused() -> None:
 def test_a_refused_plan_stops_before_weights_are_read(
     installed: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(checkpoint: Any, ops: Any, policy: str, dtype: torch.dtype) -> None:
+    def refuse(checkpoint: Any, ops: Any, policy: str, dtype: torch.dtype, **_: Any) -> None:
         assert policy == "error" and dtype is torch.bfloat16
         raise PlanError("gemm runs at a lower precision", None)  # type: ignore[arg-type]
 
@@ -269,12 +270,64 @@ def test_a_quantized_head(installed: None, tmp_path: Path, tied: bool) -> None:
     assert torch.equal(model(IDS).logits, expected)  # the same decoded weights in the same torch call
 
 
-def test_quantized_experts_are_refused(installed: None, tmp_path: Path) -> None:
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_quantized_experts_give_the_decoded_models_numbers(installed: None, tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+        model, names = transformers.MixtralForCausalLM(config), ("w1", "w2", "w3")
+    else:
+        config = transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4, head_dim=16)
+        model, names = transformers.Qwen3MoeForCausalLM(config), ()
+    folder = write_checkpoint(tmp_path / "q", model, (*LINEARS, *names))
+    model, info = load(folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert sum(isinstance(module, QhalExperts) for module in model.modules()) == 2
+    assert "grouped_gemm[indexed] experts=4 top_k=2 act=silu" in model.qhal_plan.explain()
+    expected = dense(folder, tmp_path / "dense")(IDS).logits
+    assert (model(IDS).logits - expected).norm() <= 0.01 * expected.norm()  # it rounds to bf16 after every expert
+
+
+def test_experts_of_another_shape_or_kind_are_refused(installed: None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
     folder = write_checkpoint(tmp_path, transformers.MixtralForCausalLM(config), (*LINEARS, "w1", "w2", "w3"))
-    with pytest.raises(EngineError, match=r"experts.*\n?.*[Nn]othing was loaded"):
+    edit(folder, num_local_experts=2)
+    with pytest.raises(EngineError, match=r"gate_up_proj of shape \[2, 192, 64\], the checkpoint \[4, 192, 64\]"):
         load(folder)
+    with torch.device("meta"):
+        sizes = {k: v for k, v in SMALL.items() if k != "tie_word_embeddings"}
+        other = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, num_local_experts=4, head_dim=16))
+    weight = Format.parse("int4.g32*bf16")
+    gate_up, down = LinearFormat("gate_up", 192, 64, weight), LinearFormat("down", 64, 96, weight)
+    with pytest.raises(EngineError, match=r"has_bias=True.*a gate of its own"):
+        _check_experts(ExpertsFormat("experts", 4, gate_up, down), "experts", other.model.layers[0].mlp.experts)
+
+
+@torch.inference_mode()
+def test_a_kv_format_for_a_checkpoint_without_quantization(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).to(torch.bfloat16).eval()
+    plain.save_pretrained(tmp_path)
+    adapter.install("cpu_reference", kv_format="bf16")
+    try:
+        model = load(tmp_path, quantization_config=adapter.QhalConfig())
+        expected = plain(IDS).logits
+        assert (model(IDS).logits - expected).norm() <= 0.01 * expected.norm()
+        asked = [str(entry.request) for entry in model.qhal_plan.entries]
+        assert asked[0] == "kv[mha] k=bf16 v=bf16 heads=2 dims=16,16 page=16"
+        assert [text.partition("]")[0] for text in asked[1:]] == ["attention[prefill", "attention[decode"]
+        adapter.install("cpu_reference", kv_format="mxfp6_e3m2")
+        with pytest.raises(PlanError, match=r"kv\[mha\] k=e3m2(.|\n)*caches hold 4-, 8- or 16-bit elements"):
+            load(tmp_path, quantization_config=adapter.QhalConfig())
+        with pytest.raises(QhalError, match=r"'int9'(.|\n)*words for caches: fp8"):
+            adapter.install("cpu_reference", kv_format="int9")
+    finally:
+        adapter.uninstall()
 
 
 def test_moving_a_loaded_model_is_refused_not_ignored(installed: None, folder: Path) -> None:

@@ -107,10 +107,22 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop("qhal_kv", None)
 
 
+def new_cache(model: nn.Module) -> QhalCache:
+    """An empty cache for `model(cache=...)`, to be kept between calls; EngineError for a model without ours."""
+    found = _attached(model)
+    if not found:
+        raise EngineError(f"{type(model).__name__} has no quantized cache; load it with install(kv_format=...)")
+    return QhalCache(found)
+
+
 def cache_name(model: nn.Module) -> str | None:
     """The formats of the attached caches, as the plan writes them; None without one."""
-    found: list[LayerKV] = [m.__dict__["qhal_kv"] for m in model.modules() if "qhal_kv" in m.__dict__]
-    return "; ".join(dict.fromkeys(f"k={kv.request.k} v={kv.request.v}" for kv in found)) or None
+    return "; ".join(dict.fromkeys(f"k={kv.request.k} v={kv.request.v}" for kv in _attached(model))) or None
+
+
+def _attached(model: nn.Module) -> list[LayerKV]:
+    found = (module.__dict__.get("qhal_kv") for module in model.modules())
+    return sorted((kv for kv in found if kv is not None), key=lambda kv: kv.layer)
 
 
 class _UsesCache:
@@ -139,7 +151,7 @@ class _UsesCache:
         if given is not None and not fresh:
             raise EngineError(
                 f"unsupported: a {type(given).__name__} for a model whose cache is quantized by qhal.\n"
-                "  do: pass none (and no cache_implementation), or a QhalCache of this model"
+                "  do: pass none (and no cache_implementation), or what kv_attach.new_cache(model) makes"
             )
         use = kwargs.get("use_cache")
         if given is None and not (part.config.get_text_config(decoder=True).use_cache if use is None else use):

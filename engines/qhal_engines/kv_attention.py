@@ -78,6 +78,11 @@ def pattern(
         raise _no_pattern(f"an attention_mask of shape {tuple(attention_mask.shape)}")
     if kv_offset or kv_length != q_offset + q_length:
         raise _no_pattern(f"keys {kv_offset}:{kv_offset + kv_length} for queries {q_offset}:{q_offset + q_length}")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, kv_length):
+        raise EngineError(
+            f"attention_mask is {tuple(attention_mask.shape)}, must be {(batch_size, kv_length)}: {q_offset} columns "
+            f"are in the cache and {q_length} are new"
+        )
     window = None
     if mask_function is not causal_mask_function:
         if use_vmap:
@@ -120,6 +125,8 @@ def attend(
 
     Without a cache (use_cache=False) the keys of this call pass through one that is thrown away: same numbers.
     """
+    if isinstance(key, Staged):
+        key.layer.staged = False  # it arrived: a refusal below is not the next call's fault
     kv: LayerKV | None = getattr(module, "qhal_kv", None)
     if kv is None:
         raise EngineError(f"{type(module).__name__}: attention 'qhal' without a cache format; load the model with one")

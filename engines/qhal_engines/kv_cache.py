@@ -74,7 +74,7 @@ class QhalLayer(CacheLayerMixin):  # type: ignore[misc]
         self.columns = 0
         self.cache: KVCache | None = None
         self._planes: tuple[str, tuple[Plane, ...]] | None = None
-        self._staged = False
+        self.staged = False  # between update and the attention function
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Staged, Staged]:
         """Stages k [B, G, T, D] and v [B, G, T, Dv]; `write` puts them into the cache."""
@@ -85,12 +85,12 @@ class QhalLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{self.kv.name}: keys and values of {found} (heads, features); the plan has {r.heads} heads of "
                 f"{r.k_dim} and {r.v_dim}"
             )
-        if self._staged:
+        if self.staged:
             raise EngineError(
                 f"unsupported: {self.kv.name}: the keys of the last step never reached the attention function 'qhal'; "
                 "this model computes attention in its own way.\n  do: load it without a cache format"
             )
-        self._staged = True
+        self.staged = True
         staged = Staged(self, key_states, value_states)
         return staged, staged
 
@@ -102,7 +102,7 @@ class QhalLayer(CacheLayerMixin):  # type: ignore[misc]
         cache = self._room(self.sequences.count)
         rows = [t.detach().transpose(1, 2).reshape(batch * columns, heads, t.shape[3]) for t in (k, v)]
         self.kv.ops.quant_kv(rows[0], rows[1], cache, step.slots)
-        self.columns, self.is_initialized, self._staged = self.columns + columns, True, False
+        self.columns, self.is_initialized = self.columns + columns, True
         return step, cache
 
     def _room(self, pages: int) -> KVCache:
@@ -161,7 +161,7 @@ class QhalLayer(CacheLayerMixin):  # type: ignore[misc]
 class QhalCache(Cache):  # type: ignore[misc]
     """The caches of all layers of a model that `kv_attach.attach` prepared, for `model(cache=...)` and `generate`.
 
-    Made by itself when such a model is called with use_cache; make one to keep it between calls.
+    Made by itself when such a model is called with use_cache; `kv_attach.new_cache` makes one to keep between calls.
     """
 
     def __init__(self, layers: Sequence[LayerKV]) -> None:

@@ -58,7 +58,7 @@ class Sequences:
         """The step of `columns` new columns from column `start`; the first layer that asks makes room, the rest share.
 
         real  bool [B, start + columns], which columns hold tokens; None: all. EngineError if it contradicts what
-              earlier steps said, or if the batch changed.
+              earlier steps said, or if the batch changed
         """
         if self._step is not None and (self._step.start, self._step.columns) == (start, columns):
             return self._step
@@ -69,11 +69,6 @@ class Sequences:
             self.real, self.pages = torch.zeros(batch, 0, dtype=torch.bool), [[] for _ in range(batch)]
         if batch != len(self.pages):
             raise EngineError(f"the cache holds {len(self.pages)} sequences, this step has {batch}")
-        if tuple(seen.shape) != (batch, start + columns):
-            raise EngineError(
-                f"attention_mask is {tuple(seen.shape)}, must be {(batch, start + columns)}: {start} columns are in "
-                f"the cache and {columns} are new"
-            )
         if not torch.equal(seen[:, :start], self.real):
             raise EngineError(
                 "attention_mask hides other columns than in the calls before: what is in the cache cannot be masked "

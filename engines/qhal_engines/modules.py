@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ class _Placed(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self._prepared: PreparedLinear | PreparedExperts | None = None
+        self._prepared: Any = None  # a PreparedLinear or PreparedExperts
         self._placed: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the prepared layer keeps."""
-        return 0 if self._prepared is None else self._prepared.nbytes
+        return 0 if self._prepared is None else int(self._prepared.nbytes)
 
     def _apply(self: _M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _M:
         if self._placed is not None:
@@ -71,8 +71,8 @@ class QhalLinear(_Placed):
 
     def _by_phase(self, x: Tensor) -> Tensor:
         """One new token per sequence, [batch, 1, in], is decoding."""
-        assert isinstance(self._prepared, PreparedLinear)
-        return self._prepared(x, decode=x.dim() == 3 and x.shape[1] == 1)
+        y: Tensor = self._prepared(x, decode=x.dim() == 3 and x.shape[1] == 1)
+        return y
 
 
 class QhalExperts(_Placed):
@@ -92,13 +92,14 @@ class QhalExperts(_Placed):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The prepared experts on x; an index of num_experts, as expert parallelism writes it, is no expert here."""
-        if not isinstance(self._prepared, PreparedExperts):
+        if self._prepared is None:
             return self._not_loaded()
         ids = torch.where(top_k_index < self.num_experts, top_k_index, -1).to(torch.int32)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         top_k = ids.shape[-1]
         groups = Indexed(ids.reshape(-1, top_k), top_k_weights.reshape(-1, top_k).float())
-        return self._prepared(flat, groups).view(hidden_states.shape)
+        y: Tensor = self._prepared(flat, groups)
+        return y.view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

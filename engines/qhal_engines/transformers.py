@@ -157,8 +157,8 @@ def install(backend: str = "auto", policy: Policy = "error", kv_format: str | No
 
     backend: as for `qhal.select`; it is selected when a model is loaded. policy: as for `qhal.resolve`; "report" runs
     nothing and is refused here. kv_format: None or "auto" gives every layer the cache that the checkpoint says; a word
-    or format, "K,V" if they differ, gives all layers that one (`qhal_schemes.kv_words`). A model that is not quantized
-    gets it with from_pretrained(quantization_config=QhalConfig()).
+    or format, "K,V" if they differ, gives all layers that one (`qhal_schemes.kv_words`). transformers asks no quantizer
+    about a checkpoint that is not quantized: such a one needs from_pretrained(quantization_config=QhalConfig()).
     A second call replaces the settings of the first. `uninstall` puts the table back.
     """
     if policy not in POLICIES:
