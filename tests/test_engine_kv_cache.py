@@ -11,13 +11,17 @@ import torch
 import qhal
 from qhal.encoding import encode
 from qhal.formats import Format
+from qhal.layer_formats import KVFormat
 from qhal.specs import KVSpec, Operand
 
 transformers = pytest.importorskip("transformers")
 
+from transformers import masking_utils  # noqa: E402
+
 from qhal_cpu_reference.kv import read  # noqa: E402
-from qhal_engines import EngineError  # noqa: E402
+from qhal_engines import EngineError, kv_attention  # noqa: E402
 from qhal_engines.kv_attach import attach, cache_name, detach, model_attention, new_cache  # noqa: E402
+from qhal_engines.kv_attention import pattern  # noqa: E402
 from qhal_engines.kv_cache import QhalLayer  # noqa: E402
 from qhal_engines.kv_plan import CacheLayer, cache_layers  # noqa: E402
 
@@ -68,7 +72,7 @@ def build(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
 class NoCaches:
     """A checkpoint that says nothing of caches."""
 
-    path = "checkpoint"
+    path, dtype = "checkpoint", torch.bfloat16
 
     def __init__(self, model: Any) -> None:
         self.config = model.config.to_dict()
@@ -152,12 +156,32 @@ def test_a_quantized_cache_equals_fake_quantized_keys_and_values_to_the_bit(
 
 
 @torch.inference_mode()
+def test_layers_that_a_checkpoint_leaves_out_keep_the_models_dtype() -> None:
+    model = build()
+    attention = model_attention(model)
+    int4 = Format.parse("int4.row*fp32")
+    checkpoint: Any = NoCaches(model)
+    checkpoint.kv_formats = lambda: {1: KVFormat("mha", int4, int4, name="model.layers.1.self_attn")}
+    checkpoint.kv_format = lambda layer: KVSpec(Operand(int4), Operand(int4))
+    caches = cache_layers(checkpoint, None, attention, torch.float32)
+    assert [str(c.format.k) for c in caches] == ["fp32", "int4.row*fp32"]
+    attach(model, OPS, caches, {c.attention.layer: c.read(checkpoint) for c in caches}, model.dtype)
+    assert cache_name(model) == "k=fp32 v=fp32; k=int4.row*fp32 v=int4.row*fp32"
+    mixed = model(IDS).cache
+    whole = with_cache(model, "fp32")(IDS).cache
+    assert all(
+        torch.equal(mixed.layers[0].cache.planes[n], whole.layers[0].cache.planes[n]) for n in ("k.codes", "v.codes")
+    )
+    assert mixed.nbytes < whole.nbytes
+
+
+@torch.inference_mode()
 def test_static_scales_of_a_checkpoint_reach_the_cache() -> None:
     model = build()
     fmt = Format.parse("int8.head*fp32")
     caches = []
     for a in model_attention(model):
-        f = qhal.layer_formats.KVFormat("mha", fmt, fmt, None, None, a.kv_heads, a.k_dim, a.v_dim, a.name)
+        f = KVFormat("mha", fmt, fmt, None, None, a.kv_heads, a.k_dim, a.v_dim, a.name)
         caches.append(CacheLayer(a, f))
     scales = {0: torch.tensor([0.01, 0.02]), 1: torch.tensor([0.05, 0.03])}
     specs = {i: KVSpec(Operand(fmt, s), Operand(fmt, 2 * s), name=str(i)) for i, s in scales.items()}
@@ -299,6 +323,31 @@ def test_a_window_over_padding_behind_tokens_is_refused() -> None:
     mask[1, 10:] = 0
     with pytest.raises(EngineError, match="padding that stands behind"):
         model(IDS, attention_mask=mask)
+
+
+@torch.inference_mode()
+def test_another_attention_over_a_quantized_cache_is_refused() -> None:
+    model = with_cache(build(), "int8")
+    model.set_attn_implementation("sdpa")
+    for use_cache in (True, False):
+        with pytest.raises(EngineError, match="attention 'sdpa' for a model whose cache is quantized"):
+            model(IDS, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+def test_masks_are_known_by_what_they_let_through(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_attention, "_BLOCK", 100)  # several blocks
+    causal = masking_utils.causal_mask_function
+    sliding = causal if window is None else masking_utils.sliding_window_causal_mask_function(window)
+    sizes = {"batch_size": 2, "q_length": 9, "q_offset": 21, "kv_length": 30}
+    assert pattern(**sizes, mask_function=sliding, local_size=window).window == window
+    chunked = masking_utils.chunked_causal_mask_function(window or 4, torch.zeros(2, dtype=torch.int64))
+    others = [masking_utils.bidirectional_mask_function]
+    if window not in (1, 40):  # chunks of one token are windows of one, a chunk longer than all is causal
+        others.append(chunked)
+    for other in others:
+        with pytest.raises(EngineError, match="a pattern other than"):
+            pattern(**sizes, mask_function=other, local_size=window)
 
 
 @torch.inference_mode()

@@ -52,12 +52,13 @@ def model_attention(model: nn.Module) -> list[AttentionLayer]:
     config: Any = model.config
     modules = attention_modules(model)
     layers = []
-    for described in attention_layers(config.to_dict()):
+    for described in attention_layers(config.get_text_config(decoder=True).to_dict()):
         name, module = modules[described.layer]
         if getattr(module, "is_causal", True) is not True:
             raise EngineError(f"unsupported: {name} is not causal; quantized caches serve causal attention")
-        sinks = hasattr(module, "sinks")
-        layers.append(replace(described, name=name, scale=float(module.scaling), sinks=sinks))  # type: ignore[arg-type]
+        scaling: Any = module.scaling
+        scale = described.scale if scaling is None else float(scaling)
+        layers.append(replace(described, name=name, scale=scale, sinks=hasattr(module, "sinks")))
     return layers
 
 
@@ -66,15 +67,9 @@ def attach(
 ) -> None:
     """From now on the model attends over caches of these formats, with and without use_cache, alone and in `generate`.
 
-    specs: layer number -> formats and static scales. Every layer must have a cache. A second call replaces the first.
+    caches, specs: of every layer; specs by layer number. A second call replaces the first.
     """
     modules, found = attention_modules(model), {c.attention.layer: c for c in caches}
-    lacking = sorted(set(modules) - set(found))
-    if lacking:
-        raise EngineError(
-            f"unsupported: the cache of layer {lacking[0]} is not quantized and others are; name a format for all of "
-            "them, plain ones included, with install(kv_format=...)"
-        )
     detach(model)
     register()
     layers = []
@@ -140,6 +135,12 @@ class _UsesCache:
     def __call__(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.name:
             return None
+        text = part.config.get_text_config(decoder=True)
+        if text._attn_implementation != NAME:
+            raise EngineError(
+                f"unsupported: attention {text._attn_implementation!r} for a model whose cache is quantized by qhal; "
+                f"it would read keys that are not.\n  do: leave {NAME!r}, or kv_attach.detach(model)"
+            )
         name = next((n for n in _NAMES if kwargs.get(n) is not None), self.name)
         positional = len(args) > self.position
         given: Any = args[self.position] if positional else kwargs.get(name)
@@ -154,7 +155,7 @@ class _UsesCache:
                 "  do: pass none (and no cache_implementation), or what kv_attach.new_cache(model) makes"
             )
         use = kwargs.get("use_cache")
-        if given is None and not (part.config.get_text_config(decoder=True).use_cache if use is None else use):
+        if given is None and not (text.use_cache if use is None else use):
             return None
         ours = QhalCache(self.layers)
         if positional:

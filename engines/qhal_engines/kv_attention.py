@@ -23,6 +23,7 @@ from qhal_engines import EngineError
 from qhal_engines.kv_cache import LayerKV, QhalLayer, Staged
 
 NAME = "qhal"
+_BLOCK = 2**22  # elements of a mask that are looked at together
 _HARMLESS = {
     "position_ids",
     "position_embeddings",
@@ -68,6 +69,7 @@ def pattern(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Pattern:
     """The mask function of "qhal": what transformers wants to see, or an EngineError if that is no `Pattern`.
@@ -87,13 +89,9 @@ def pattern(
     if mask_function is not causal_mask_function:
         if use_vmap:
             raise _no_pattern("a mask function of its own")
-        device = None if attention_mask is None else attention_mask.device
-        q = (torch.arange(q_length, device=device) + q_offset)[None, None, :, None]
-        kv = torch.arange(kv_length, device=device)[None, None, None, :]
-        one = torch.arange(batch_size, device=device)[:, None, None, None]
-        seen = mask_function(one, torch.zeros_like(one[:1]), q, kv)
-        expected = (kv <= q) if local_size is None else (kv <= q) & (kv > q - local_size)
-        if not torch.equal(*torch.broadcast_tensors(seen, expected)):
+        with torch.device(device):
+            slides = _slides(mask_function, batch_size, q_offset, kv_length, local_size)
+        if not slides:
             raise _no_pattern("a pattern other than causal or sliding (packed, chunked or bidirectional)")
         window = local_size
     if attention_mask is not None and bool(attention_mask.all()):
@@ -105,6 +103,18 @@ def pattern(
     ):
         raise _no_pattern("a sliding window over padding that stands behind tokens")
     return Pattern(attention_mask, window)
+
+
+def _slides(seen: Callable[..., Tensor], batch: int, first: int, length: int, window: int | None) -> bool:
+    """Whether query i sees the keys i - window + 1 to i, for every i from `first`; in blocks of bounded memory."""
+    sequence, head = torch.arange(batch)[:, None, None, None], torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    kv = torch.arange(length)[None, None, None, :]
+    for rows in torch.arange(first, length).split(max(1, _BLOCK // length)):
+        q = rows[None, None, :, None]
+        expected = (kv <= q) if window is None else (kv <= q) & (kv > q - window)
+        if not torch.equal(*torch.broadcast_tensors(seen(sequence, head, q, kv), expected)):
+            return False
+    return True
 
 
 def attend(

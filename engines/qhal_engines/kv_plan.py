@@ -130,13 +130,17 @@ def attention_layers(config: Mapping[str, Any]) -> list[AttentionLayer]:
 
 
 def cache_layers(
-    checkpoint: Checkpoint, kv_format: str | None, attention: list[AttentionLayer] | None = None
+    checkpoint: Checkpoint,
+    kv_format: str | None,
+    attention: list[AttentionLayer] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[CacheLayer]:
-    """The cache of every layer that has a quantized one; [] where nobody asks for any.
+    """The cache of every layer; [] where nobody asks for a quantized one.
 
     kv_format  None or "auto": what the checkpoint says. Else one format for K and V or "K,V", words or names (see
                qhal_schemes.kv_words); static scales of the same element and block still come from the checkpoint
     attention  the layers of the loaded model; default: what config.json says
+    dtype      of the activations, which layers that the checkpoint leaves out keep in their cache; default its own
 
     FormatError for a static integer format without scales in the checkpoint. Static scales of float formats are 1 then,
     and one EngineWarning says so.
@@ -149,7 +153,11 @@ def cache_layers(
     unknown = sorted(set(said) - {a.layer for a in layers})
     if unknown:
         raise CheckpointError(f"{checkpoint.path}: a cache of layer {unknown[0]}, but the model has {len(layers)}")
-    found = [_cache_layer(a, said.get(a.layer), asked, checkpoint) for a in layers if asked or a.layer in said]
+    plain = Format(dtype_name(dtype or checkpoint.dtype))
+    found = []
+    for a in layers:
+        wanted = asked or (None if a.layer in said else (plain, plain))
+        found.append(_cache_layer(a, said.get(a.layer), wanted, checkpoint))
     ones = {str(f) for c in found for part, f in _parts(c.format) if part not in c.stored and _given(f)}
     if ones:
         warnings.warn(
@@ -177,7 +185,9 @@ def plan_with_caches(
     text = checkpoint.config.get("text_config") or checkpoint.config
     if kv_format in (None, "auto") and text.get("kv_lora_rank"):
         return qhal.resolve(checkpoint, ops, policy, dtype=dtype, world=world)
-    return resolve_with_caches(checkpoint, ops, policy, cache_layers(checkpoint, kv_format), dtype=dtype, world=world)
+    return resolve_with_caches(
+        checkpoint, ops, policy, cache_layers(checkpoint, kv_format, None, dtype), dtype=dtype, world=world
+    )
 
 
 def resolve_with_caches(

@@ -107,7 +107,7 @@ class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = kwargs.get("dtype") or model.dtype
         checkpoint = qhal_schemes.open_checkpoint(folder, quantize=self._quantize)
         wants_caches = bool(checkpoint.kv_formats()) or self.kv_format not in (None, "auto")
-        caches = cache_layers(checkpoint, self.kv_format, model_attention(model)) if wants_caches else []
+        caches = cache_layers(checkpoint, self.kv_format, model_attention(model), dtype) if wants_caches else []
         experts = [f for f in checkpoint.layer_formats() if isinstance(f, ExpertsFormat)]
         top_k = _top_k(model) if experts else None
         plan = resolve_with_caches(checkpoint, self._ops, self.policy, caches, dtype=dtype, experts_top_k=top_k)
