@@ -169,7 +169,8 @@ class Calibration:
 
     def __init__(self, model: Any, ids: list[int]) -> None:
         with torch.inference_mode():
-            held = model(torch.tensor([ids], device=model.device), use_cache=True).cache
+            made = model(torch.tensor([ids], device=model.device), use_cache=True)
+        held = getattr(made, "cache", None) or made.past_key_values  # the name since transformers 5.24, and before
         self._largest = [
             {"k": layer.keys[0].abs().amax(1).float(), "v": layer.values[0].abs().amax(1).float()}  # [G, D]
             for layer in held.layers
