@@ -173,6 +173,10 @@ def test_windows_caps_sinks_and_scales_of_the_configuration() -> None:
         ({"layer_types": ["full_attention", "linear_attention"]}, EngineError, "layer 1 is 'linear_attention'"),
         ({"num_kv_shared_layers": 1}, EngineError, "share their keys"),
         ({"num_attention_heads": None}, CheckpointError, "num_attention_heads is None"),
+        ({"num_key_value_heads": "2"}, CheckpointError, "num_key_value_heads is '2'"),
+        ({"sliding_window": 0}, CheckpointError, "sliding_window is 0"),
+        ({"attn_logit_softcapping": -1}, CheckpointError, "attn_logit_softcapping is -1"),
+        ({"layer_types": ["full_attention"]}, CheckpointError, "must name each of 2 layers"),
     ],
 )
 def test_models_without_such_a_cache_are_refused(changes: dict[str, Any], error: type[QhalError], match: str) -> None:

@@ -81,7 +81,8 @@ class CacheLayer:
 
     def read(self, checkpoint: Checkpoint) -> KVSpec:
         """Formats and static scales; a part whose scales are not stored has none, and its planes stay at 1."""
-        f, spec = self.format, checkpoint.kv_format(self.attention.layer) if self.stored else None
+        f = self.format
+        spec = checkpoint.kv_format(self.attention.layer) if self.stored or f.q or f.p else None
         k = spec.k if spec is not None and "k" in self.stored else Operand(f.k)
         v = spec.v if spec is not None and "v" in self.stored else Operand(f.v)
         q, p = (None, None) if spec is None else (spec.q, spec.p)
@@ -95,14 +96,15 @@ def attention_layers(config: Mapping[str, Any]) -> list[AttentionLayer]:
     """
     text = config.get("text_config") or config
     count, heads, hidden = (_count(text, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads = text.get("num_key_value_heads") or heads
-    dim = text.get("head_dim") or hidden // heads
+    kv_heads, dim = _count(text, "num_key_value_heads", heads), _count(text, "head_dim", hidden // heads)
     if text.get("kv_lora_rank"):
         raise EngineError(
             "unsupported: a model with latent attention (MLA, kv_lora_rank) under a quantized cache: transformers "
             "expands the latent rows before they reach its cache.\n  do: leave the cache format out"
         )
     kinds = text.get("layer_types") or [None] * count
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise CheckpointError(f"config.json: layer_types is {str(kinds)[:80]}, must name each of {count} layers")
     wanted = {"full_attention", "sliding_attention", None}
     odd = next((f"layer {i} is {kind!r}" for i, kind in enumerate(kinds) if kind not in wanted), None)
     if odd or text.get("num_kv_shared_layers"):
@@ -110,8 +112,9 @@ def attention_layers(config: Mapping[str, Any]) -> list[AttentionLayer]:
             f"unsupported: {odd or 'layers that share their keys (num_kv_shared_layers)'}; a quantized cache serves "
             "full and sliding attention.\n  do: leave the cache format out"
         )
-    window = text.get("sliding_window") if text.get("use_sliding_window", True) is not False else None
-    scale = text.get("attention_multiplier") or (text.get("query_pre_attn_scalar") or dim) ** -0.5
+    slides = text.get("sliding_window") is not None and text.get("use_sliding_window", True) is not False
+    window = _count(text, "sliding_window") if slides else None
+    scale = _real(text, "attention_multiplier") or (_real(text, "query_pre_attn_scalar") or dim) ** -0.5
     return [
         AttentionLayer(
             name=f"model.layers.{i}.self_attn",
@@ -120,12 +123,12 @@ def attention_layers(config: Mapping[str, Any]) -> list[AttentionLayer]:
             kv_heads=kv_heads,
             k_dim=dim,
             v_dim=dim,
-            scale=float(scale),
+            scale=scale,
             window=window if kind != "full_attention" else None,
-            softcap=text.get("attn_logit_softcapping"),
+            softcap=_real(text, "attn_logit_softcapping"),
             sinks=text.get("model_type") == "gpt_oss",
         )
-        for i, kind in enumerate(kinds[:count])
+        for i, kind in enumerate(kinds)
     ]
 
 
@@ -269,8 +272,17 @@ def _given(f: Format) -> bool:
     return static or (f.scale is not None and not f.scale.plain)
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
     if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}; a cache needs to know it, as a number from 1")
     return value
+
+
+def _real(config: Mapping[str, Any], key: str) -> float | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not value > 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}, must be a positive number")
+    return float(value)
