@@ -1,5 +1,6 @@
 # make demo   the main job: quantize a real model, run it, compare      make test   lint, types, tests, conformance
 # make dev    just the environment in .venv                             make lint   style, types, import rules
+# make docs   the documentation site in build/site                      make bench  speed and memory bars
 PYTHON ?= python3
 VENV ?= .venv
 # pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
@@ -9,9 +10,9 @@ DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/roc
 SOURCES := qhal schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
-.PHONY: help dev demo kv-quality test lint format conformance docs bench clean
+.PHONY: help dev demo kv-quality test lint format conformance docs docs-update bench clean
 help:
-	@head -2 Makefile | sed 's/^# //'
+	@head -3 Makefile | sed 's/^# //'
 
 dev: $(VENV)/.installed
 # one command line for all of ours: none of them is fetched from the index
@@ -43,11 +44,17 @@ format: dev
 conformance: dev
 	OMP_NUM_THREADS=1 $(BIN)/qhal conformance run --backend cpu_reference --level 0 --out build/conformance
 
-test: lint conformance
+test: lint docs conformance
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
+# broken links, anchors, file includes and docstring references are errors
 docs: dev
-	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# what pages repeat from the code: interface, command line, outputs of commands
+docs-update: dev
+	$(BIN)/python docs/generate.py --console
 
 bench: dev
 	$(BIN)/python benchmarks/run.py
