@@ -47,10 +47,10 @@ conformance: dev
 test: lint docs conformance
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
-# broken links, anchors, file includes and docstring references are errors
+# broken links, anchors, file includes and docstring references are errors (under --quiet they would pass unseen)
 docs: dev
 	$(BIN)/python docs/generate.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # what pages repeat from the code: interface, command line, outputs of commands
 docs-update: dev

@@ -111,9 +111,8 @@ def _inside(words: list[str]) -> tuple[str, int]:
     from qhal_cli.entry import main
 
     printed, arguments, folder, code = io.StringIO(), sys.argv, Path.cwd(), 0
-    saved = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR", "QHAL_BACKEND")}
+    saved = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
-    os.environ.pop("QHAL_BACKEND", None)
     sys.argv = words
     os.chdir(ROOT)
     try:
@@ -146,9 +145,12 @@ def refreshed(page: str, temporary: Path) -> str:
             if code != step.code:
                 raise SystemExit(step.difference(printed, code))
             if step.difference(printed, code):
-                body = body.replace(
-                    f"{step.line}\n{step.expected}", f"{step.line}\n{printed.strip()}\n".replace("\n\n", "\n"), 1
-                )
+                old, shown = f"{step.line}\n{step.expected}", f"{printed.strip()}\n" if printed.strip() else ""
+                if old not in body:
+                    raise SystemExit(
+                        f"a command of several lines is renewed by hand:\n{step.difference(printed, code)}"
+                    )
+                body = body.replace(old, f"{step.line}\n{shown}", 1)
         return f"{match['open']}{body}{match['close']}"
 
     return _BLOCK.sub(block, page)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from sybil import Document, Example
 from sybil.example import SybilFailure
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 import qhal
 from qhal.contract import COMPOSITES
@@ -26,7 +26,8 @@ from qhal.selection import OPERATIONS
 from qhal_engines import transformers as transformers_engine
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SITE]
 CASE = ROOT / "tests/golden/compressed_tensors/w4a16_g128_sym/checkpoint"
 SHOWN = {"python", "console", "sh", "text", ""}
 """Languages of blocks: python and console are run, commands in the others are parsed. Whole files have their title."""
@@ -57,10 +58,8 @@ def test_what_a_page_shows_happens(page: Path, tmp_path: Path, monkeypatch: pyte
     parsers = [
         PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE),
         CodeBlockParser("console", shell),
-        SkipParser(),
     ]
-    monkeypatch.delenv("QHAL_BACKEND", raising=False)
-    monkeypatch.setenv("TMP", str(tmp_path))
+    monkeypatch.setenv("QHAL_BACKEND", "cpu_reference")  # the same pages on a machine with an accelerator
     monkeypatch.chdir(ROOT)
     document = Document.parse(str(page), *parsers)
     if page.name == "README.md":  # its example names a checkpoint and an input of the reader
@@ -81,8 +80,11 @@ def test_what_a_page_shows_happens(page: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_written_command_exists_with_its_options(page: Path) -> None:
     commands = module("commands")
-    faults = [fault for line in commands.written(page.read_text()) if (fault := commands.fault(line))]
+    text = page.read_text()
+    faults = [fault for line in commands.written(text) if (fault := commands.fault(line))]
     assert not faults, "\n".join(faults)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= targets
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -92,7 +94,6 @@ def test_no_block_hides_from_the_tests(page: Path) -> None:
     for language, body in found:
         whole = re.fullmatch(r' \{\.(python|toml) title="(.*)"\}', language)
         assert language in SHOWN or (whole and body == f'--8<-- "{whole[2]}"\n'), language
-    assert "skip:" not in page.read_text(), "a block that is not run has another language than python or console"
 
 
 def test_a_wrong_claim_fails(tmp_path: Path) -> None:
@@ -115,6 +116,15 @@ def test_a_wrong_claim_fails(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Expected"):
         for example in Document.parse(str(page), PythonCodeBlockParser()):
             example.evaluate()
+
+
+def test_outputs_are_renewed_only_where_they_changed(tmp_path: Path) -> None:
+    page = "```console\n$ echo one\nold\n$ echo two three\ntwo ...\n$ true\n$ false  # exit code 1\nold\n```\nold\n"
+    renewed = "```console\n$ echo one\none\n$ echo two three\ntwo ...\n$ true\n$ false  # exit code 1\n```\nold\n"
+    assert module("console").refreshed(page, tmp_path) == renewed
+    assert module("console").refreshed(renewed, tmp_path) == renewed
+    with pytest.raises(SystemExit, match="exit code 1, expected 0"):
+        module("console").refreshed("```console\n$ false\n```\n", tmp_path)
 
 
 def test_numerics_leaves_nothing_out() -> None:
@@ -142,16 +152,39 @@ def test_aligned_columns_become_lists() -> None:
     )
 
 
+def build(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site), *arguments]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 def test_the_site_builds_strictly_and_holds_every_page(tmp_path: Path) -> None:
-    """Broken links, anchors, snippets and docstring references are errors; nothing on a page is fetched elsewhere."""
+    """Broken links, anchors, file includes and docstring references are errors; no page fetches anything elsewhere."""
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
-    )
+    done = build(site)
     assert done.returncode == 0, done.stdout + done.stderr
-    for page in PAGES[1:]:
+    for page in SITE:
         assert (site / page.relative_to(ROOT / "docs")).with_suffix(".html").is_file(), page
     outside = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="https?://(?!localhost)[^"]+"')
     for page in site.rglob("*.html"):
         assert not (found := outside.search(page.read_text())), (page, found and found[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[x](nowhere.md)", "nowhere.md"),
+        ("[x](index.md#nope)", "#nope"),
+        ('``` {.python title="examples/nope.py"}\n--8<-- "examples/nope.py"\n```', "examples/nope.py"),
+        ("::: qhal.nothing", "qhal.nothing"),
+    ],
+    ids=["page", "anchor", "file", "docstring"],
+)
+def test_the_strict_build_refuses(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text(f"# Page\n\n{text}\n")
+    config = f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: {tmp_path / 'docs'}\nnav: [index.md]\nextra_css: []\n"
+    extension = "plugins: {mkdocstrings: {handlers: {python: {options: {extensions: []}}}}}\n"
+    (tmp_path / "mkdocs.yml").write_text(config + extension)
+    done = build(tmp_path / "site", "--config-file", str(tmp_path / "mkdocs.yml"))
+    assert done.returncode != 0 and complaint in done.stderr, done.stderr
