@@ -21,10 +21,12 @@ class Acme4(SchemeMapping):
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         self._group = config.integer("group_size", default=32)  # a wrong value is one CheckpointError with its place
-        self._keep = config.names("keep")
-        table = ModuleTable(index)
+        keep, table = config.names("keep"), ModuleTable(index)
         self._modules = table.having(["nibbles"])
-        self._plain = table.plain_linears()
+        self._excluded = {module: f"keep {module!r}" for module in table.plain_linears()}
+        for module in self._excluded:  # what nobody asked to keep plain is a mistake of the file, never skipped
+            if module not in keep:
+                raise config.bad("keep", f"{module}, whose weight is plain", list(keep))
 
     @property
     def modules(self) -> Sequence[str]:
@@ -32,8 +34,7 @@ class Acme4(SchemeMapping):
 
     @property
     def excluded(self) -> Mapping[str, str]:
-        """Every plain Linear needs a rule that keeps it plain: one without is reported, never skipped."""
-        return {module: f"keep {module!r}" for module in self._plain if module in self._keep}
+        return self._excluded
 
     def tensors(self, module: str) -> Sequence[str]:
         return f"{module}.nibbles", f"{module}.steps"

@@ -50,6 +50,13 @@ def main() -> None:
         except qhal.ShardError as refused:
             print(refused)
 
+        file = Path(temporary, "config.json")
+        file.write_text(file.read_text().replace('["lm_head"]', "[]"))
+        try:
+            qhal_schemes.open_checkpoint(temporary)
+        except qhal.CheckpointError as refused:
+            print(str(refused).removeprefix(f"{file}: "))
+
 
 if __name__ == "__main__":
     main()
