@@ -1,4 +1,7 @@
-"""Golden checkpoints: every case of the implemented families decodes to its tool's own numbers, bit for bit."""
+"""Golden checkpoints: every case of every family decodes to its tool's own numbers, bit for bit, and computes them.
+
+A new family is one word in FAMILIES; what its tool does differently from the others is a line in one of the tables.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,41 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import qhal
 import qhal_schemes
+from qhal import rotations
 from qhal.encoding import encode
-from qhal.layers import prepare_linear
-from qhal.specs import LinearSpec
+from qhal.formats import Format
+from qhal.specs import LinearSpec, Operand
 
 GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
-FAMILIES = ("compressed_tensors", "awq", "gptq", "modelopt", "bitsandbytes", "torchao")
-NEAR = {"int8.row*(fp32.tensor/fp32)": 1e-6}
-"""Weight formats whose tool multiplies in another order: the last bit of float32 differs."""
-INPUT_ARITHMETIC = {"compressed_tensors": "bf16", "modelopt": "fp32"}
-"""What a tool computes scale and quotient of an input in; NVFP4 inputs are fp32 everywhere."""
-FLOAT32_LAYERS = ("modelopt",)
-"""Tools whose fixtures were computed in float32 throughout: whole layers are compared, within the bound of a sum."""
+FAMILIES = (
+    "compressed_tensors", "awq", "gptq", "modelopt", "bitsandbytes", "torchao", "modelslim", "quark", "fp8_block",
+    "mxfp4_gptoss",
+)  # fmt: skip
+NEAR = {"int8.row*(fp32.tensor/fp32)": 1e-6, "int4.g32*(fp32.row*fp32)": 1e-6}
+"""Weight formats whose float32 arithmetic is not the tool's own: the file holds the product of the weight's scale with
+another one, divided here; two scales are multiplied with each other first, by the tool with the code first."""
+BF16_RULE = ("compressed_tensors",)
+"""Tools that compute scale, quotient and product of a quantized input or cache in bf16; the others in fp32."""
+QUANTIZES_INPUT = ("quark", "modelslim", "modelopt")
+"""Tools whose `output` is the product with the input that they quantized, also where no `input_qdq` stands beside."""
+ROUNDS_TERMS = ("bitsandbytes", "torchao")
+"""Tools whose bf16 kernels on a processor round terms before the sum, at two places (block scale, product)."""
+BESIDE = {"output_per_token": False, "output_device": None, "output_decode": True, "output_clip_once": False}
+"""Outputs that stand beside `output` where the tool's CPU result is not what its scheme means on a device: whether it
+is that of decoding (None: of the static input, whichever step has it)."""
+DECIDED_BY_THE_BATCH = ("bitsandbytes/int8_llm_int8",)
+"""Cases whose inputs are quantized but for columns that the batch decides: see test_schemes_bitsandbytes.py."""
+CACHED = {"k_scale": "k", "key_states": "k", "fa_k": "k", "v_scale": "v", "value_states": "v", "fa_v": "v", "fa_q": "q"}
+"""Fixtures [batch, heads, tokens, features] of an attention module, and the operand that quantizes them."""
+PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def read_keys(path: Path) -> list[str]:
@@ -34,9 +52,33 @@ def read_keys(path: Path) -> list[str]:
         return list(f.keys())
 
 
+def having(*ends: str) -> list[str]:
+    """Cases with a fixture of one of these endings."""
+    return [c for c, names in NAMES.items() if any(name.endswith(ends) for name in names)]
+
+
 CASES = [f"{family}/{path.name}" for family in FAMILIES for path in sorted((GOLDEN / family).glob("*"))]
-KEYS = {c: {k.rpartition(".")[2] for k in read_keys(GOLDEN / c / "expected.safetensors")} for c in CASES}
-PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NAMES = {c: read_keys(GOLDEN / c / "expected.safetensors") for c in CASES}
+
+
+def family(case: str) -> str:
+    return case.partition("/")[0]
+
+
+def opened(case: str) -> tuple[qhal_schemes.Checkpoint, dict[str, torch.Tensor]]:
+    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    return ckpt, load_file(GOLDEN / case / "expected.safetensors")
+
+
+def precision(provenance: dict[str, Any]) -> torch.dtype:
+    """The dtype in which the tool gives a decoded weight."""
+    return PRECISION[provenance.get("verify", {}).get("best", {}).get("peer_value_precision", "float32")]
+
+
+def stored(ckpt: qhal_schemes.Checkpoint, key: str, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as the tool shows it: experts that the file stacks are a parameter [E, in, out] of the model."""
+    w = ckpt.stored(key.removesuffix(".weight")).to(dtype).float()
+    return w if key.endswith(".weight") else w.transpose(1, 2)
 
 
 def sha256(w: torch.Tensor) -> str:
@@ -45,86 +87,131 @@ def sha256(w: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_case_decodes_exactly(case: str) -> None:
-    folder = GOLDEN / case
-    provenance = json.loads((folder / "provenance.json").read_text())
-    precision = PRECISION[provenance["verify"]["best"]["peer_value_precision"]]
-    ckpt = qhal_schemes.open_checkpoint(folder / "checkpoint")
-    assert ckpt.modules(quantized=True)
+    provenance = json.loads((GOLDEN / case / "provenance.json").read_text())
+    dtype = precision(provenance)
+    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    modules = ckpt.modules(quantized=True)
+    assert modules
     compared = set()
-    with safe_open(folder / "expected.safetensors", "pt") as expected:
+
+    def near(key: str) -> float | None:
+        return NEAR.get(str(ckpt.format(key.removesuffix(".weight")).weight))
+
+    with safe_open(GOLDEN / case / "expected.safetensors", "pt") as expected:
         for key in expected.keys():  # noqa: SIM118 - not a dict
-            module = key.removesuffix(".weight")
-            if key.endswith(".weight"):
-                w, right = ckpt.stored(module).to(precision).float(), expected.get_tensor(key)
-                near = NEAR.get(str(ckpt.format(module).weight))
-                same = torch.equal(w, right) if near is None else torch.allclose(w, right, rtol=near, atol=0)
-                assert same, key
-                compared.add(module)
-    for key, digest in provenance["weight_sha256"].items():
-        w = ckpt.stored(key.removesuffix(".weight")).to(precision).float()
-        near = NEAR.get(str(ckpt.format(key.removesuffix(".weight")).weight))
-        assert near is not None or digest in (sha256(w), sha256(w + 0.0)), key
+            if key.endswith(".weight") or key in modules:
+                w, right, rtol = stored(ckpt, key, dtype), expected.get_tensor(key), near(key)
+                assert torch.equal(w, right) if rtol is None else torch.allclose(w, right, rtol=rtol, atol=0), key
+                compared.add(key.removesuffix(".weight"))
+    for key, digest in provenance.get("weight_sha256", {}).items():
+        w = stored(ckpt, key, dtype)
+        assert near(key) is not None or digest in (sha256(w), sha256(w + 0.0)), key
         compared.add(key.removesuffix(".weight"))
-    assert set(ckpt.modules(quantized=True)) <= compared, "every quantized module was compared"
+    assert set(modules) <= compared, "every quantized module was compared"
 
 
-def rotated(spec: LinearSpec, x: torch.Tensor) -> torch.Tensor:
-    turned = qhal.select("cpu_reference").hadamard(x, spec.rotate_in) if spec.rotate_in else x
-    assert isinstance(turned, torch.Tensor)
-    return turned
+def tools(f: Format, case: str) -> Format:
+    """The format with the rule that the tool's own code follows; NVFP4 inputs are fp32 everywhere."""
+    arith = "bf16" if family(case) in BF16_RULE and f.element != "e2m1" else "fp32"
+    return replace(f, rule=replace(f.rule, arith=arith))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "input_qdq" in KEYS[c]])
+def turned(spec: LinearSpec, x: torch.Tensor) -> torch.Tensor:
+    """What the product reads before it is quantized."""
+    return (x.double() @ rotations.matrix(spec.rotate_in, x.shape[-1])).float() if spec.rotate_in else x
+
+
+@pytest.mark.parametrize("case", having(".input_qdq"))
 def test_inputs_are_quantized_as_by_the_tool(case: str) -> None:
     """With the tool's arithmetic every element is the tool's own, as the bf16 number that the product reads."""
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
-    expected = load_file(GOLDEN / case / "expected.safetensors")
+    ckpt, expected = opened(case)
     for module in (key.removesuffix(".input_qdq") for key in expected if key.endswith(".input_qdq")):
-        spec = ckpt.spec(module)
-        got, want = rotated(spec, expected[f"{module}.input"]), expected[f"{module}.input_qdq"]
+        spec, want = ckpt.spec(module), expected[f"{module}.input_qdq"]
+        got = turned(spec, expected[f"{module}.input"])
         if spec.input is not None:
-            arith = "fp32" if spec.input.format.element == "e2m1" else INPUT_ARITHMETIC[case.partition("/")[0]]
-            fmt = replace(spec.input.format, rule=replace(spec.input.format.rule, arith=arith))
+            fmt = tools(spec.input.format, case)
             got = encode(got, fmt, scale=spec.input.scale, zero=spec.input.zero).dequantize()
         assert torch.equal(got.bfloat16(), want.bfloat16()), module
-        if case.startswith(FLOAT32_LAYERS):  # code * (amax / 448) here, code / (448 / amax) there: four roundings
+        if family(case) not in BF16_RULE:  # code * (amax / 448) here, code / (448 / amax) there: four roundings
             assert bool(((got - want).abs() <= want.abs() * 4 * 2**-24).all()), module
 
 
-DECIDED_BY_THE_BATCH = ("bitsandbytes/int8_llm_int8",)
-"""Cases whose inputs are quantized but for columns that the batch decides: see test_schemes_bitsandbytes.py."""
+def result_dtype(y: torch.Tensor) -> torch.dtype:
+    """The narrowest dtype that holds a tool's result: what its last step rounded to."""
+    return next(d for d in (torch.bfloat16, torch.float16, torch.float32) if torch.equal(y.to(d).float(), y))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "output" in KEYS[c] and c not in DECIDED_BY_THE_BATCH])
+def product(
+    spec: LinearSpec, expected: dict[str, torch.Tensor], case: str, operand: Operand | None, result: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 y without a rounding but that of its operands, and the sum of the terms' magnitudes."""
+    x, given = expected[f"{spec.name}.input"], expected.get(f"{spec.name}.input_qdq")
+    before = turned(spec, x)
+    if given is None and operand is not None and family(case) in QUANTIZES_INPUT:
+        q = encode(before, operand.format, scale=operand.scale, zero=operand.zero, clip=operand.clip)
+        given = q.dequantize()
+    if given is None and (spec.rotate_in or spec.rotate_out or spec.low_rank):
+        x, w = x.double(), spec.effective().double()
+        return x @ w.T, x.abs() @ w.abs().T
+    q, w = (before if given is None else given).double(), spec.stored().to(result).double()
+    size = q.abs()
+    if spec.rotate_in:  # the rotation's own sums, before they cancel
+        size = torch.maximum(size, x.abs().double() @ rotations.matrix(spec.rotate_in, x.shape[-1]).abs())
+    y, size = q @ w.T, size @ w.abs().T
+    if spec.low_rank is not None:
+        down, up = (part.double() for part in spec.low_rank)
+        y, size = y + before.double() @ down.T @ up.T, size + before.abs().double() @ down.abs().T @ up.abs().T
+    return y, size
+
+
+@pytest.mark.parametrize("case", [c for c in having("_proj.output") if c not in DECIDED_BY_THE_BATCH])
 def test_outputs_follow_from_weight_input_and_bias(case: str) -> None:
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
-    expected = load_file(GOLDEN / case / "expected.safetensors")
-    outputs = [key.removesuffix(".output") for key in expected if key.endswith("_proj.output")]
-    assert outputs
-    for module in outputs:
+    """|error| <= (K + 8) u S for fp32 products and sums in any order (S: the sum of magnitudes), then one rounding.
+
+    The tools decode weights to the result's type first, and a bias is a second rounding.
+    """
+    ckpt, expected = opened(case)
+    for module in (key.removesuffix(".output") for key in expected if key.endswith("_proj.output")):
         spec = ckpt.spec(module)
-        x = expected.get(f"{module}.input_qdq")  # what the product reads: behind the input's rotation
-        weight = spec.effective() if x is None else spec.stored()
-        y = (expected[f"{module}.input"] if x is None else x).double() @ weight.double().T
-        if spec.bias is not None:
-            y = y + spec.bias.double()
-        peak = expected[f"{module}.output"].abs().max()
-        assert (y - expected[f"{module}.output"]).abs().max() / peak < 1e-2, module
+        for name in [name for name in BESIDE if f"{module}.{name}" in expected] or ["output"]:
+            decoding = BESIDE.get(name, False)
+            decoding = spec.decode_input is not None if decoding is None else decoding
+            want = expected[f"{module}.{name}"]
+            result = result_dtype(want)
+            y, size = product(spec, expected, case, spec.decode_input if decoding else spec.input, result)
+            bound, half_ulp = size * (spec.weight.shape[-1] + 8) * 2.0**-24, torch.finfo(result).eps / 2
+            if family(case) in ROUNDS_TERMS:
+                bound = bound + 2 * half_ulp * size
+            if spec.bias is not None:
+                bound = bound + half_ulp * (1 + half_ulp) * y.abs()
+                y = y + spec.bias.double()
+            assert bool(((y - want).abs() <= bound + half_ulp * (y.abs() + bound)).all()), (module, name)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "output" in KEYS[c] and c.startswith(FLOAT32_LAYERS)])
-def test_whole_layers_give_the_tools_outputs(case: str) -> None:
-    """Rotation, input quantization and product on the reference; the bound is that of a float32 sum of K products."""
-    ckpt, ops = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint"), qhal.select("cpu_reference")
-    expected = load_file(GOLDEN / case / "expected.safetensors")
-    for module in (key.removesuffix(".output") for key in expected if key.endswith(".output")):
-        spec = replace(ckpt.spec(module), operand=None)  # the fixtures hold the stored weight, not the rounded one
-        layer = prepare_linear(spec, ops, dtype=torch.float32)
-        y, want = layer(expected[f"{module}.input"]), expected[f"{module}.output"]
-        x = expected[f"{module}.input_qdq"].abs().double()
-        bound = (x.shape[-1] + 2) * 2.0**-24 * (x @ spec.stored().abs().double().T)
-        assert bool(((y.double() - want.double()).abs() <= bound).all()), module
+def quantized_rows(x: torch.Tensor, operand: Operand, case: str) -> torch.Tensor:
+    """[batch, heads, tokens, features] as a cache quantizes it, token by token."""
+    rows, fmt = x.transpose(1, 2), tools(operand.format, case)
+    flat = rows.flatten(2) if fmt.block is not None and fmt.block.kind == "col" else rows
+    found = encode(flat, fmt, scale=operand.scale, zero=operand.zero).dequantize()
+    return found.reshape(rows.shape).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", having(*(f".{name}.input" for name in CACHED)))
+def test_caches_are_quantized_as_by_the_tool(case: str) -> None:
+    ckpt, expected = opened(case)
+    compared = 0
+    for layer in range(ckpt.config["num_hidden_layers"]):
+        spec, attention = ckpt.kv_format(layer), f"model.layers.{layer}.self_attn"
+        for name, side in CACHED.items():
+            if f"{attention}.{name}.input" in expected:
+                operand = getattr(spec, side)
+                assert isinstance(operand, Operand)
+                got = quantized_rows(expected[f"{attention}.{name}.input"], operand, case)
+                got = got.bfloat16().float() if family(case) in BF16_RULE else got
+                assert torch.equal(got, expected[f"{attention}.{name}.output"]), (layer, name)
+                compared += 1
+    assert compared
 
 
 def test_some_case_of_every_family_is_present() -> None:
-    assert {case.partition("/")[0] for case in CASES} == set(FAMILIES)
+    assert {family(case) for case in CASES} == set(FAMILIES)
