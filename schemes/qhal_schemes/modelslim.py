@@ -2,8 +2,8 @@
 
 The description (`ms_description.py`) is matched with the files, types (`ms_types.py`) with tensors (`ms_weights.py`,
 `ms_static.py`), and what is wrapped around a Linear module (`ms_wrappers.py`) becomes its rotations, branch and clip.
-Layouts were checked against files of msmodelslim 26.1.0. From specification, not compared: two-stage W4A8, W4A16, files
-without a version, groups with quantized inputs, FlatQuant around other types than W4A4_DYNAMIC.
+Layouts were checked against files of both writers of msmodelslim 26.1.0. From specification, not compared: groups with
+quantized inputs, W8A8S, FlatQuant around other types than W4A4_DYNAMIC.
 """
 
 from __future__ import annotations
