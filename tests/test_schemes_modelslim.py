@@ -18,6 +18,7 @@ import qhal
 from qhal.errors import CheckpointError, ShardError
 from qhal.groups import Indexed
 from qhal_schemes import CheckpointWarning, open_checkpoint
+from qhal_schemes.convert import convert_checkpoint
 from qhal_schemes.packing import pack_int4, unpack_int4
 
 Tensors = dict[str, torch.Tensor]
@@ -220,6 +221,14 @@ def test_shards_of_golden_cases(case: str, dim: int) -> None:
         assert (whole.bias is None) == (not biases) and (dim == 0 or len(biases) <= 1)
         if whole.bias is not None:
             assert torch.equal(torch.cat(biases), whole.bias)
+
+
+def test_a_converted_checkpoint_keeps_no_description(tmp_path: Path) -> None:
+    source = write(tmp_path / "c", {Q: ("W8A16", dynamic()), "lm_head": ("FLOAT", {"weight": torch.ones(4, K)})})
+    convert_checkpoint(source, tmp_path / "out", "fp32")
+    assert not (tmp_path / "out" / "quant_model_description.json").exists()
+    found = open_checkpoint(tmp_path / "out")
+    assert found.method == "" and torch.equal(found.stored(Q), open_checkpoint(source).stored(Q))
 
 
 def test_rotations_are_not_cut(tmp_path: Path) -> None:

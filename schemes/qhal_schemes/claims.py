@@ -61,6 +61,12 @@ def find(path: Path, model: Mapping[str, Any]) -> Claimed | None:
     return next(iter(found.values()), None)
 
 
+def side_files(folder: Path) -> list[str]:
+    """The files that any claim looks at, config.json left out: a folder written anew must not keep them."""
+    names = {path.name for point in entry_points(group=GROUP) for path in _matching(folder, point.name)}
+    return sorted(names - {"config.json"})
+
+
 def named(path: Path, section: object, key: str = "", default: str | None = None) -> Claimed:
     """A section with its quant_method, checked. path: of its JSON file; key: where in the file it is."""
     where = f"{path}: {key}" if key else f"{path}"

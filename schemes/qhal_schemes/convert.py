@@ -24,6 +24,7 @@ from qhal.layer_formats import KVFormat
 from qhal.recoding import recode
 from qhal.specs import LinearSpec
 from qhal.tensors import QTensor
+from qhal_schemes import claims
 from qhal_schemes.awq_writer import AWQTarget
 from qhal_schemes.checkpoint import Checkpoint, open_checkpoint
 from qhal_schemes.compressed_tensors_target import CompressedTensorsTarget
@@ -41,7 +42,8 @@ TARGETS: dict[str, type[Target]] = {
 """Every format that can be written, by the word after `--to`."""
 
 _SHOWN = 8
-_SIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml")
+_SIDE = ("hf_quant_config.json", "recipe.yaml")
+"""What says how the source was quantized, beside the files that claims look at."""
 
 
 @dataclass
@@ -155,7 +157,7 @@ def convert_checkpoint(
         written.section,
         values=_dtype_key(ckpt, dtype),
         files=written.files,
-        leave=_SIDE,
+        leave=(*_SIDE, *claims.side_files(ckpt.path)),
         shard_bytes=shard_bytes,
     )
     return {
