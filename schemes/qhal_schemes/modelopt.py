@@ -39,14 +39,14 @@ class ModelOptMapping(SchemeMapping):
         table = ModuleTable(index)
         self._refuse_stacked(table)
         skipped = GlobPatterns("exclude_modules", self._said.excluded or (), inside=True)
+        entries = {module: skipped.find(module) for module in table}
         self._modules: dict[str, Stored] = {}
         for module, tensors in table.items():
             if "weight" in tensors and tensors["weight"].dtype in CODES:
-                self._modules[module] = locate(index, module, self._layer(module, skipped))
-        blocks = [m for m in self._modules if skipped.find(m) is None]
-        rules = BlockRules(config, blocks, skipped, self._rule)
-        self._excluded = rules.exclude(table.plain_linears())
-        self._warn(table, skipped)
+                self._modules[module] = locate(index, module, self._layer(module))
+        blocks = [m for m in self._modules if entries[m] is None]
+        self._excluded = BlockRules(config, blocks, skipped, self._rule).exclude(table.plain_linears())
+        self._warn(table, skipped, entries)
         self._cache = Cache.read(config, index, self._said.cache or "", self._rows)
 
     @property
@@ -118,7 +118,7 @@ class ModelOptMapping(SchemeMapping):
 
     # ---------------------------------------------------------------- matching
 
-    def _layer(self, module: str, skipped: GlobPatterns) -> Layer:
+    def _layer(self, module: str) -> Layer:
         """The algorithm of a module that the file holds quantized."""
         layer, where = self._said.layer(module), f"{self.index.folder}: {module}"
         if layer is None:
@@ -127,13 +127,6 @@ class ModelOptMapping(SchemeMapping):
             raise CheckpointError(f"{where}: holds quantized tensors, but {what}{near}")
         if module_class(module) == EMBEDDING:
             raise CheckpointError(f"unsupported: {where}: a quantized embedding; planned")
-        entry = skipped.find(module)
-        if entry is not None:
-            warnings.warn(
-                f"{where}: excluded by exclude_modules {entry!r}, but the file holds it quantized; it is read so",
-                CheckpointWarning,
-                stacklevel=2,
-            )
         return layer
 
     def _rule(self, module: str) -> str | None:
@@ -163,16 +156,25 @@ class ModelOptMapping(SchemeMapping):
         entry = self.index.entries.get(f"{module}.weight")
         return entry.shape[0] if entry is not None and entry.shape else None
 
-    def _warn(self, table: ModuleTable, skipped: GlobPatterns) -> None:
-        """One warning for every name in the configuration that stands for nothing in the file."""
+    def _warn(self, table: ModuleTable, skipped: GlobPatterns, entries: Mapping[str, str | None]) -> None:
+        """Modules that are excluded but quantized, and every name in the configuration that stands for nothing."""
+        both = [m for m in self._modules if entries[m] is not None]
+        if both:
+            more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
+            warnings.warn(
+                f"{self.index.folder}: {both[0]}{more}: excluded by exclude_modules {entries[both[0]]!r}, but the file "
+                f"holds it quantized; it is read so",
+                CheckpointWarning,
+                stacklevel=3,
+            )
         tied = ("lm_head", "model.lm_head", "language_model.lm_head") if self.config.tied else ()
-        for module in (*table, *tied):
-            skipped.find(module)
-        skipped.warn_unused(list(table))
         layers = GlobPatterns("quantized_layers", tuple(self._said.layers or ()), inside=True)
-        for module in (*table, *tied):
-            layers.find(module)
-        layers.warn_unused(list(table))
+        for name in tied:
+            skipped.find(name)
+        for name in (*table, *tied) if layers.patterns else ():
+            layers.find(name)
+        for names in (skipped, layers):
+            names.warn_unused(list(table))
 
 
 def claim(files: Sequence[Path], model: Mapping[str, Any]) -> Claimed | None:
