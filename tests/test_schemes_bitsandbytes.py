@@ -110,7 +110,7 @@ def test_golden_int8(golden: Path) -> None:
     """The codes and SCB give the tool's weight to the bit in its own order, and its output where columns are split."""
     folder = golden / "bitsandbytes" / "int8_llm_int8"
     if not folder.is_dir():
-        return  # not in the small set
+        pytest.skip(f"not among the golden checkpoints in {golden} (set QHAL_GOLDEN)")
     ckpt, expected = open_checkpoint(folder / "checkpoint"), load_file(folder / "expected.safetensors")
     for module in (key.removesuffix(".output") for key in expected if key.endswith(".output")):
         weight = ckpt.spec(module).weight
