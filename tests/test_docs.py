@@ -128,7 +128,7 @@ def test_outputs_are_renewed_only_where_they_changed(tmp_path: Path) -> None:
 
 
 def test_numerics_leaves_nothing_out() -> None:
-    """A new operation, rule, element, format alias's storage or numerics class needs its place on the page."""
+    """A new operation, rule, element, numerics class or error needs its place on its page."""
     text = (ROOT / "docs/numerics.md").read_text()
     sections = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^### (.*)$", text, re.M))))
     assert sections >= {*OPERATIONS, *COMPOSITES, "quantize", "prepare", "restore"}
