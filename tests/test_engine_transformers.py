@@ -296,7 +296,14 @@ def test_experts_of_another_shape_or_kind_are_refused(installed: None, tmp_path:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
     folder = write_checkpoint(tmp_path, transformers.MixtralForCausalLM(config), (*LINEARS, "w1", "w2", "w3"))
-    edit(folder, num_local_experts=2)
+    edit(folder, num_hidden_layers=1)
+    with pytest.raises(EngineError, match=r"quantized modules of the checkpoint are not in(.|\n)*layers\.1\."):
+        load(folder)
+    with pytest.MonkeyPatch.context() as patch:  # a model that says so does not read its last layer
+        unused = {r"model\.layers\.1\..*"}
+        patch.setattr(transformers.MixtralForCausalLM, "_keys_to_ignore_on_load_unexpected", unused)
+        assert sum(isinstance(module, QhalExperts) for module in load(folder).modules()) == 1
+    edit(folder, num_hidden_layers=2, num_local_experts=2)
     with pytest.raises(EngineError, match=r"gate_up_proj of shape \[2, 192, 64\], the checkpoint \[4, 192, 64\]"):
         load(folder)
     with torch.device("meta"):

@@ -22,7 +22,6 @@ def match_modules(model: nn.Module, layers: Iterable[LinearFormat]) -> dict[str,
     """
     modules = dict(model.named_modules())
     rename = _Renamer(model)
-    unused = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     found: dict[str, str] = {}
     owner: dict[str, str] = {}
     lost: list[str] = []
@@ -30,7 +29,7 @@ def match_modules(model: nn.Module, layers: Iterable[LinearFormat]) -> dict[str,
         name = layer.name
         target = name if name in modules else rename(name)
         if target not in modules:
-            if not any(pattern.search(f"{key}.weight") for pattern in unused for key in (name, target)):
+            if not _unused(model, name, target):
                 lost.append(name)
             continue
         if target in owner:
@@ -45,8 +44,9 @@ def match_modules(model: nn.Module, layers: Iterable[LinearFormat]) -> dict[str,
 def match_experts(model: nn.Module, experts: Iterable[ExpertsFormat], names: Iterable[str]) -> dict[str, str]:
     """Prefix of experts in the checkpoint -> the model's module that keeps all of them in fused parameters.
 
-    names: the quantized modules of the checkpoint; the first of every group shows where transformers puts them.
-    Raises EngineError when the module is not one whose numbers are act(gate) * up, then down, then the weighted sum.
+    names: the quantized modules of the checkpoint; the first of every group shows where transformers puts them. Names
+    that the model declares as unused are left out. Raises EngineError when the module is not one whose numbers are
+    act(gate) * up, then down, then the weighted sum.
     """
     formats = {f.name: f for f in experts}
     if not formats:
@@ -56,11 +56,18 @@ def match_experts(model: nn.Module, experts: Iterable[ExpertsFormat], names: Ite
         prefix = name.rpartition(".")[0].rpartition(".")[0]
         if prefix in formats and prefix not in found:
             target = rename.fused(name)
-            if target not in modules:
+            if target in modules:
+                _check_experts(formats[prefix], target, modules[target])
+                found[prefix] = target
+            elif not _unused(model, name, target):
                 raise EngineError(_lost_text(type(model).__name__, [prefix], modules))
-            _check_experts(formats[prefix], target, modules[target])
-            found[prefix] = target
     return found
+
+
+def _unused(model: nn.Module, *names: str) -> bool:
+    """Whether the model declares that it does not read the weights of one of these modules."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, f"{name}.weight") for pattern in patterns for name in names)
 
 
 def _check_experts(f: ExpertsFormat, target: str, module: nn.Module) -> None:

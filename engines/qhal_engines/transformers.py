@@ -121,9 +121,10 @@ class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
             linear = modules[target]
             self._pending[name] = QhalLinear(name, linear.in_features, linear.out_features)
             model.set_submodule(target, self._pending[name])
-        for f in experts:
-            self._pending[f.name] = QhalExperts(f.name, f.experts)
-            model.set_submodule(found_experts[f.name], self._pending[f.name])
+        counts = {f.name: f.experts for f in experts}
+        for name, target in found_experts.items():
+            self._pending[name] = QhalExperts(name, counts[name])
+            model.set_submodule(target, self._pending[name])
         found |= found_experts
         replaced = set(found.values())
         ignored = model._keys_to_ignore_on_load_unexpected  # a set in transformers 5, a list or None in 4
