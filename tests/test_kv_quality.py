@@ -24,7 +24,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_chart_is_svg_with_every_format_in_order(example: ModuleType) -> None:
-    points = [("int4,bf16", 10.0, 42.5), ("fp8<row>", 8.5, 0.004), ("int8", 8.25, -0.1)]
+    points = [("int4,bf16", 10.0, 42.5), ("fp8<row>", 8.5, 0.01), ("int8", 8.25, -0.1)]
     root = ElementTree.fromstring(example.chart(points, "bf16", 26.3))
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
     names = [t for t in texts if t in {p[0] for p in points}]

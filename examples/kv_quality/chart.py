@@ -18,11 +18,13 @@ text { font: 13px system-ui, sans-serif; fill: #24292f } .title { font-size: 15p
 def chart(points: Sequence[tuple[str, float, float]], baseline: str, perplexity: float) -> str:
     """SVG of (format, bits per element, increase of perplexity in percent), smallest increase first.
 
-    An increase below the axis' smallest value, or a decrease, stands at its left end; the number is written beside it.
+    An increase below 0.001 %, or a decrease, stands at the left end of the axis; the number is written beside it.
     """
     ordered = sorted(points, key=lambda p: p[2])
     largest = max((p[2] for p in ordered), default=1.0)
-    low, high = -2, max(0, math.ceil(math.log10(max(largest, 1e-9))))
+    smallest = min((p[2] for p in ordered if p[2] >= 0.001), default=1.0)
+    low = math.floor(math.log10(smallest))
+    high = max(low + 1, math.ceil(math.log10(max(largest, smallest))))
     bottom = TOP + STEP * len(ordered)
 
     def x(value: float) -> float:
@@ -48,7 +50,7 @@ def chart(points: Sequence[tuple[str, float, float]], baseline: str, perplexity:
     )
     for i, (name, bits, increase) in enumerate(ordered):
         y, at = TOP + STEP * i + STEP / 2, x(increase)
-        parts.append(f'<text x="{LEFT - 50}" y="{y + 4}" text-anchor="end">{escape(name.partition("@")[0])}</text>')
+        parts.append(f'<text x="{LEFT - 58}" y="{y + 4}" text-anchor="end">{escape(name.partition("@")[0])}</text>')
         parts.append(f'<text class="soft" x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{bits:.2f}</text>')
         parts.append(f'<line class="stem" x1="{LEFT}" y1="{y}" x2="{at:.1f}" y2="{y}"/>')
         parts.append(f'<circle class="dot" cx="{at:.1f}" cy="{y}" r="5"/>')
