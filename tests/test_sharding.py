@@ -10,9 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qhal import Block, CodebookSegment, CodebookTensor, Format, QTensor, ShardError
+from qhal import (
+    Activation,
+    Block,
+    CodebookSegment,
+    CodebookTensor,
+    ExpertsSpec,
+    Format,
+    LinearSpec,
+    QTensor,
+    ShardError,
+)
 from qhal.elements import element
 from qhal.encoding import encode
+from qhal.grammar import ALIASES
 from qhal.tensors import same_bits
 
 Shape = tuple[int, ...]
@@ -92,15 +103,19 @@ FORMATS = [
     "nvfp4_div", "mxfp4_dual", "q4_k", "q2_k", "q6_k", "q4_1", "nf4.flat64*fp32",
     "nf4.flat8*(lut8.flat16*fp32+fp32)", "lut4.flat32*fp32", "int8.row*(fp32.tensor/fp32)",
     "int4-int4.row*(bf16.tensor*bf16)", "int8.tensor*e4m3fn", "bf16", "int4", "int8.row*(int8.col*fp32)",
-    "int4.g8*(int8.4x4*fp32)", "int8.g16*(int8.row*fp32)-(int8.row*fp32)",
+    "int4.g8*(int8.4x4*fp32)", "int8.g16*(int8.row*fp32)-(int8.row*fp32)", "int4-int4.g128*bf16",
+    "uint4-uint4.g128*fp16", "int8-fp32.row*fp32", "int8-int8.head*fp32", "e4m3fn.col*fp32", "int8.row/fp32",
+    "uint4-fp16.g64*fp16", "e4m3fn-fp32.row*fp32", "e5m2fnuz.row*fp32", "lut8.row*fp32+fp32", "e4m3fn", "nf4",
 ]  # fmt: skip
+FORMATS = list(dict.fromkeys([*FORMATS, *(str(Format.parse(name)) for name in ALIASES)]))
+"""Every alias, every canonical name, and corners of nesting."""
 
 
-@settings(max_examples=400, derandomize=True, deadline=None)
+@settings(max_examples=500, derandomize=True, deadline=None)
 @given(
     st.sampled_from(FORMATS),
     st.sampled_from([1, 2, 3, 8, 16, 24, 32]),
-    st.sampled_from([16, 32, 48, 64, 128, 192]),
+    st.sampled_from([16, 32, 48, 64, 128, 192, 512, 1024]),
     st.sampled_from([(), (2,), (1,)]),
     st.integers(0, 1),
     st.sampled_from([1, 2, 3, 4]),
@@ -286,6 +301,35 @@ def test_stack_and_select(name: str) -> None:
         if can_cut(f, (8, 64), dim, 0, (4, 32)[dim]):
             part = stacked.shard(dim, 0, 2).select(3, 1)
             assert same_bits(part.dequantize()[0], parts[3].shard(dim, 0, 2).dequantize())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_of_every_format_are_cut_or_refused_by_name(name: str, gated: bool) -> None:
+    """Gate and up by rows, each half by itself, down by columns; or the block that is in the way is named."""
+    f, inner, k = Format.parse(name), 512, 64
+    g = torch.Generator().manual_seed(0)
+    up = random_tensor(f, (3, (2 if gated else 1) * inner, k), g)
+    down = random_tensor(f, (3, k, inner), g)
+    spec = ExpertsSpec(LinearSpec(up, name="up"), LinearSpec(down, name="down"), Activation(gated=gated), "experts")
+    one = spec.experts(1, 1)
+    assert same_bits(one.gate_up.stored(), up.dequantize()[1:2].contiguous())
+    assert same_bits(one.down.stored(), down.dequantize()[1:2].contiguous())
+    for world in (2, 4):
+        runs = [slice(r * inner // world, (r + 1) * inner // world) for r in range(world)]
+        try:
+            parts = [spec.shard(r, world) for r in range(world)]
+        except ShardError as refused:
+            assert any(str(x) in str(refused) for x in (f, f.scale, f.zero, f.offset) if x is not None)
+            rows = [(r.start + h * inner, r.stop + h * inner) for r in runs for h in range(1 + gated)]
+            whole = all(can_cut(f, up.shape[-2:], 0, *cut) for cut in rows)
+            assert not (whole and all(can_cut(f, (k, inner), 1, r.start, r.stop) for r in runs)), refused
+            continue
+        for part, run in zip(parts, runs, strict=True):
+            half = up.dequantize()[:, run]
+            wanted = torch.cat([half, up.dequantize()[:, inner + run.start : inner + run.stop]], 1) if gated else half
+            assert same_bits(part.gate_up.stored(), wanted.contiguous())
+            assert same_bits(part.down.stored(), down.dequantize()[..., run].contiguous())
 
 
 def test_stack_refuses_strangers() -> None:
