@@ -77,7 +77,7 @@ def test_random_sums_differ_by_steps_of_ties_only(expected: dict[str, torch.Tens
     (result, *others) = simulate(list(xs), "all_reduce", codec(name))
     assert isinstance(result, torch.Tensor)
     assert all(torch.equal(result, y) for y in others if isinstance(y, torch.Tensor))
-    # a rank's code may be one step off and every fp16 sum rounds; the code of the sum may be one step off, and its scale
+    # a rank's code may be one step off, every fp16 sum rounds, the code of the sum may be one step off, and its scale
     # moves by what the group's peak moved over 2^(b-1), which at most 2^(b-1) codes multiply
     bits = CODECS[name]
     moved = sum(scale_of(x.float(), bits) for x in xs) + len(xs) * 2.0**-11 * sum(x.abs().double() for x in xs)
