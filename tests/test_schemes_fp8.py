@@ -142,8 +142,13 @@ def test_plain_weights_need_a_rule(write_checkpoint: Write) -> None:
     plain = {f"{D}.weight": torch.ones(256, 128).bfloat16()}
     folder = write_checkpoint(named(Q, tiled(128, 128)) | plain, FP8)
     refused(lambda: open_checkpoint(folder), f"{D}: the configuration quantizes every Linear layer of its block")
-    ckpt = opened(write_checkpoint, named(Q, tiled(128, 128)) | plain, {"modules_to_not_convert": ["mlp"]}, name="b")
-    assert ckpt.excluded[D] == "modules_to_not_convert 'mlp'"
+    ckpt = opened(
+        write_checkpoint,
+        named(Q, tiled(128, 128)) | plain,
+        {"modules_to_not_convert": ["model.layers.0.mlp"]},
+        name="b",
+    )
+    assert ckpt.excluded[D] == "modules_to_not_convert 'model.layers.0.mlp'"
     odd = {f"{D}.weight": torch.ones(200, 128).bfloat16()}
     ckpt = opened(write_checkpoint, named(Q, tiled(128, 128)) | odd, name="c")
     assert ckpt.excluded[D] == "a weight without whole 128x128 tiles is left plain by the writer"
@@ -176,10 +181,9 @@ def test_stacked_experts_in_both_orders(write_checkpoint: Write) -> None:
 
 
 def test_stacked_experts_with_static_inputs(write_checkpoint: Write) -> None:
-    tensors = stacked(False) | {
-        f"{P}.{p}_proj_activation_scale": torch.tensor([0.5, 0.25]) for p in ("gate_up", "down")
-    }
-    spec = opened(write_checkpoint, tensors, {"activation_scheme": "static"}).experts_spec(P, (1, 1))
+    scales = {f"{P}.{p}_proj_activation_scale": torch.tensor([0.5, 0.25]) for p in ("gate_up", "down")}
+    ckpt = opened(write_checkpoint, stacked(False) | scales, {"activation_scheme": "static"})
+    spec = ckpt.experts_spec(P, (1, 1))
     assert spec.gate_up.input is not None and spec.gate_up.input.per_expert
     assert spec.gate_up.input.expert(0).scale == torch.tensor([0.25])
 
@@ -190,15 +194,8 @@ def test_fp4_experts(write_checkpoint: Write) -> None:
     tensors = named(Q, tiled(128, 128))
     for e in range(2):
         for name in ("gate_proj", "up_proj"):
-            weight = pack_nibbles(raw).view(torch.int8)
-            tensors |= named(
-                f"{P}.{e}.{name}", {"weight": weight, "weight_scale_inv": exponents.view(torch.float8_e8m0fnu)}
-            )
-        tensors |= named(
-            f"{P}.{e}.down_proj", {"weight": weight.t().contiguous(), "weight_scale_inv": exponents[:, :1].repeat(1, 4)}
-        )
-    tensors = {n: t for n, t in tensors.items() if "down_proj" not in n}
-    for e in range(2):
+            weight, scale = pack_nibbles(raw).view(torch.int8), exponents.view(torch.float8_e8m0fnu)
+            tensors |= named(f"{P}.{e}.{name}", {"weight": weight, "weight_scale_inv": scale})
         down = pack_nibbles(torch.randint(0, 16, (128, 64), generator=G).to(torch.uint8)).view(torch.int8)
         scale = torch.full((128, 2), 126, dtype=torch.uint8).view(torch.float8_e8m0fnu)
         tensors |= named(f"{P}.{e}.down_proj", {"weight": down, "weight_scale_inv": scale})
