@@ -100,6 +100,17 @@ def test_golden_modules_give_their_tools_outputs(installed: None, golden: Path, 
 
 
 @torch.inference_mode()
+def test_quark_models_give_quarks_logits(installed: None, golden: Path) -> None:
+    """MXFP4 weights and inputs are exact in bf16, so is the model; a weight-only one differs by roundings of bf16."""
+    for case, exact in (("mxfp4_w_a", True), ("uint4_group32_wo_asym", False)):
+        folder = golden_case(golden, f"quark/{case}")
+        expected = load_file(folder / "expected.safetensors")
+        ids = expected["logits.input_ids"].long()
+        logits = load(folder / "checkpoint")(ids.reshape(-1, ids.shape[-1])).logits.reshape(expected["logits"].shape)
+        assert torch.equal(logits.float(), expected["logits"]) if exact else near(logits, expected["logits"])
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("case", ["w8a8_pdmix", "w8a16_group64_asym"])
 def test_checkpoints_that_config_json_does_not_lead_to(installed: None, golden: Path, case: str) -> None:
     folder = golden_case(golden, f"modelslim/{case}") / "checkpoint"
