@@ -48,7 +48,8 @@ _FLOAT8 = {
     "e5m2": torch.float8_e5m2,
     "e5m2fnuz": torch.float8_e5m2fnuz,
 }
-_MINI = {"e3m2": (3, 2, 3), "e2m3": (2, 3, 1), "e2m1": (2, 1, 1)}  # exponent bits, mantissa bits, bias
+MINI = {"e3m2": (3, 2, 3), "e2m3": (2, 3, 1), "e2m1": (2, 1, 1)}
+"""Exponent bits, mantissa bits and bias of the mini floats."""
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -65,7 +66,7 @@ def _registry() -> dict[str, Element]:
     for name, dtype in _FLOAT8.items():
         top = torch.finfo(dtype).max
         table[name] = Element(name, "float", 8, dtype, top, -top)
-    for name, (e, m, bias) in _MINI.items():
+    for name, (e, m, bias) in MINI.items():
         top = (2 - 2.0**-m) * 2.0 ** (2**e - 1 - bias)
         table[name] = Element(name, "mini", 1 + e + m, torch.uint8, top, -top)
     table["e8m0"] = Element("e8m0", "exponent", 8, torch.uint8, 2.0**127, 2.0**-127)
@@ -109,8 +110,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 @cache
 def values(name: str) -> Tensor | None:
     """float32 value of every code of a table-decoded element (mini floats, nf4), else None."""
-    if name in _MINI:
-        e, m, bias = _MINI[name]
+    if name in MINI:
+        e, m, bias = MINI[name]
         codes = torch.arange(1 << (1 + e + m), device="cpu")  # cached: never on a default device
         exponent, mantissa = (codes >> m) & ((1 << e) - 1), codes & ((1 << m) - 1)
         normal = (1 + mantissa / 2.0**m) * torch.exp2((exponent - bias).double())

@@ -8,6 +8,8 @@ Scales are computed from the outermost level in. In fp32 (or rounded to bf16 aft
   offset minmax: what the smallest code has to add; mean: one value, the exact mean of the tensor rounded once, and
          everything above is of x - offset. A nested scale with an offset is `encode` of the scales peak / qmax
   code   round(x / scale + zero), saturated
+Only peaks and codes look at every element; both go over x some rows at a time, so that temporaries stay in the cache
+and memory stays near the size of the result. Blocks are never mixed: the parts change no bit.
 Sources: OCP Microscaling Formats v1.0 section 6.3 (MX, `floor`); the tools' rules were measured on their own files.
 """
 
@@ -17,16 +19,19 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 from qhal.elements import Element, decode, dynamic_map, element
 from qhal.errors import FormatError
 from qhal.exponents import exponent_codes, reach
 from qhal.formats import Format
+from qhal.parts import at, parts, stacked
 from qhal.rounding import to_codes, to_plane
 from qhal.rules import Rule
 from qhal.tensors import QTensor
 
 _TINY = torch.finfo(torch.float32).eps
+_SHORT = 32  # elements of a block along which `amax` is no longer slow
 
 
 def encode(
@@ -44,45 +49,108 @@ def encode(
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise FormatError(f"quantize to {to}: x is {x.dtype} {tuple(x.shape)}, must be float [..., N, K]")
-    rule, e = to.rule, element(to.element)
-    x = _clean(x.float(), rule, to)
-    if to.sparsity is not None:
-        _check_sparse(x, to)
+    x, rule, e = x.detach(), to.rule, element(to.element)
     if to.block is None or to.scale is None:
         if to.zero is not None:
             raise FormatError(f"quantize to {to}: a zero point without a scale cannot be computed")
-        return QTensor(to, to_codes(x, e, rule.round), table=_table(e, x.device))
-    round_ = _bf16 if rule.arith == "bf16" else _same
-    x = round_(x)
-    block = to.block
+        return QTensor(to, to_codes(_clean(x, to), e, rule.round), table=_table(e, x.device))
+    numbers: dict[str, Tensor] = {}
     offset: Tensor | QTensor | None = None
     if rule.domain == "mean":
-        offset = _mean_plane(x, to)
-        x = _without(x, _number(offset, to.offset), to)
-    lo, hi = _range(block.split(x), clip)
-    if rule.clip == "range":
-        low, high = block.expand(lo, x.shape), block.expand(hi, x.shape)
-        x = torch.where(x < low, low, torch.where(x > high, high, x))  # a number inside keeps its bits, -0 too
+        offset = _mean_plane(_arith(_clean(x, to), rule), to)
+        numbers["mean"] = _number(offset, to.offset)
+    lo, hi = _range(x, to, clip, numbers)
     peak = _peak(lo, hi, rule)
     fixed = None if scale is None else _static(scale, to, peak, fill=to.scale.plain)
     divisor = 1.0 if fixed is not None and to.scale.plain else _divisor(to)  # a static scale asks for no largest code
     plane = _scale_plane(peak, divisor, to, rule, fixed)
-    number = _number(plane, to.scale)
-    zeros = (
-        None
-        if to.zero is None
-        else _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak, fill=True))
-    )
-    s = block.expand(number, x.shape)
+    number = numbers["scale"] = _number(plane, to.scale)
+    zeros: Tensor | None = None
+    if to.zero is not None:
+        zeros = _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak, fill=True))
+        numbers["zero"] = _number(zeros, to.zero)
     if to.offset is not None and offset is None:
         offset = _offset_plane(to, lo, number)
-        x = _without(x, block.expand(_number(offset, to.offset), x.shape), to)
-    factor = s if to.op == "/" else 1.0 / s
-    q = round_(x / s) if to.op == "*" and rule.apply == "div" else round_(x * factor)
-    q = torch.where(s == 0, torch.where(torch.isnan(x), x, torch.zeros_like(x)), q)
-    if zeros is not None:
-        q = round_(q + block.expand(_number(zeros, to.zero), x.shape))
-    return QTensor(to, to_codes(q, e, rule.round), plane, zeros, offset, table=_table(e, x.device))
+        numbers["offset"] = _number(offset, to.offset)
+    if rule.clip == "range":
+        numbers |= {"lo": lo, "hi": hi}
+    return QTensor(to, _codes(x, to, numbers), plane, zeros, offset, table=_table(e, x.device))
+
+
+def _range(x: Tensor, to: Format, clip: tuple[float, float], numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest number of every block, on its grid; both ranges include 0."""
+    assert to.block is not None
+    block, shape = to.block, x.shape[:-2]
+    shared = block.kind in ("tensor", "head", "col")  # see Block.split: these span the leading axes
+    grid = block.grid(*x.shape[-2:])
+    found = torch.zeros(2, 1 if shared else shape.numel(), *grid, dtype=torch.float32, device=x.device)
+    lo, hi = found
+    planes = {name: stacked(plane) for name, plane in numbers.items()}
+    for part, place in parts(x, block):
+        blocks = block.split(_read(part, to, {name: at(plane, place) for name, plane in planes.items()}))
+        low, high = at(lo, place), at(hi, place)
+        torch.minimum(low, -_highest(-blocks) if blocks.shape[-1] < _SHORT else blocks.amin(-1), out=low)
+        torch.maximum(high, _highest(blocks), out=high)
+    if clip != (1.0, 1.0):
+        lo *= clip[0]
+        hi *= clip[1]
+    found += 0.0  # there is one zero, and one NaN: which of them a maximum gives depends on its place in a register
+    found.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)
+    lead = [1] * len(shape) if shared else shape
+    return lo.reshape(*lead, *grid), hi.reshape(*lead, *grid)
+
+
+def _read(x: Tensor, to: Format, numbers: dict[str, Tensor]) -> Tensor:
+    """x as everything sees it: float32, its special values as the format says, rounded, less a mean."""
+    x = _arith(_clean(x, to), to.rule)
+    return _without(x, numbers["mean"], to) if "mean" in numbers else x
+
+
+def _highest(blocks: Tensor) -> Tensor:
+    """`blocks.amax(-1)`; of short blocks as a pooling, which is several times as fast. NaN wins in both."""
+    if blocks.shape[-1] >= _SHORT:
+        return blocks.amax(-1)
+    rows = blocks.flatten(-2).flatten(0, -2)
+    return max_pool1d(rows, blocks.shape[-1]).reshape(blocks.shape[:-1])
+
+
+def _codes(x: Tensor, to: Format, numbers: dict[str, Tensor]) -> Tensor:
+    """The code of every element, from the numbers on the grid of its block."""
+    assert to.block is not None
+    e, block = element(to.element), to.block
+    planes = {name: stacked(plane) for name, plane in numbers.items()}
+    codes = torch.empty(x.shape, dtype=e.storage, device=x.device)
+    for part, place in parts(x, block):
+        here = {name: at(plane, place) for name, plane in planes.items()}
+        made = to_codes(_quotient(_read(part, to, here), to, here), e, to.rule.round)
+        if place is None:
+            return made.reshape(x.shape)
+        stacked(codes)[place[:2]] = made
+    return codes
+
+
+def _quotient(x: Tensor, to: Format, numbers: dict[str, Tensor]) -> Tensor:
+    """What is rounded to a code: x / scale + zero, of an x less its offset. x: float32 whole blocks."""
+    assert to.block is not None
+    rule, expand = to.rule, to.block.expand
+    per = {name: expand(plane, x.shape) for name, plane in numbers.items() if name != "mean"}
+    s = per["scale"]
+    if "lo" in per:  # a number inside keeps its bits, -0 too
+        x = torch.where(x < per["lo"], per["lo"], torch.where(x > per["hi"], per["hi"], x))
+    if "offset" in per:
+        x = _without(x, per["offset"], to)
+    if to.op == "*" and rule.apply == "div":
+        q = _arith(x / s, rule)
+    else:
+        q = _arith(x * (s if to.op == "/" else 1.0 / s), rule)
+    if _some(numbers["scale"] == 0):
+        q = torch.where(s == 0, torch.where(torch.isnan(x), x, torch.zeros_like(x)), q)
+    return _arith(q + per["zero"], rule) if "zero" in per else q
+
+
+def _some(mask: Tensor) -> bool:
+    """Whether any is set; a device is not asked, since that would wait for it."""
+    return not mask.is_cpu or bool(mask.any())
 
 
 def _scale_plane(
@@ -225,20 +293,12 @@ def _offset_plane(to: Format, lo: Tensor, scale: Tensor) -> Tensor | QTensor:
     return encode(wanted, to.offset)
 
 
-def _range(blocks: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    if blocks.shape[-1] == 0:  # no element at all: the range of nothing is 0
-        zero = blocks.new_zeros(blocks.shape[:-1])
-        return zero, zero
-    lo, hi = torch.aminmax(blocks, dim=-1)
-    return lo.clamp(max=0) * clip[0], hi.clamp(min=0) * clip[1]
-
-
 def _peak(lo: Tensor, hi: Tensor, rule: Rule) -> Tensor:
     if rule.domain == "minmax":
         return hi - lo
     if rule.domain == "signed":
         return torch.where(hi > -lo, hi, lo)
-    return torch.maximum(hi, -lo)
+    return torch.maximum(hi, 0.0 - lo)  # not -lo: the negative of +0 is another zero
 
 
 def _static(value: Tensor, to: Format, grid: Tensor, *, fill: bool) -> Tensor:
@@ -257,10 +317,14 @@ def _number(plane: Tensor | QTensor, fmt: Format | None) -> Tensor:
     return plane.dequantize() if isinstance(plane, QTensor) else decode(fmt.element, plane)
 
 
-def _clean(x: Tensor, rule: Rule, to: Format) -> Tensor:
-    if rule.special == "error" and not bool(torch.isfinite(x).all()):
+def _clean(x: Tensor, to: Format) -> Tensor:
+    """x in float32, with what the format says of special values and zeros checked or done."""
+    x = x.float()
+    if to.rule.special == "error" and not bool(torch.isfinite(x).all()):
         raise FormatError(f"quantize to {to}: the input has NaN or Inf and the rule says special=error")
-    return torch.nan_to_num(x) if rule.special == "saturate" else x
+    if to.sparsity is not None:
+        _check_sparse(x, to)
+    return torch.nan_to_num(x) if to.rule.special == "saturate" else x
 
 
 def _check_sparse(x: Tensor, to: Format) -> None:
@@ -270,8 +334,8 @@ def _check_sparse(x: Tensor, to: Format) -> None:
         raise FormatError(f"quantize to {to}: more than {n} of {m} consecutive values are nonzero; prune first")
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def _arith(x: Tensor, rule: Rule) -> Tensor:
+    return _bf16(x) if rule.arith == "bf16" else x
 
 
 def _bf16(x: Tensor) -> Tensor:

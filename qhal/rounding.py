@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qhal.elements import Element, decode, lookup, values
+from qhal.elements import MINI, Element, decode, lookup, values
 from qhal.errors import FormatError
 
 
@@ -20,7 +20,10 @@ def to_codes(q: Tensor, e: Element, mode: str = "even", table: Tensor | None = N
     """
     if e.integer:
         rounded = torch.round(q) if mode == "even" else _away(q)
-        return torch.nan_to_num(rounded.clamp(e.smallest, e.largest), nan=0.0).to(e.storage)
+        whole = rounded.clamp_(e.smallest, e.largest).nan_to_num_(nan=0.0)
+        if e.kind == "uint":
+            whole = whole.to(torch.int32)  # torch has no vector code from float32 to uint8
+        return whole.to(e.storage)
     if e.kind == "float":
         if mode == "even" or e.wide:
             clamped = q if e.wide else q.clamp(e.smallest, e.largest)  # NaN passes a clamp
@@ -60,27 +63,45 @@ def _away(q: Tensor) -> Tensor:
 
 
 def _mini(q: Tensor, e: Element, mode: str) -> Tensor:
+    q = torch.nan_to_num(q, nan=0.0)
+    code = _mini_even(q, e) if mode == "even" else _mini_away(q, e)
+    sign = q.view(torch.int32).bitwise_right_shift(31).bitwise_and_(1 << (e.bits - 1))
+    return code.bitwise_or_(sign).to(e.storage)
+
+
+def _mini_even(q: Tensor, e: Element) -> Tensor:
+    """The magnitude's code, int32, half to even: float32 addition rounds so, at the unit in the last place of its sum.
+
+    Let p be the power of two at or below the magnitude, at least the smallest normal number. Codes of the binade that
+    starts at p are p / 2^m apart, which is the unit of p * 2^(23-m) + magnitude: the sum's mantissa is the magnitude
+    in such steps, rounded once, and its exponent counts the binades, of 2^m codes each.
+    """
+    _, m, bias = MINI[e.name]
+    magnitude = q.abs().clamp_(max=e.largest)
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0 ** (1 - bias))
+    total = power.mul_(2.0 ** (23 - m)).add_(magnitude).view(torch.int32)
+    total -= (1 - bias + 23 - m + 127) << 23  # the exponent of the lowest binade
+    return (total >> (23 - m)).add_(total).bitwise_and_((1 << (e.bits - 1)) - 1)
+
+
+def _mini_away(q: Tensor, e: Element) -> Tensor:
     magnitudes = values(e.name)
     assert magnitudes is not None
     grid = magnitudes[: 1 << (e.bits - 1)].to(q.device)  # in rising order: a code is its rank
-    code = _nearest(q.abs().clamp(max=e.largest), grid, mode)
-    code = code + (torch.signbit(q).long() << (e.bits - 1))
-    return torch.where(torch.isnan(q), 0, code).to(e.storage)
+    return _nearest_away(q.abs().clamp(max=e.largest), grid).int()
 
 
 def _float8_away(q: Tensor, e: Element) -> Tensor:
     codes = torch.arange(128, dtype=torch.uint8, device=q.device).view(e.storage)
     grid = decode(e.name, codes)
     grid = grid[torch.isfinite(grid)]
-    magnitude = _nearest(q.abs().clamp(max=e.largest), grid, "away").to(torch.uint8).view(e.storage)
+    magnitude = _nearest_away(q.abs().clamp(max=e.largest), grid).to(torch.uint8).view(e.storage)
     signed = torch.copysign(decode(e.name, magnitude), q)
     return torch.where(torch.isnan(q), q, signed).to(e.storage)
 
 
-def _nearest(magnitude: Tensor, grid: Tensor, mode: str) -> Tensor:
-    """Index of the nearest grid value; a tie goes to the even index, or upwards."""
+def _nearest_away(magnitude: Tensor, grid: Tensor) -> Tensor:
+    """Index of the nearest grid value; a tie goes upwards."""
     middle = (grid[1:] + grid[:-1]) / 2
     # `bucketize` leaves a tie below; a boundary one step lower lifts it above, which is exact for fp32 inputs
-    lifted = torch.nextafter(middle, torch.zeros_like(middle))
-    odd = torch.arange(middle.numel(), device=grid.device) % 2 == 1
-    return torch.bucketize(magnitude, lifted if mode == "away" else torch.where(odd, lifted, middle))
+    return torch.bucketize(magnitude, torch.nextafter(middle, torch.zeros_like(middle)))

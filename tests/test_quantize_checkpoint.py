@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from qhal import CheckpointError, Format, FormatError, QTensor
 from qhal.encoding import encode
 from qhal_schemes import CheckpointWarning, open_checkpoint, quantize_checkpoint
-from qhal_schemes import quantizing as quantizing_module
-from qhal_schemes.quantizing import WORDS, encode_weight, resolve_format
+from qhal_schemes.quantizing import WORDS, resolve_format
 
 HIDDEN, INNER, VOCAB = 128, 256, 64
 NAMES = [
@@ -132,16 +131,6 @@ def test_written_read_and_online_agree(source: Path, tmp_path: Path, name: str) 
             assert isinstance(one, QTensor)
             assert isinstance(other, QTensor)
             assert one.equal(other)
-
-
-@pytest.mark.parametrize(
-    "name", ["int4_g32", "int8", "fp8", "fp8_block", "nvfp4", "mxfp4", "uint4_row", "int4.g32*fp16"]
-)
-def test_rows_in_pieces_encode_like_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizing_module, "_CHUNK", 1000)
-    w = torch.randn(300, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
-    fmt = resolve_format(name, torch.bfloat16).weight
-    assert encode_weight(w, fmt).equal(encode(w, fmt))
 
 
 def test_files_are_split_and_indexed(source: Path, tmp_path: Path) -> None:

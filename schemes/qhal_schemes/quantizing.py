@@ -49,7 +49,6 @@ WORDS: dict[str, tuple[str, str | None]] = {
 """
 
 _WORD = re.compile(r"(u?)int([2-8])_(?:g(\d+)|row|channel)")
-_CHUNK = 1 << 19  # weights that are encoded at once; bounds the float32 temporaries
 
 
 def resolve_format(name: str | Format, dtype: torch.dtype) -> Layout:
@@ -153,56 +152,13 @@ def _check_shapes(config: CheckpointConfig, index: TensorIndex, modules: Sequenc
     )
 
 
-def encode_weight(weight: Tensor, fmt: Format) -> QTensor:
-    """`encode`, some rows at a time: the same bits in bounded memory. weight: float [N, K]."""
-    assert fmt.block is not None
-    scale: Tensor | None = None
-    if _tensor_wide(fmt):  # the outermost level looks at the whole weight: find it first, then it is static
-        probe = torch.zeros(1, max(2, fmt.block.cols))
-        lo, hi = torch.aminmax(weight)
-        probe[0, 0], probe[0, 1] = lo.float(), hi.float()
-        outer = encode(probe, fmt).scale
-        outer = outer.scale if isinstance(outer, QTensor) else outer
-        assert isinstance(outer, Tensor)
-        scale = outer
-    step = max(fmt.block.rows, _CHUNK // max(weight.shape[1], 1) // fmt.block.rows * fmt.block.rows)
-    codes: Tensor | None = None
-    scales: list[Tensor | QTensor] = []
-    zeros: list[Tensor] = []
-    for start, rows in zip(range(0, weight.shape[0], step), weight.split(step), strict=True):
-        part = encode(rows, fmt, scale=scale)
-        if rows.shape == weight.shape:
-            return part
-        codes = torch.empty(weight.shape, dtype=part.codes.dtype) if codes is None else codes
-        codes[start : start + step] = part.codes
-        if part.scale is not None:
-            scales.append(part.scale)
-        if isinstance(part.zero, Tensor):
-            zeros.append(part.zero)
-    assert codes is not None
-    return QTensor(fmt, codes, scale=_join(scales, fmt), zero=torch.cat(zeros) if zeros else None)
-
-
-def _join(parts: Sequence[Tensor | QTensor], fmt: Format) -> Tensor | QTensor:
-    if fmt.block is not None and fmt.block.kind == "tensor":
-        return parts[0]  # static: the same in every part
-    nested = [p for p in parts if isinstance(p, QTensor)]
-    return QTensor.concat(nested, 0) if nested else torch.cat([p for p in parts if isinstance(p, Tensor)])
-
-
-def _tensor_wide(fmt: Format) -> bool:
-    while fmt.scale is not None and not fmt.scale.plain:
-        fmt = fmt.scale
-    return fmt.block is not None and fmt.block.kind == "tensor"
-
-
 def quantize_weight(index: TensorIndex, module: str, layout: Layout) -> QTensor:
     """Read and encode the weight of one module; CheckpointError naming the tensor for NaN, Inf or a scale overflow."""
     name = f"{module}.weight"
     weight = index.read(name)
     if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):  # a NaN shows in both; no temporaries
         checks.finite(index, name, weight)
-    q = encode_weight(weight, layout.weight)
+    q = encode(weight, layout.weight)
     scale = q.scale
     if isinstance(scale, Tensor) and scale.is_floating_point():
         if not bool(torch.isfinite(scale).all()):
