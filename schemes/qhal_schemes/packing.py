@@ -1,15 +1,18 @@
 """Packing: small codes inside larger words, as files hold them, to one code per byte and back. Exact both ways.
 
-Every packing is little endian: code 0 sits in the lowest bits. Nothing here knows a format; memory stays near the size
-of the result, since fields are shifted out of words one position at a time.
+Every packing is little endian: code 0 sits in the lowest bits. Nothing here knows a format. Codes are spread inside
+wide integers, several at a time and some rows at a time: the temporaries of a few rows stay in the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 
 import torch
 from torch import Tensor
+
+from qhal.parts import PART
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ's gemm order: logical column j of a run of eight sits in nibble AWQ_NIBBLES[j] (AutoAWQ, WQLinear_GEMM)."""
@@ -21,27 +24,33 @@ def words(count: int, bits: int, *, aligned: bool = False) -> int:
 
 
 def unpack(packed: Tensor, bits: int, count: int, *, aligned: bool = False) -> Tensor:
-    """Codes uint8 [..., count] from int32 [..., words(count, bits)]; 1 to 8 bits.
+    """Codes uint8 [..., count] from int32 [..., words(count, bits)]; 1 to 8 bits, of 8 a view where that is possible.
 
     dense    one bit stream, codes straddle words (3, 5, 6, 7 bits: 32 codes in `bits` words)
     aligned  32 // bits codes in every word, the top bits unused
     """
     per_run, run = _run(bits, aligned)
-    rest = -packed.shape[-1] % run
-    if rest:
-        packed = torch.nn.functional.pad(packed, (0, rest))
-    lead = packed.shape[:-1]
-    runs = packed.reshape(*lead, packed.shape[-1] // run, run)
-    codes = torch.empty(*runs.shape[:-1], per_run, dtype=torch.uint8, device=packed.device)
-    mask = (1 << bits) - 1
-    for j in range(per_run):
-        word, shift = divmod(j * bits, 32)
-        value = runs[..., word] >> shift  # arithmetic: the copies of the sign are masked away
-        inside = 32 - shift
-        if inside < bits:
-            value = (value & ((1 << inside) - 1)) | (runs[..., word + 1] << inside)
-        codes[..., j] = value & mask
-    return codes.reshape(*lead, -1)[..., :count].contiguous()
+    if bits == 8:
+        return packed.contiguous().view(torch.uint8)[..., :count]
+    if 32 % bits == 0:
+        return _spread_bytes(packed.contiguous().view(torch.uint8), bits)[..., :count].contiguous()
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % run))
+    codes = torch.empty(*packed.shape[:-1], packed.shape[-1] // run * per_run, dtype=torch.uint8, device=packed.device)
+    for source, target in _rows(packed, codes):
+        if aligned:
+            for j in range(per_run):
+                target[:, j::per_run] = (source >> (j * bits)) & ((1 << bits) - 1)
+            continue
+        words64 = source.unflatten(-1, (-1, run)).long() & 0xFFFFFFFF
+        eights = target.view(torch.int64).unflatten(-1, (-1, per_run // 8))
+        for i in range(per_run // 8):  # eight codes are `bits` bytes, from one to three words
+            word, shift = divmod(8 * bits * i, 32)
+            value = words64[..., word] >> shift
+            for j in range(1, -(-(shift + 8 * bits) // 32)):
+                value |= words64[..., word + j] << (32 * j - shift)
+            eights[..., i] = value
+        _spread(target.view(torch.int64), 8, bits)
+    return codes[..., :count].contiguous()
 
 
 def pack(codes: Tensor, bits: int, *, aligned: bool = False) -> Tensor:
@@ -69,9 +78,9 @@ def wrap(values: Tensor) -> Tensor:
 
 
 def signed(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes from fields stored with an offset of 2^(bits-1): field - 2^(bits-1). Changes its argument."""
-    if bits == 8:
-        return codes.bitwise_xor_(0x80).view(torch.int8)
+    """int8 codes from fields stored with an offset of 2^(bits-1): field - 2^(bits-1). May change its argument."""
+    if bits == 8:  # these fields may be the file's own bytes
+        return codes.bitwise_xor(0x80).view(torch.int8)
     return codes.view(torch.int8).sub_(1 << (bits - 1))
 
 
@@ -82,10 +91,7 @@ def unsigned(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:
     """uint8 [..., 2n] from uint8 [..., n], even positions in the low nibble, or (high_first) in the high one."""
-    codes = torch.empty(*packed.shape, 2, dtype=torch.uint8, device=packed.device)
-    even = int(high_first)
-    codes[..., even], codes[..., 1 - even] = packed & 15, packed >> 4
-    return codes.flatten(-2)
+    return _spread_bytes(((packed << 4) | (packed >> 4)) if high_first else packed.contiguous(), 4)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -112,10 +118,13 @@ def pack_int4(codes: Tensor, dim: int) -> Tensor:
 
 def unpack_awq(packed: Tensor) -> Tensor:
     """uint8 codes [N, K] from AWQ's int32 [K, N/8], nibbles in the order of AWQ_NIBBLES."""
-    codes = torch.empty(packed.shape[1] * 8, packed.shape[0], dtype=torch.uint8, device=packed.device)
-    for j, nibble in enumerate(AWQ_NIBBLES):
-        codes[j::8] = ((packed >> (4 * nibble)) & 15).t()
-    return codes
+    columns, rows = packed.shape
+    codes = torch.empty(rows, 8, columns, dtype=torch.uint8, device=packed.device)
+    for source, target in _rows(packed.t().contiguous(), codes.flatten(1), 8 * PART):
+        for j, nibble in enumerate(AWQ_NIBBLES):
+            target[:, j * columns : (j + 1) * columns] = source >> (4 * nibble)
+        target &= 15
+    return codes.view(rows * 8, columns)
 
 
 def unpack_order(packed: Tensor) -> Tensor:
@@ -145,15 +154,50 @@ def pack_awq(codes: Tensor) -> Tensor:
 
 def unpack_six(packed: Tensor) -> Tensor:
     """uint8 6-bit codes [..., 4n] from uint8 [..., 3n]: four codes in three bytes, little endian."""
-    triples = packed.unflatten(-1, (-1, 3)).to(torch.int32)
-    whole = triples[..., 0] | (triples[..., 1] << 8) | (triples[..., 2] << 16)
-    return torch.stack([((whole >> shift) & 63).to(torch.uint8) for shift in (0, 6, 12, 18)], -1).flatten(-2)
+    count = packed.shape[-1] // 3 * 4
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
+    aligned = packed if packed.storage_offset() % 4 == 0 else packed.clone()  # a file aligns bytes to nothing
+    return unpack(aligned.contiguous().view(torch.int32), 6, count)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """bool [..., count] from uint8 [..., ceil(count / 8)], bit i of byte j is position 8j + i."""
-    bits = torch.stack([((packed >> i) & 1).bool() for i in range(8)], -1)
-    return bits.flatten(-2)[..., :count]
+    return _spread_bytes(packed.contiguous(), 1).view(torch.bool)[..., :count]
+
+
+def _spread_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., 8n / bits] from uint8 [..., n], of 1, 2 or 4 bits."""
+    fields = 8 // bits
+    lane = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fields]
+    codes = torch.empty(*packed.shape, dtype=lane, device=packed.device)
+    for source, target in _rows(packed, codes):
+        target.copy_(source)
+        _spread(target, fields, bits)
+    return codes.view(torch.uint8)
+
+
+def _spread(lanes: Tensor, fields: int, bits: int) -> None:
+    """In place: the `fields` fields of `bits` bits at the bottom of each integer become its bytes, in halving runs.
+
+    What lies above the fields may be anything, but above fields that fill one byte there must be zeros.
+    """
+    half = fields // 2
+    while half:
+        low = sum(((1 << half * bits) - 1) << at for at in range(0, 8 * fields, 16 * half))
+        upper = lanes << (half * (8 - bits))
+        if fields * bits == 8:  # the upper run, left where it was, is outside the mask
+            lanes.bitwise_or_(upper).bitwise_and_(low | (low << 8 * half))
+        else:
+            lanes.bitwise_and_(low).bitwise_or_(upper.bitwise_and_(low << 8 * half))
+        half //= 2
+
+
+def _rows(packed: Tensor, codes: Tensor, size: int = PART) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same rows of two contiguous tensors, `size` bytes of codes for each thread at a time."""
+    packed, codes = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (packed, codes))
+    width = max(codes.shape[-1] * codes.element_size(), 1)
+    step = max(size * torch.get_num_threads() // width, 1)
+    yield from zip(packed.split(step), codes.split(step), strict=True)
 
 
 def _run(bits: int, aligned: bool) -> tuple[int, int]:
