@@ -147,6 +147,11 @@ def lookup(name: str) -> Tensor | None:
     return dynamic_map() if name == "lut8" else values(name)
 
 
+@cache
+def _float8_values(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
+
+
 def decode(name: str, codes: Tensor, table: Tensor | None = None) -> Tensor:
     """The float32 value of each code; exact. `table` [2**bits] is required by lut4 and lut8.
 
@@ -159,6 +164,9 @@ def decode(name: str, codes: Tensor, table: Tensor | None = None) -> Tensor:
         if lut is None:
             raise FormatError(f"{name} needs a table of {2 ** element(name).bits} values; none was given")
         return lut.to(device=codes.device, dtype=torch.float32)[codes.long()]
+    if codes.is_cpu and codes.dtype in _FLOAT8.values():  # torch converts one by one; a table is several times as fast
+        index = codes.reshape(-1).view(torch.uint8).int()
+        return _float8_values(codes.dtype).index_select(0, index).view(codes.shape)
     if kind == "exponent":
         exponent = codes.view(torch.uint8) if codes.dtype == torch.float8_e8m0fnu else codes
         # ldexp of float32 flushes 2^-127; float64 holds it and the cast to a float32 subnormal is exact

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from qhal import sharding
+from qhal.blocks import Block
 from qhal.elements import decode, element, values
 from qhal.errors import FormatError
 from qhal.formats import Format
+from qhal.parts import at, parts, stacked
 from qhal.sharding import same_bits as same_bits  # bit equality of planes belongs to tensors; sharding compares planes
 
 
@@ -65,26 +67,45 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The value, [..., N, K]: (code - zero) * scale + offset in fp32, each step rounded once, then to `dtype`."""
         f = self.format
-        value = decode(f.element, self.codes, self.table)
-        if self.zero is not None:
-            value = value - self._per_element(self.zero, f.zero)
-        if self.scale is not None:
-            scale = self._per_element(self.scale, f.scale)
-            value = value * scale if f.op == "*" else value / scale
-        if self.offset is not None:
-            offset = self._per_element(self.offset, f.offset)
-            value = value + offset if f.offset_sign > 0 else value - offset
-        return value.to(dtype)
+        numbers = {name: self._numbers(getattr(self, name), getattr(f, name)) for name in ("scale", "zero", "offset")}
+        whole = {name: stacked(number) for name, number in numbers.items() if number is not None}
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for codes, place in parts(
+            self.codes, f.block or Block("row")
+        ):  # each step is by itself: the parts change no bit
+            value = self._values(codes, {name: at(number, place) for name, number in whole.items()}).to(dtype)
+            if place is None:
+                return value.reshape(self.shape)
+            stacked(out)[place[:2]] = value
+        return out
 
-    def _per_element(self, plane: Tensor | QTensor, fmt: Format | None) -> Tensor:
+    def _values(self, codes: Tensor, numbers: dict[str, Tensor]) -> Tensor:
+        """float32 [l, n, K]: codes of whole blocks with the numbers on their grids."""
+        f = self.format
+        value = decode(f.element, codes, self.table)
+        if "zero" in numbers:
+            value = value - self._per_element(numbers["zero"], codes.shape)
+        if "scale" in numbers:
+            scale = self._per_element(numbers["scale"], codes.shape)
+            value = value * scale if f.op == "*" else value / scale
+        if "offset" in numbers:
+            offset = self._per_element(numbers["offset"], codes.shape)
+            value = value + offset if f.offset_sign > 0 else value - offset
+        return value
+
+    def _numbers(self, plane: Tensor | QTensor | None, fmt: Format | None) -> Tensor | None:
+        if plane is None:
+            return None
         assert fmt is not None
-        number = plane.dequantize() if isinstance(plane, QTensor) else decode(fmt.element, plane)
+        return plane.dequantize() if isinstance(plane, QTensor) else decode(fmt.element, plane)
+
+    def _per_element(self, number: Tensor, shape: torch.Size) -> Tensor:
         if self.group_index is not None:
             picked = number.index_select(-1, self.group_index.long()) if number.shape[-1] > 1 else number
-            return picked.expand(self.shape)
+            return picked.expand(shape)
         if self.format.block is None or number.shape[-2:].numel() == 1:
-            return number.expand(self.shape)
-        return self.format.block.expand(number, self.shape)
+            return number.expand(shape)
+        return self.format.block.expand(number, shape)
 
     def planes(self) -> dict[str, Tensor]:
         """Every tensor by dotted name: "codes", "scale" or "scale.codes" and "scale.scale", "zero", "group_index"."""

@@ -61,7 +61,7 @@ def test_parts_change_no_bit(
 def test_the_range_of_short_and_long_blocks_is_what_a_maximum_says(cols: int) -> None:
     x = torch.randn(7, 5 * cols, generator=torch.Generator().manual_seed(cols))
     x[0, 0], x[1, -1], x[2, cols], x[3] = float("nan"), float("inf"), -float("inf"), -0.0
-    lo, hi = encoding._range(x, Format.parse(f"int8.g{cols}*fp32"), (1.0, 1.0))
+    lo, hi = encoding._range(x, Format.parse(f"int8.g{cols}*fp32"), (1.0, 1.0), {})
     blocks = x.reshape(7, 5, cols).double().numpy()
     assert torch.equal(lo.nan_to_num(7), torch.from_numpy(blocks.min(-1).clip(max=0)).float().nan_to_num(7))
     assert torch.equal(hi.nan_to_num(7), torch.from_numpy(blocks.max(-1).clip(min=0)).float().nan_to_num(7))

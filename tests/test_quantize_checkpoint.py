@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qhal import CheckpointError, Format, FormatError, QTensor
+from qhal import CheckpointError, Format, FormatError, QTensor, ShardError
 from qhal.encoding import encode
 from qhal_schemes import CheckpointWarning, open_checkpoint, quantize_checkpoint
 from qhal_schemes.quantizing import WORDS, resolve_format
@@ -131,6 +131,25 @@ def test_written_read_and_online_agree(source: Path, tmp_path: Path, name: str) 
             assert isinstance(one, QTensor)
             assert isinstance(other, QTensor)
             assert one.equal(other)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *EXPLICIT])
+def test_a_rank_holds_its_part_of_the_quantized_whole(source: Path, name: str) -> None:
+    """Scales that span the cut (a tensor's; a row's under dim 1) are those of the whole, never of the part; no block is cut."""
+    online = open_checkpoint(source, quantize=name)
+    module = "model.layers.1.mlp.down_proj"
+    whole = online.spec(module).weight
+    assert isinstance(whole, QTensor)
+    block = whole.format.block
+    for dim in (0, 1):
+        if block is not None and (whole.shape[dim] // 2) % (block.rows, block.cols)[dim]:
+            with pytest.raises(ShardError, match="lies inside a block of"):
+                online.linear_spec(module, (dim, 0, 2))
+            continue
+        for rank in range(2):
+            part = online.linear_spec(module, (dim, rank, 2)).weight
+            assert isinstance(part, QTensor)
+            assert torch.equal(part.dequantize(), whole.dequantize().chunk(2, dim)[rank])
 
 
 def test_files_are_split_and_indexed(source: Path, tmp_path: Path) -> None:

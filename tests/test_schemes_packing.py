@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,6 +102,30 @@ def test_six_bit_codes_sit_in_three_bytes() -> None:
     codes = torch.tensor([[1, 2, 3, 63, 32, 0, 5, 7]], dtype=torch.uint8)
     stream = packing.pack(codes, 6).view(torch.uint8)[:, :6].contiguous()  # the same little-endian bit stream
     assert torch.equal(packing.unpack_six(stream), codes)
+
+
+def test_bytes_of_a_file_may_lie_anywhere() -> None:
+    raw = torch.arange(1, 98, dtype=torch.uint8)
+    for start in range(4):  # safetensors aligns bytes to nothing
+        here = raw[start : start + 93].reshape(1, 93)
+        assert torch.equal(packing.unpack_six(here), packing.unpack_six(here.clone()))
+        assert torch.equal(packing.unpack_nibbles(here), torch.stack([here & 15, here >> 4], -1).flatten(-2))
+        assert torch.equal(packing.unpack_bits(here, 700), packing.unpack_bits(here.clone(), 700))
+
+
+@settings(max_examples=40, deadline=None)
+@given(BITS, st.booleans(), st.integers(1, 500))
+def test_a_few_rows_at_a_time_change_nothing(bits: int, aligned: bool, part: int) -> None:
+    codes = random_codes(bits, bits, 2, 9, 70)
+    packed = packing.pack(codes, bits, aligned=aligned)
+    before = packed.clone()
+    with mock.patch.object(packing, "PART", part):
+        fields = packing.unpack(packed, bits, 70, aligned=aligned)
+        assert torch.equal(fields, codes)
+        packing.signed(fields, bits)
+        words = packing.pack_awq(random_codes(1, 4, 24, 11))
+        assert torch.equal(packing.unpack_awq(words), random_codes(1, 4, 24, 11))
+    assert torch.equal(packed, before), "the file's own bytes stay as they are"
 
 
 def test_widths_outside_one_to_eight_are_refused() -> None:

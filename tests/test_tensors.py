@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qhal import Format, FormatError, QTensor
+from qhal import Format, FormatError, QTensor, parts
 from qhal.encoding import encode
 from qhal.tensors import same_bits
 
@@ -137,3 +137,24 @@ def test_equal_looks_at_every_plane() -> None:
     assert isinstance(q.scale.scale, torch.Tensor)
     other = replace(q, scale=replace(q.scale, scale=q.scale.scale * 2))
     assert not q.equal(other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["int8.row*bf16", "e4m3fn.8x16*fp32", "nvfp4", "mxfp4", "nf4.flat24*fp32", "int4-int4.g32*bf16@domain=minmax"],
+)
+def test_decoding_in_parts_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 20, 96, generator=torch.Generator().manual_seed(5))
+    q = encode(x, Format.parse(name))
+    whole = [q.dequantize(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    monkeypatch.setattr(parts, "PART", 700)
+    assert all(torch.equal(q.dequantize(one.dtype), one) for one in whole)
+    ordered = QTensor(
+        Format.parse("int4.g32*fp32"),
+        torch.randint(-8, 8, (40, 96), generator=torch.Generator().manual_seed(1)).to(torch.int8),
+        torch.rand(40, 3) + 0.1,
+        group_index=torch.arange(96, dtype=torch.int32) % 3,
+    )
+    cut = ordered.dequantize()
+    monkeypatch.setattr(parts, "PART", 1 << 40)
+    assert torch.equal(ordered.dequantize(), cut)

@@ -22,6 +22,13 @@ def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = Fal
         if nan:
             raise index.bad(name, "exponents below 255 (NaN)", f"{nan} of {values.numel()} are 255")
         return
+    if zero_ok and values.dtype == torch.float8_e4m3fn and not positive:
+        if _has_nan(values):
+            nan = int(torch.isnan(values.float()).sum())
+            raise index.bad(
+                name, "finite scales", f"{nan} NaN, 0 Inf, {int((values.float() == 0).sum())} zero of {values.numel()}"
+            )
+        return
     numbers = values.float() if values.dtype.itemsize == 1 else values
     good = (numbers > 0).all() if positive else (numbers != 0).all()
     if bool(torch.isfinite(numbers).all()) and (zero_ok or bool(good)):
@@ -42,10 +49,16 @@ def finite(index: TensorIndex, name: str, values: Tensor) -> None:
 
 def float8_codes(index: TensorIndex, name: str, codes: Tensor) -> None:
     """e4m3fn codes must not be NaN (0x7F, 0xFF)."""
+    if _has_nan(codes):
+        raise index.bad(
+            name, "FP8 codes that are numbers", f"{int(torch.isnan(codes.float()).sum())} NaN of {codes.numel()}"
+        )
+
+
+def _has_nan(codes: Tensor) -> bool:
+    """Whether an e4m3fn tensor holds 0x7F or 0xFF; a part at a time, in the cache and without booleans."""
     raw = codes.reshape(-1).view(torch.uint8)
-    if any(int((part & 0x7F).amax()) == 0x7F for part in raw.split(PART) if part.numel()):  # in the cache, no booleans
-        nan = (raw & 0x7F) == 0x7F
-        raise index.bad(name, "FP8 codes that are numbers", f"{int(nan.sum())} NaN of {codes.numel()}")
+    return any(int((part & 0x7F).amax()) == 0x7F for part in raw.split(PART) if part.numel())
 
 
 def code_range(index: TensorIndex, name: str, codes: Tensor, bits: int) -> None:
