@@ -135,7 +135,7 @@ def test_written_read_and_online_agree(source: Path, tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", [*NAMES, *EXPLICIT])
 def test_a_rank_holds_its_part_of_the_quantized_whole(source: Path, name: str) -> None:
-    """Scales that span the cut (a tensor, a row under dim 1) are those of the whole, never of the part; no block is cut."""
+    """Scales that span the cut (a tensor, a row under dim 1) are the whole's, never the part's; no block is cut."""
     online = open_checkpoint(source, quantize=name)
     module = "model.layers.1.mlp.down_proj"
     whole = online.spec(module).weight
