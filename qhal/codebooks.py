@@ -7,6 +7,7 @@ so outlier columns, column groups, residual stages and lattices are one loop.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -83,9 +84,9 @@ class CodebookSegment:
         shapes = [tuple(self.table(i).shape) for i in range(count)]
         if any(len(s) != 3 for s in shapes) or len({s[1:] for s in shapes}) > 1:
             raise FormatError(f"codebooks of one segment have vectors of one size [V, a, b], not {shapes}")
-        if self.divisors and (len(self.divisors) != count or not all(d != 0 for d in self.divisors)):
+        if self.divisors and (len(self.divisors) != count or not all(0 < abs(d) < math.inf for d in self.divisors)):
             raise FormatError(
-                f"divisors {self.divisors}: none, or a number that is not 0 for each of {count} codebooks"
+                f"divisors {self.divisors}: none, or a finite number that is not 0 for each of {count} codebooks"
             )
 
     @property
