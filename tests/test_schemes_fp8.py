@@ -227,6 +227,10 @@ def test_configurations(write_checkpoint: Write, change: dict[str, Any], match: 
     refused(lambda: opened(write_checkpoint, named(Q, tiled(128, 128)), change), match)
 
 
+def test_quantized_embeddings_are_refused(write_checkpoint: Write) -> None:
+    refused(lambda: opened(write_checkpoint, named("model.embed_tokens", tiled(128, 128))), "unsupported: .*embedding")
+
+
 def test_unknown_keys_are_named(write_checkpoint: Write) -> None:
     with pytest.warns(CheckpointWarning, match="new_idea: no key of fp8"):
         opened(write_checkpoint, named(Q, tiled(128, 128)), {"new_idea": 1})

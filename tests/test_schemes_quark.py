@@ -351,6 +351,11 @@ def test_patterns_never_reach_children(write_checkpoint: Write) -> None:
     refused(lambda: open_checkpoint(lying), f"{D}: excluded by exclude .*but the file holds quantized tensors")
 
 
+def test_quantized_embeddings_are_refused(write_checkpoint: Write) -> None:
+    section = config(record(spec("int8")))
+    refused(lambda: opened(write_checkpoint, int8_modules("model.embed_tokens"), section), "unsupported: .*embedding")
+
+
 def test_a_router_needs_no_exclude_entry(write_checkpoint: Write) -> None:
     router = {"model.layers.0.mlp.gate.weight": torch.ones(4, K).bfloat16()}
     ckpt = opened(write_checkpoint, int8_modules(Q) | router, config(record(spec("int8"))))

@@ -32,7 +32,7 @@ from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.experts import StackedExperts
 from qhal_schemes.fp8_tensors import PROJECTIONS, SCALES, Stored, locate, locate_stacked
-from qhal_schemes.matching import SkipPatterns
+from qhal_schemes.matching import EMBEDDING, SkipPatterns, module_class
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_nibbles
 from qhal_schemes.plain import BlockRules
@@ -150,6 +150,8 @@ class FP8Mapping(SchemeMapping):
         found: dict[str, Stored] = {}
         for module, tensors in table.items():
             if ("weight" in tensors and tensors["weight"].dtype == "F8_E4M3") or not tensors.keys().isdisjoint(SCALES):
+                if module_class(module) == EMBEDDING:
+                    raise CheckpointError(f"unsupported: {self.index.folder}: {module}: a quantized embedding; planned")
                 packed = fp4 and ".experts." in module and tensors.get("weight", None) is not None
                 packed = packed and tensors["weight"].dtype in ("I8", "U8")
                 found[module] = locate(self.index, module, self._tile, self._static, self._scale_fmt, packed)

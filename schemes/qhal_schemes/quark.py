@@ -22,7 +22,7 @@ from qhal.specs import KVSpec, LinearSpec, Operand
 from qhal_schemes import checks, quark_weights
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.matching import is_router
+from qhal_schemes.matching import EMBEDDING, is_router, module_class
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.quark_config import QuarkConfig, Record, TensorSpec, unsupported
@@ -128,6 +128,8 @@ class QuarkMapping(SchemeMapping):
 
     def _claim(self, module: str) -> None:
         where = f"{self.index.folder}: {module}"
+        if module_class(module) == EMBEDDING:
+            raise CheckpointError(f"unsupported: {where}: a quantized embedding; planned")
         record, rule = self._quark.find(module)
         if record is None:
             raise CheckpointError(f"{where}: excluded by {rule}, but the file holds quantized tensors of it")
