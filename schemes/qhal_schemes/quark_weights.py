@@ -7,8 +7,8 @@
     two stages, [fp8 per tensor or channel, int4]: weight_scale_2 is the int4 scale, weight_scale multiplies it
 
 Zero points have the type and the packing of the codes; symmetric weights carry zeros. W = (code - zero) * scale.
-Layouts were compared with files of amd-quark 0.13, except e5m2, tiles, per-group int8 and groups in two stages, which
-follow its source (export/nn/modules/realquantizer.py, utils/pack.py).
+Layouts were compared with files of amd-quark 0.13, except e5m2, tiles, e4m3fn with exponents and groups in two stages,
+which follow its source (export/nn/modules/realquantizer.py, utils/pack.py).
 """
 
 from __future__ import annotations
