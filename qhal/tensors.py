@@ -68,11 +68,10 @@ class QTensor:
         """The value, [..., N, K]: (code - zero) * scale + offset in fp32, each step rounded once, then to `dtype`."""
         f = self.format
         numbers = {name: self._numbers(getattr(self, name), getattr(f, name)) for name in ("scale", "zero", "offset")}
-        whole = {name: stacked(number) for name, number in numbers.items() if number is not None}
+        whole = {name: stacked(self._spanned(number)) for name, number in numbers.items() if number is not None}
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        for codes, place in parts(
-            self.codes, f.block or Block("row")
-        ):  # each step is by itself: the parts change no bit
+        # every step is by itself for every element: the parts change no bit
+        for codes, place in parts(self.codes, f.block or Block("row")):
             value = self._values(codes, {name: at(number, place) for name, number in whole.items()}).to(dtype)
             if place is None:
                 return value.reshape(self.shape)
@@ -98,6 +97,11 @@ class QTensor:
             return None
         assert fmt is not None
         return plane.dequantize() if isinstance(plane, QTensor) else decode(fmt.element, plane)
+
+    def _spanned(self, number: Tensor) -> Tensor:
+        """A grid with the leading axes of the codes, or with all of them 1."""
+        lead = self.shape[:-2] if number.shape[:-2].numel() > 1 else number.shape[:-2]
+        return number.expand(*lead, *number.shape[-2:])
 
     def _per_element(self, number: Tensor, shape: torch.Size) -> Tensor:
         if self.group_index is not None:

@@ -158,3 +158,13 @@ def test_decoding_in_parts_changes_no_bit(name: str, monkeypatch: pytest.MonkeyP
     cut = ordered.dequantize()
     monkeypatch.setattr(parts, "PART", 1 << 40)
     assert torch.equal(ordered.dequantize(), cut)
+
+
+@pytest.mark.parametrize("part", [100, 1 << 40])
+def test_a_grid_may_serve_some_of_the_leading_axes(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", part)
+    codes = torch.randint(-8, 8, (2, 3, 5, 8), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    for lead in ((1, 3), (2, 1), (1, 1), (2, 3)):
+        scale = torch.rand(*lead, 5, 2) + 0.1
+        q = tensor("int4.g4*fp32", codes=codes, scale=scale)
+        assert torch.equal(q.dequantize(), codes * scale.repeat_interleave(4, -1))
