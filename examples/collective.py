@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 import qhal
 from qhal import Codec, Format
-from qhal_cpu_reference.comm import simulate
+from qhal.collectives import simulate
 
 INT8 = Codec(Format.parse("int8.g32*fp16"))  # groups of 32 columns share an fp16 scale: 8.5 bits instead of 16
 
