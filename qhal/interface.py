@@ -58,7 +58,8 @@ class QuantOps(ABC):
     its last stride is 1. `out` is written and returned; without it the result may be a view of a larger buffer. Steady
     state: no host sync, no compilation, no measuring, no allocation outside the caching allocator. Zero rows are legal.
     What `supports` refuses raises UnsupportedError with that Support; nothing falls back. Every NaN in an operand gives
-    NaN in the results that depend on it; +0 and -0 are equal unless an operation says otherwise.
+    NaN in the results that depend on it, but for one that is quantized with a static scale to an element without NaN
+    (`quantize`); +0 and -0 are equal unless an operation says otherwise.
 
     Subclassing checks the class body against this one (`qhal.contract`): unknown public names and changed signatures
     are one InterfaceError.
