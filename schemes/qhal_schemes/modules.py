@@ -97,6 +97,9 @@ def account(mapping: SchemeMapping) -> Account:
                 f"{index.folder / entry.file}: tensor {name} is extra: {mapping.config.method or 'a float model'} has "
                 f"{', '.join(n.rpartition('.')[2] for n in mapping.tensors(owner))} of the quantized module {owner}"
             )
+        if leaf in _CACHE:
+            result.extra[name] = "a cache scale, but the configuration quantizes no cache"
+            continue
         if leaf in QUANTIZED_SUFFIXES or (entry.dtype in _CODES and (leaf == "weight" or entry.dtype != "I32")):
             why = mapping.excluded.get(module)
             reader = f"no module that {mapping.config.method} reads"
@@ -106,9 +109,7 @@ def account(mapping: SchemeMapping) -> Account:
                 f"{index.folder / entry.file}: tensor {name} ({entry.dtype} {list(entry.shape)}) is extra: it looks "
                 f"quantized, but {rule}"
             )
-        if leaf in _CACHE:
-            result.extra[name] = "a cache scale, but the configuration quantizes no cache"
-        elif _BUFFERS.match(name):
+        if _BUFFERS.match(name):
             result.extra[name] = "a buffer that the model computes itself"
         else:
             result.plain.append(name)

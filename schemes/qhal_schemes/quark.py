@@ -80,7 +80,8 @@ class QuarkMapping(SchemeMapping):
 
     def read(self, module: str) -> LinearSpec:
         """Read and check one module."""
-        weight = quark_weights.read(self.index, self._stored[module], self._quark.reorder)
+        stored = self._stored[module]
+        weight = quark_weights.read(self.index, stored, stored.nibbles and self._quark.reorder)
         bias = f"{module}.bias"
         t = self.index.read_all([*self._input_names(module).values(), *([bias] if bias in self.index else [])])
         if bias in t:

@@ -81,7 +81,7 @@ class QuarkConfig:
     def __init__(self, config: CheckpointConfig) -> None:
         self.config, section = config, config.quantization
         _warn_unknown(config, section, _TOP, "")
-        self.reorder = self._export(section.get("export") or {})
+        self._pack_method = self._export(section.get("export"))
         if section.get("softmax_quant_spec") is not None:
             raise unsupported(config, "softmax_quant_spec", "quantized attention probabilities")
         self._algorithms(section.get("algo_config"))
@@ -113,15 +113,25 @@ class QuarkConfig:
 
     # ---------------------------------------------------------------- parsing
 
-    def _export(self, export: object) -> bool:
+    @property
+    def reorder(self) -> bool:
+        """Whether eight nibbles of an int32 are interleaved; asked only for weights that are packed so."""
+        if self._pack_method is None:
+            raise self.config.bad("export.pack_method", "reorder or order: no tensor tells the order of nibbles", None)
+        return self._pack_method == "reorder"
+
+    def _export(self, export: object) -> str | None:
+        """The pack method, None if the file names none."""
+        if not export:
+            return None
         if not isinstance(export, dict):
             raise self.config.bad("export", "an object", export)
         if export.get("weight_format", "real_quantized") != "real_quantized":
             raise unsupported(self.config, "export.weight_format", f"{export['weight_format']!r}: weights are floats")
-        order = export.get("pack_method", "reorder")
-        if order not in ("reorder", "order"):
+        order = export.get("pack_method")
+        if order not in ("reorder", "order", None):
             raise self.config.bad("export.pack_method", "reorder or order", order)
-        return bool(order == "reorder")
+        return order
 
     def _algorithms(self, value: object) -> None:
         for i, one in enumerate(value if isinstance(value, list) else [] if value is None else [value]):

@@ -48,6 +48,11 @@ class Stored:
         """Whether codes, scales and zero points are stored [K, N]."""
         return self.spec.dtype in INTEGERS and self.spec.qscheme == "per_group"
 
+    @property
+    def nibbles(self) -> bool:
+        """Whether eight codes share an int32."""
+        return self.spec.dtype in ("int4", "uint4")
+
 
 def locate(index: TensorIndex, module: str, record: Record, leaves: Mapping[str, str]) -> Stored:
     """Find and check a module's weight tensors. leaves: canonical last part -> name in the file."""
@@ -178,7 +183,7 @@ def _expect_zero(index: TensorIndex, spec: TensorSpec, name: str, n: int, k: int
 
 def _codes(index: TensorIndex, stored: Stored, weight: Tensor, reorder: bool) -> Tensor:
     s, name = stored.spec, stored.names["weight"]
-    if s.dtype in ("int4", "uint4"):
+    if stored.nibbles:
         across = stored.n if stored.transposed else stored.k
         codes = _nibbles(index, name, weight, across, s.dtype == "int4", reorder)
         return codes.t().contiguous() if stored.transposed else codes
@@ -211,7 +216,7 @@ def _zero(index: TensorIndex, stored: Stored, zero: Tensor, grid: tuple[int, int
         if bool(zero.ne(0).any()):
             raise index.bad(name, "zeros, as symmetric is true", f"{int(zero.ne(0).sum())} other values")
         return zero
-    if s.dtype in ("int4", "uint4") and zero.dim() and zero.dtype == torch.int32 and s.qscheme != "per_tensor":
+    if stored.nibbles and zero.dim() and zero.dtype == torch.int32 and s.qscheme != "per_tensor":
         zero = _nibbles(index, name, zero, stored.n, s.dtype == "int4", reorder)
     elif zero.dtype == torch.int32:
         low, high = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}[s.dtype]
