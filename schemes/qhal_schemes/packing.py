@@ -170,7 +170,7 @@ def _spread_bytes(packed: Tensor, bits: int) -> Tensor:
     fields = 8 // bits
     lane = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fields]
     codes = torch.empty(*packed.shape, dtype=lane, device=packed.device)
-    for source, target in _rows(packed, codes):
+    for source, target in _rows(packed, codes, 2 * PART):
         target.copy_(source)
         _spread(target, fields, bits)
     return codes.view(torch.uint8)
@@ -182,13 +182,13 @@ def _spread(lanes: Tensor, fields: int, bits: int) -> None:
     What lies above the fields may be anything, but above fields that fill one byte there must be zeros.
     """
     half = fields // 2
+    if fields * bits == 8:  # x = low + upper * 2^b becomes low + upper * 2^8h: one shift and one addition, no mask
+        lanes.add_(lanes >> (half * bits), alpha=(1 << 8 * half) - (1 << half * bits))
+        half //= 2
     while half:
         low = sum(((1 << half * bits) - 1) << at for at in range(0, 8 * fields, 16 * half))
         upper = lanes << (half * (8 - bits))
-        if fields * bits == 8:  # the upper run, left where it was, is outside the mask
-            lanes.bitwise_or_(upper).bitwise_and_(low | (low << 8 * half))
-        else:
-            lanes.bitwise_and_(low).bitwise_or_(upper.bitwise_and_(low << 8 * half))
+        lanes.bitwise_and_(low).bitwise_or_(upper.bitwise_and_(low << 8 * half))
         half //= 2
 
 
