@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import masking_utils  # noqa: E402
 
 from qhal_cpu_reference.kv import read  # noqa: E402
 from qhal_engines import EngineError, kv_attention  # noqa: E402
-from qhal_engines.kv_attach import attach, cache_name, detach, model_attention, new_cache  # noqa: E402
+from qhal_engines.kv_attach import _NAMES, attach, cache_name, detach, model_attention, new_cache  # noqa: E402
 from qhal_engines.kv_attention import pattern  # noqa: E402
 from qhal_engines.kv_cache import QhalLayer  # noqa: E402
 from qhal_engines.kv_plan import CacheLayer, cache_layers  # noqa: E402
@@ -56,6 +57,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 OPS = qhal.select("cpu_reference")
 pytestmark = pytest.mark.filterwarnings("ignore:the cache format:qhal_engines.EngineWarning")
+NAME = next(n for n in _NAMES if n in inspect.signature(transformers.LlamaForCausalLM.forward).parameters)
+"""What the installed transformers calls the cache: an argument and a field of the output."""
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -86,6 +89,16 @@ def with_cache(model: Any, kv_format: str) -> Any:
     caches = cache_layers(checkpoint, kv_format, model_attention(model))
     attach(model, OPS, caches, {c.attention.layer: c.read(checkpoint) for c in caches}, model.dtype)
     return model
+
+
+def held(output: Any) -> Any:
+    """The cache of a model's output."""
+    return getattr(output, NAME)
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """The argument that goes on with a cache."""
+    return {NAME: cache}
 
 
 def close(a: torch.Tensor, b: torch.Tensor, bound: float = 2e-5) -> bool:
@@ -167,8 +180,8 @@ def test_layers_that_a_checkpoint_leaves_out_keep_the_models_dtype() -> None:
     assert [str(c.format.k) for c in caches] == ["fp32", "int4.row*fp32"]
     attach(model, OPS, caches, {c.attention.layer: c.read(checkpoint) for c in caches}, model.dtype)
     assert cache_name(model) == "k=fp32 v=fp32; k=int4.row*fp32 v=int4.row*fp32"
-    mixed = model(IDS).cache
-    whole = with_cache(model, "fp32")(IDS).cache
+    mixed = held(model(IDS))
+    whole = held(with_cache(model, "fp32")(IDS))
     assert all(
         torch.equal(mixed.layers[0].cache.planes[n], whole.layers[0].cache.planes[n]) for n in ("k.codes", "v.codes")
     )
@@ -186,11 +199,11 @@ def test_static_scales_of_a_checkpoint_reach_the_cache() -> None:
     scales = {0: torch.tensor([0.01, 0.02]), 1: torch.tensor([0.05, 0.03])}
     specs = {i: KVSpec(Operand(fmt, s), Operand(fmt, 2 * s), name=str(i)) for i, s in scales.items()}
     attach(model, OPS, caches, specs, model.dtype)
-    cache = model(IDS[:1]).cache
+    cache = held(model(IDS[:1]))
     for i, s in scales.items():
-        held = cache.layers[i].cache
-        assert torch.equal(held.planes["k.scale"], s) and torch.equal(held.planes["v.scale"], 2 * s)
-        codes = read(held, 0, torch.tensor(cache.sequences.pages[0]), 24) / s[None, :, None]
+        stored = cache.layers[i].cache
+        assert torch.equal(stored.planes["k.scale"], s) and torch.equal(stored.planes["v.scale"], 2 * s)
+        codes = read(stored, 0, torch.tensor(cache.sequences.pages[0]), 24) / s[None, :, None]
         assert close(codes, codes.round(), 1e-6) and codes.abs().max() > 5
 
 
@@ -217,12 +230,12 @@ def test_padding_is_neither_stored_nor_seen() -> None:
     model = with_cache(build(), "int8")
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, :21] = 0
-    cache = model(IDS, attention_mask=mask).cache
+    cache = held(model(IDS, attention_mask=mask))
     assert cache.sequences.real.sum(1).tolist() == [24, 3] and cache.sequences.pages == [[0, 1], [2]]
-    held = cache.layers[0].cache
-    assert held.planes["k.codes"][2, 3:].eq(0).all() and held.planes["k.codes"][2, :3].ne(0).any()
-    alone = model(IDS[1:, 21:]).cache.layers[0].cache  # the same rows, but rotated to other positions: V has none
-    assert torch.equal(held.planes["v.codes"][2, :3], alone.planes["v.codes"][0, :3])
+    stored = cache.layers[0].cache
+    assert stored.planes["k.codes"][2, 3:].eq(0).all() and stored.planes["k.codes"][2, :3].ne(0).any()
+    alone = held(model(IDS[1:, 21:])).layers[0].cache  # the same rows, but rotated to other positions: V has none
+    assert torch.equal(stored.planes["v.codes"][2, :3], alone.planes["v.codes"][0, :3])
     right = torch.ones(2, 24, dtype=torch.long)
     right[1, 10:] = 0  # padding behind tokens
     logits = model(IDS, attention_mask=right).logits
@@ -237,12 +250,12 @@ def test_a_prefill_in_chunks_equals_one_prefill(kind: str) -> None:
     cache = new_cache(model)
     parts, start = [], 0
     for length in (5, 1, 11, 7):
-        parts.append(model(IDS[:, start : start + length], cache=cache).logits)
+        parts.append(model(IDS[:, start : start + length], **given(cache)).logits)
         start += length
     assert close(torch.cat(parts, 1), whole.logits)
-    assert cache.get_seq_length() == 24 and cache.sequences.pages != whole.cache.sequences.pages  # other page tables
+    assert cache.get_seq_length() == 24 and cache.sequences.pages != held(whole).sequences.pages  # other page tables
     for b in range(2):
-        k, expected = (read(c.layers[0].cache, 0, torch.tensor(c.sequences.pages[b]), 24) for c in (cache, whole.cache))
+        k, expected = (read(c.layers[0].cache, 0, torch.tensor(c.sequences.pages[b]), 24) for c in (cache, held(whole)))
         assert torch.equal(k, expected)
 
 
@@ -256,16 +269,16 @@ def test_beams_crops_and_selections_move_pages() -> None:
     with_cache(model, "int8")
     one = model(IDS).logits
     cache = new_cache(model)
-    model(torch.cat([IDS, IDS[:, :9]], 1), cache=cache)
+    model(torch.cat([IDS, IDS[:, :9]], 1), **given(cache))
     cache.crop(-33 + 20)
-    assert close(model(IDS[:, 20:], cache=cache).logits, one[:, 20:])
+    assert close(model(IDS[:, 20:], **given(cache)).logits, one[:, 20:])
     cache.batch_select_indices(torch.tensor([1]))
     cache.batch_repeat_interleave(2)
     cache.crop(-1)
-    assert close(model(IDS[1:, 23:].repeat(2, 1), cache=cache).logits, one[1:, 23:].repeat(2, 1, 1))
+    assert close(model(IDS[1:, 23:].repeat(2, 1), **given(cache)).logits, one[1:, 23:].repeat(2, 1, 1))
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert close(model(IDS[:1], cache=cache).logits, one[:1])
+    assert close(model(IDS[:1], **given(cache)).logits, one[:1])
     with pytest.raises(ValueError, match="crop"):
         cache.crop(5)
 
@@ -296,19 +309,19 @@ def test_calls_that_would_give_other_numbers_are_refused_by_name() -> None:
     model = with_cache(build(), "int8")
     dynamic, static = transformers.DynamicCache(), transformers.StaticCache(model.config, 32)
     plain = build()
-    plain(IDS, cache=dynamic)
+    plain(IDS, **given(dynamic))
     one = model(IDS)
     for match, call in {
-        "DynamicCache": lambda: model(IDS, cache=dynamic),
-        "StaticCache": lambda: model(IDS, cache=static),
-        "another model": lambda: model(IDS, cache=with_cache(build(), "int8")(IDS).cache),
+        "DynamicCache": lambda: model(IDS, **given(dynamic)),
+        "StaticCache": lambda: model(IDS, **given(static)),
+        "another model": lambda: model(IDS, **given(held(with_cache(build(), "int8")(IDS)))),
         r"attention_mask of shape|mask of its own": lambda: model(IDS, attention_mask=torch.ones(2, 1, 24, 24)),
         "packed": lambda: model(IDS, position_ids=torch.arange(12).repeat(2)[None], use_cache=False),
-        r"attention_mask is \(2, 3\)": lambda: model(IDS[:, :3], cache=one.cache, attention_mask=torch.ones(2, 3)),
+        r"attention_mask is \(2, 3\)": lambda: model(IDS[:, :3], **given(held(one)), attention_mask=torch.ones(2, 3)),
         "cannot be masked afterwards": lambda: model(
-            IDS[:, :1], cache=one.cache, attention_mask=torch.arange(25)[None].gt(2).expand(2, -1)
+            IDS[:, :1], **given(held(one)), attention_mask=torch.arange(25)[None].gt(2).expand(2, -1)
         ),
-        "holds 2 sequences": lambda: model(IDS[:1, :1], cache=one.cache),
+        "holds 2 sequences": lambda: model(IDS[:1, :1], **given(held(one))),
         "swan": lambda: model(IDS, swan=torch.ones(1)),
     }.items():
         with pytest.raises(EngineError, match=match):

@@ -164,7 +164,7 @@ def test_attention_is_honest_both_ways(ops, r, q, p, sane):
         with pytest.raises(UnsupportedError):
             ops.kv_planes(r)
         return
-    layout, planes = ops.kv_planes(r)
+    layout, planes = ops.kv_planes(r, attention=[a] if ops.supports(a) else [])
     cache = KVCache.allocate(r, 4, "cpu", planes=planes, layout=layout)
     lead = () if r.kind == "mla" else (r.heads,)
     k, v = torch.randn(3, *lead, r.k_dim), torch.randn(3, *lead, r.v_dim)
