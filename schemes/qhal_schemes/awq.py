@@ -47,10 +47,14 @@ class AWQMapping(SchemeMapping):
         table = ModuleTable(index)
         self._modules = tuple(table.having(_PARTS))
         if not self._modules:
-            raise CheckpointError(f"{index.folder}: quant_method awq, but no module has a qweight")
+            raise CheckpointError(f"{index.folder}: quant_method {config.method}, but no module has a qweight")
         skipped = PathPatterns("modules_to_not_convert", config.names("modules_to_not_convert"))
-        self._excluded = BlockRules(config, self._modules, skipped).exclude(table.plain_linears())
+        self._excluded = BlockRules(config, self._modules, skipped, self._skipped).exclude(table.plain_linears())
         skipped.warn_unused(list(table))
+
+    def _skipped(self, module: str) -> str | None:
+        """A rule of a relative of the format that leaves a module plain."""
+        return None
 
     @property
     def modules(self) -> Sequence[str]:

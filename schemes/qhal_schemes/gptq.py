@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,7 +32,6 @@ from qhal_schemes.packing import unpack, words, wrap
 from qhal_schemes.plain import ELEMENT_OF, BlockRules
 from qhal_schemes.source import WIDE, TensorIndex
 
-_BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _WORD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """What version 1 subtracts from a whole word of zero points; a zero point of 0 borrows from its neighbour."""
@@ -49,23 +48,32 @@ class Settings:
 
 
 class GPTQMapping(SchemeMapping):
-    """A GPTQ checkpoint: the settings, overridden per module by `dynamic`."""
+    """A GPTQ checkpoint: the settings, overridden per module by `dynamic`. Relatives of the format derive from it.
+
+    bits       widths of codes that the format has
+    indexed    whether every module has a g_idx; otherwise columns without one are in order
+    overrides  the key of the settings of single modules
+    """
+
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    indexed: bool = True
+    overrides: ClassVar[str] = "dynamic"
 
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         section = config.quantization
-        self._v1 = _zero_format(config)
+        self._v1 = self._minus_one()
         self._default = self._settings(section, None, "")
-        self._dynamic = self._overrides(section.get("dynamic"))
+        self._dynamic = self._overrides(section.get(self.overrides))
         table = ModuleTable(index)
         self._modules = {m: self._of(m) for m in table.having(_PARTS)}
         for module, settings in self._modules.items():
             if settings is None:
                 raise CheckpointError(
-                    f"{index.folder}: {module} is skipped by a `-:` rule of `dynamic`, but the file holds it quantized"
+                    f"{index.folder}: {module} is skipped by {self._skipped(module)}, but the file holds it quantized"
                 )
         if not self._modules:
-            raise CheckpointError(f"{index.folder}: quant_method gptq, but no module has a qweight")
+            raise CheckpointError(f"{index.folder}: quant_method {config.method}, but no module has a qweight")
         skipped = PathPatterns("modules_to_not_convert", config.names("modules_to_not_convert"))
         rules = BlockRules(config, self._modules, skipped, self._skipped)
         self._excluded = rules.exclude(table.plain_linears())
@@ -83,14 +91,14 @@ class GPTQMapping(SchemeMapping):
 
     def tensors(self, module: str) -> Sequence[str]:
         """qweight, qzeros, scales, g_idx and a bias if there is one."""
-        names = [f"{module}.{part}" for part in _PARTS]
+        names = [f"{module}.{part}" for part in _PARTS if part != "g_idx" or self._has_index(module)]
         return [*names, f"{module}.bias"] if f"{module}.bias" in self.index else names
 
     def describe(self, module: str) -> LinearFormat:
         """The format, from shapes and dtypes alone."""
         s = self._modules[module]
         assert s is not None
-        columns = self.index.expect(f"{module}.g_idx", ("I32",), (None,)).shape[0]
+        columns = self._columns(module, s.bits)
         packed = self.index.expect(f"{module}.qweight", ("I32",), (words(columns, s.bits), None))
         rows = packed.shape[1]
         if columns * s.bits % 32 or rows * s.bits % 32:
@@ -118,15 +126,10 @@ class GPTQMapping(SchemeMapping):
         f, s = self.describe(module), self._modules[module]
         assert s is not None and isinstance(f.weight, Format)
         t = self.index.read_all(self.tensors(module))
-        scale, g_idx = t[f"{module}.scales"], t[f"{module}.g_idx"]
+        scale, g_idx = t[f"{module}.scales"], t.get(f"{module}.g_idx")
         checks.scales(self.index, f"{module}.scales", scale)
-        size = f.k if s.group_size == -1 else s.group_size
-        checks.group_index(self.index, f"{module}.g_idx", g_idx, scale.shape[0])
-        if not f.group_index and not checks.sequential(g_idx, size):
-            raise self.index.bad(
-                f"{module}.g_idx", f"column k in group k // {size}, as desc_act is false", "another order"
-            )
-        checks.equal_groups(self.index, f"{module}.g_idx", g_idx, scale.shape[0], size)
+        if g_idx is not None:
+            self._check_index(module, g_idx, scale.shape[0], f.k if s.group_size == -1 else s.group_size)
         bias = t.get(f"{module}.bias")
         if bias is not None:
             checks.finite(self.index, f"{module}.bias", bias)
@@ -135,9 +138,34 @@ class GPTQMapping(SchemeMapping):
             codes=unpack(t[f"{module}.qweight"].t().contiguous(), s.bits, f.k),
             scale=scale.t().contiguous(),
             zero=self._zeros(module, t[f"{module}.qzeros"], s, f.n).t().contiguous(),
-            group_index=g_idx.contiguous() if f.group_index else None,
+            group_index=g_idx.contiguous() if g_idx is not None and f.group_index else None,
         )
         return LinearSpec(weight, bias=None if bias is None else bias.float(), name=module)
+
+    def _has_index(self, module: str) -> bool:
+        return self.indexed or f"{module}.g_idx" in self.index
+
+    def _columns(self, module: str, bits: int) -> int:
+        """K: one entry of g_idx a column; without it the words must be whole runs of 32 codes."""
+        if self._has_index(module):
+            return self.index.expect(f"{module}.g_idx", ("I32",), (None,)).shape[0]
+        name = f"{module}.qweight"
+        count = self.index.expect(name, ("I32",), (None, None)).shape[0]
+        if count % bits:
+            raise self.index.bad(name, f"runs of {bits} words, as there is no g_idx", f"{count} words")
+        return count * 32 // bits
+
+    def _check_index(self, module: str, g_idx: Tensor, groups: int, size: int) -> None:
+        checks.group_index(self.index, f"{module}.g_idx", g_idx, groups)
+        if not self.describe(module).group_index and not checks.sequential(g_idx, size):
+            raise self.index.bad(
+                f"{module}.g_idx", f"column k in group k // {size}, as desc_act is false", "another order"
+            )
+        checks.equal_groups(self.index, f"{module}.g_idx", g_idx, groups, size)
+
+    def _minus_one(self) -> bool:
+        """Whether zero points are stored minus one (version 1)."""
+        return _zero_format(self.config)
 
     def _zeros(self, module: str, stored: Tensor, s: Settings, rows: int) -> Tensor:
         """uint8 zero points [G, N]. Version 1 is undone per word (2, 4, 8 bits) or per field (3 bits)."""
@@ -163,7 +191,7 @@ class GPTQMapping(SchemeMapping):
         )
 
     def _settings(self, section: Mapping[str, Any], base: Settings | None, path: str) -> Settings:
-        bits = integer(self.config, section, "bits", _BITS, base.bits if base else None, path)
+        bits = integer(self.config, section, "bits", self.bits, base.bits if base else None, path)
         size = section.get("group_size", base.group_size if base else None)
         if size != -1 or type(size) is not int:
             size = integer(self.config, {"group_size": size}, "group_size", path=path)
@@ -194,13 +222,18 @@ class GPTQMapping(SchemeMapping):
             rules.append((rule, compiled, settings))
         return rules
 
+    def _rule_of(self, module: str) -> tuple[str, Settings | None] | None:
+        """The rule that overrides a module's settings, and to what (None: the module is skipped)."""
+        return next(((rule, s) for rule, pattern, s in self._dynamic if pattern.match(module)), None)
+
     def _of(self, module: str) -> Settings | None:
-        return next((s for _, pattern, s in self._dynamic if pattern.match(module)), self._default)
+        rule = self._rule_of(module)
+        return self._default if rule is None else rule[1]
 
     def _skipped(self, module: str) -> str | None:
-        """The `-:` rule that leaves a module plain, if there is one."""
-        rule = next(((r, s) for r, pattern, s in self._dynamic if pattern.match(module)), None)
-        return f"dynamic {rule[0]!r}" if rule is not None and rule[1] is None else None
+        """The rule that leaves a module plain, if there is one."""
+        rule = self._rule_of(module)
+        return f"{self.overrides} {rule[0]!r}" if rule is not None and rule[1] is None else None
 
 
 @lru_cache(maxsize=256)
