@@ -135,11 +135,18 @@ def test_a_model_has_the_names_and_rows_of_transformers(tmp_path: Path, arch: st
         assert ckpt.excluded["model.layers.0.mlp.up_proj"] == f"the file stores it as {kind.name}"
 
 
-def test_rows_are_those_that_transformers_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", [False, True])
+def test_rows_are_those_that_transformers_reads(tmp_path: Path, installed: bool) -> None:
+    """Also where qhal took over transformers' quantizers: this reading stays transformers' own."""
     transformers = pytest.importorskip("transformers")
+    import qhal_engines.transformers
+
+    if installed:
+        qhal_engines.transformers.install()
     tensors, _ = dense()
     file(tmp_path / "m.gguf", facts(), tensors)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    qhal_engines.transformers.uninstall()
     ckpt = open_checkpoint(tmp_path)
     for name, parameter in model.state_dict().items():
         module = name.removesuffix(".weight")
@@ -279,6 +286,10 @@ def test_splits_open_from_any_of_them(tmp_path: Path) -> None:
         paths.append(file(tmp_path / f"m-0000{i + 1}-of-00002.gguf", said, part))
     for path in (tmp_path, *paths):
         compare(path, want)
+    moved = paths[0].rename(tmp_path / "moved.gguf")
+    with pytest.raises(CheckpointError, match=r"split\.no, split\.count: expected 0 and 1, .*found \[0, 2\]"):
+        open_checkpoint(moved)
+    moved.rename(paths[0])
     paths[1].unlink()
     with pytest.raises(CheckpointError, match=r"m-00002-of-00002\.gguf: is missing"):
         open_checkpoint(tmp_path)

@@ -154,7 +154,7 @@ class QhalQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def install(backend: str = "auto", policy: Policy = "error", kv_format: str | None = None) -> None:
-    """Takes over transformers' table of quantizers for every quant_method that qhal_schemes reads.
+    """Takes over transformers' table of quantizers for every quant_method of a config.json that qhal_schemes reads.
 
     backend: as for `qhal.select`; it is selected when a model is loaded. policy: as for `qhal.resolve`; "report" runs
     nothing and is refused here. kv_format: None or "auto" gives every layer the cache that the checkpoint says; a word
@@ -169,14 +169,20 @@ def install(backend: str = "auto", policy: Policy = "error", kv_format: str | No
     settings = {"backend": backend, "policy": policy, "kv_format": kv_format}
     quantizer = type("QhalQuantizer", (QhalQuantizer,), settings)
     quantizers, configs = hf_auto.AUTO_QUANTIZER_MAPPING, hf_auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    for method in (key for name in ("qhal", *qhal_schemes.known_methods()) for key in (name, *_keys(name))):
+    for method in (key for name in ("qhal", *qhal_schemes.known_methods()) for key in _keys(name)):
         _saved.setdefault(method, (quantizers.get(method), configs.get(method)))
         quantizers[method], configs[method] = quantizer, QhalConfig
 
 
 def _keys(method: str) -> tuple[str, ...]:
-    """The keys under which transformers looks for the quantizer of a method: those of one method say its width."""
-    return ("bitsandbytes_4bit", "bitsandbytes_8bit") if method == "bitsandbytes" else (method,)
+    """The keys under which transformers looks for the quantizer of a method: those of one method say its width.
+
+    None for gguf: it names no section of config.json but transformers' own reading of one file (gguf_file=...), which
+    stays what it is.
+    """
+    if method == "gguf":
+        return ()
+    return (method, "bitsandbytes_4bit", "bitsandbytes_8bit") if method == "bitsandbytes" else (method,)
 
 
 def uninstall() -> None:
