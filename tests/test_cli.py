@@ -189,6 +189,13 @@ def test_dequantize_never_writes_over_a_device_a_link_or_its_own_source(golden: 
     assert fifo.is_fifo() and not (folder / "new.safetensors").exists()
 
 
+def test_text_from_a_single_file_is_refused() -> None:
+    file = str(Path(__file__).parent / "golden" / "gguf" / "legacy_quants" / "checkpoint" / "model.gguf")
+    done = run("generate", file, "--prompt", "x")
+    assert done.returncode == 1 and "unsupported" in done.stderr and "text from a single file" in done.stderr
+    assert run("inspect", file, "--json").returncode == 0
+
+
 def test_generate_checks_what_it_was_given(golden: Path) -> None:
     folder = str(golden / CASE / "checkpoint")
     assert run("generate", folder, "--prompt", "x", "--policy", "report").returncode == 2

@@ -32,6 +32,10 @@ def generate(
     """
     if policy not in ("exact", "error", "allow"):
         raise typer.BadParameter(f"policy {policy!r}: generating runs the model, so choose exact, error or allow")
+    if checkpoint.suffix == ".gguf":
+        raise CheckpointError(
+            f"unsupported: {checkpoint}: text from a single file; `qhal inspect`, `plan` and `dequantize` read it"
+        )
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint folder: it has no config.json")
     from transformers import AutoModelForCausalLM, AutoTokenizer
