@@ -48,6 +48,27 @@ def test_files_of_the_tool(case: str) -> None:
             assert torch.equal(part, spec.stored().chunk(2)[rank])
 
 
+def test_a_model_runs_in_transformers() -> None:
+    """Mixed 4 and 8 bits, a plain projection and biases: the logits of the model with the decoded weights."""
+    transformers = pytest.importorskip("transformers")
+    import qhal_engines.transformers
+
+    folder = OWN / "gptq_b4_g32_mixed" / "checkpoint"
+    ckpt, ids = open_checkpoint(folder), torch.arange(8)[None]
+    qhal_engines.transformers.install()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    qhal_engines.transformers.uninstall()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    weights = {name: ckpt.tensor(name).float() for name in ckpt.account.plain}
+    for module in ckpt.modules(quantized=True):
+        spec = ckpt.spec(module)
+        weights |= {f"{module}.weight": spec.effective()} | ({} if spec.bias is None else {f"{module}.bias": spec.bias})
+    plain.load_state_dict(weights)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
 def packed(
     bits: int, minus_one: bool, index: bool = False, awq: bool = False, low: int = 1, sym: bool = False
 ) -> tuple[Tensors, torch.Tensor]:

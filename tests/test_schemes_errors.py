@@ -115,7 +115,8 @@ def test_the_unbroken_checkpoint_opens(write_checkpoint: Write, method: str) -> 
 
 def test_unknown_method_lists_the_known_ones(write_checkpoint: Write) -> None:
     folder = write_checkpoint(model(ct_parts), {"quant_method": "compresed-tensors"})
-    refuse(folder, r"unknown quant_method 'compresed-tensors'; known: auto-round, awq, .*gptq.*did you mean compressed-tensors")
+    known = "known: auto-round, awq, .*gptq.*did you mean compressed-tensors"
+    refuse(folder, rf"unknown quant_method 'compresed-tensors'; {known}")
 
 
 GROUP = "config_groups/group_0/"

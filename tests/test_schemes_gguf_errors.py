@@ -109,7 +109,7 @@ def test_the_file_is_good(tmp_path: Path) -> None:
         ({"facts": FACTS | {"llama.attention.head_count": 8}}, "rope.dimension_count: expected 8, the size of a head"),
         ({"facts": FACTS | {"llama.attention.head_count_kv": 4}}, "expected rows of 4 heads of 16 .*found 32 rows"),
         ({"facts": FACTS | {"llama.block_count": 2}}, "counts 2 layers, but model.layers has no tensor of layer 1"),
-        ({"facts": FACTS | {"llama.block_count": "1"}}, "block_count: expected a positive integer, found 1"),
+        ({"facts": FACTS | {"llama.block_count": "1"}}, "block_count: expected a count, found 1"),
         ({"facts": FACTS | {"llama.rope.freq_base": float("nan")}}, "freq_base: expected a positive number"),
     ],
 )

@@ -147,8 +147,8 @@ def claim(files: Sequence[Path], model: Mapping[str, Any]) -> Claimed | None:
         return None  # a copy beside a model's own weights; it opens by its own path
     headers = [read_gguf(path) for path in _splits(files)]
     for i, header in enumerate(headers):
-        said = [header.metadata.get(key) for key in ("split.no", "split.count")]
-        if len(headers) > 1 and said != [i, len(headers)]:
+        said = [header.metadata.get(key, default) for key, default in (("split.no", 0), ("split.count", 0))]
+        if said != [i, len(headers)] and (len(headers) > 1 or said[1] not in (0, 1)):
             raise header.bad("split.no, split.count", f"{i} and {len(headers)}, as its name says", said)
     first = replace(headers[0], tensors={})
     for header in headers:

@@ -49,11 +49,11 @@ class GGUFHeader:
         return CheckpointError(f"{self.path}: {key}: expected {expected}, found {str(found)[:160]}")
 
     def count(self, key: str) -> int | None:
-        """A positive number of the metadata, None where it is not there."""
-        value = self.metadata.get(key)
-        if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
-            raise self.bad(key, "a positive integer", value)
-        return value
+        """A count of the metadata; None where it is not there, or 0."""
+        value = self.metadata.get(key, 0)
+        if type(value) is not int or not 0 <= value < 1 << 31:
+            raise self.bad(key, "a count", value)
+        return value or None
 
 
 def read_gguf(path: Path) -> GGUFHeader:

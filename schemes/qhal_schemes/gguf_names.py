@@ -177,7 +177,7 @@ class Names:
         header, prefix = self.header, self.header.metadata["general.architecture"]
         found: dict[str, Any] = {"model_type": self.model.model_type, "hidden_act": "silu"}
         for key, name in (_KEYS | self.model.keys).items():
-            value = header.count(f"{prefix}.{key}") if f"{prefix}.{key}" in header.metadata else None
+            value = header.count(f"{prefix}.{key}")
             if value is not None:
                 found[name] = value
         found["num_attention_heads"] = self._heads(False, 0)
