@@ -313,13 +313,24 @@ def test_one_of_several_files_is_chosen_by_its_path(tmp_path: Path) -> None:
 def test_a_copy_beside_the_models_own_weights(tmp_path: Path) -> None:
     tensors, want = dense()
     path = file(tmp_path / "m.gguf", facts(), tensors)
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "num_hidden_layers": 1, "dtype": "float16"})
-    )
+    config: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 1, "dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     ckpt = compare(tmp_path, want)
     assert ckpt.dtype == torch.float16, "config.json is there and counts"
     save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     assert open_checkpoint(tmp_path).method == "" and open_checkpoint(path).method == "gguf"
+    config["quantization_config"] = {"quant_method": "gguf"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"quant_method: expected another method: .*no GGUF file"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_link_to_a_file_elsewhere(tmp_path: Path) -> None:
+    tensors, want = dense()
+    (tmp_path / "store").mkdir()
+    link = tmp_path / "m.gguf"
+    link.symlink_to(file(tmp_path / "store" / "blob", facts(), tensors))
+    compare(link, want)
 
 
 # ---------------------------------------------------------------- golden

@@ -32,7 +32,7 @@ from qhal_schemes.gguf_file import GGUFHeader, read_gguf
 from qhal_schemes.gguf_names import Names, stacks_experts
 from qhal_schemes.matching import near_text
 from qhal_schemes.modules import ModuleTable
-from qhal_schemes.source import DTYPES, WIDE, TensorEntry, TensorIndex, inside
+from qhal_schemes.source import DTYPES, WIDE, TensorEntry, TensorIndex
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -59,7 +59,7 @@ class GGUFIndex(TensorIndex):
         first, count = (0, lines) if rows is None or order is not None else rows
         line = entry.nbytes // lines
         raw = torch.empty(count * line, dtype=torch.uint8)
-        path = inside(self.folder, entry.file)
+        path = self.folder / entry.file  # its own name, never one that a file gives
         try:
             with path.open("rb") as stream:
                 stream.seek(entry.start + first * line)
@@ -82,6 +82,8 @@ class GGUFMapping(SchemeMapping):
 
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
+        if not isinstance(index, GGUFIndex):
+            raise config.bad("quant_method", "another method: the weights of this folder are no GGUF file", "gguf")
         why = config.quantization.get("names")
         if why:
             warnings.warn(
