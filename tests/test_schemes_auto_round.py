@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import qhal
 from qhal.errors import CheckpointError
 from qhal_schemes import Checkpoint, CheckpointWarning, open_checkpoint
+from qhal_schemes.convert import convert_checkpoint
 from qhal_schemes.packing import pack, pack_awq
 
 Write = Callable[..., Path]
@@ -67,6 +68,16 @@ def test_a_model_runs_in_transformers() -> None:
         weights |= {f"{module}.weight": spec.effective()} | ({} if spec.bias is None else {f"{module}.bias": spec.bias})
     plain.load_state_dict(weights)
     assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("case", ["gptq_b4_g32_mixed", "awq_b4_g32", "raw_b3_g32"])
+def test_a_file_is_converted_exactly_and_whole(tmp_path: Path, case: str) -> None:
+    source = open_checkpoint(OWN / case / "checkpoint")
+    assert convert_checkpoint(source.path, tmp_path / "out", "gptq")["exact"]
+    out = open_checkpoint(tmp_path / "out")
+    assert out.method == "gptq" and not (tmp_path / "out" / "quantization_config.json").exists()
+    for module in source.modules(quantized=True):
+        assert torch.equal(out.stored(module), source.stored(module))
 
 
 def packed(

@@ -42,7 +42,7 @@ TARGETS: dict[str, type[Target]] = {
 """Every format that can be written, by the word after `--to`."""
 
 _SHOWN = 8
-_SIDE = ("hf_quant_config.json", "recipe.yaml")
+_SIDE = ("quantization_config.json", "hf_quant_config.json", "recipe.yaml")
 """What says how the source was quantized, beside the files that claims look at."""
 
 
