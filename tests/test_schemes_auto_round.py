@@ -129,7 +129,7 @@ def test_zero_points(write_checkpoint: Write, bits: int, layout: str, minus_one:
 @pytest.mark.parametrize("layout", ["auto_round:auto_awq", "auto_round:awq"])
 def test_awq_words(write_checkpoint: Write, layout: str) -> None:
     parts, w = packed(4, False, awq=True)
-    extra = {UP: {"bits": 4, "group_size": None}, f"{LAYER}.gate_proj": {"bits": 16}}
+    extra = {UP: {"bits": 4, "group_size": None}, f"{LAYER}.gate_proj": {"bits": 16, "data_type": "float"}}
     plain = {"weight": torch.ones(N, K).half()}
     folder = store(
         write_checkpoint, {UP: parts, f"{LAYER}.gate_proj": plain}, packing_format=layout, extra_config=extra

@@ -180,8 +180,7 @@ class _Scheme:
         """Check what all layouts share, then match the tensors."""
         section = config.quantization
         _arithmetic(config, section, "")
-        config.boolean("desc_act", False)
-        if section.get("desc_act"):
+        if config.boolean("desc_act", False):
             raise config.bad("desc_act", "false: auto-round keeps columns in order", True)
         unknown = [key for key in section if key not in _MEANING | _TUNING and key not in _REFUSED]
         if unknown:
@@ -219,6 +218,8 @@ def _arithmetic(config: CheckpointConfig, said: Mapping[str, Any], path: str) ->
     unknown = [key for key in said if key not in _MEANING] if path else []
     if unknown:
         raise config.bad(f"{path}{unknown[0][:80]}", f"one of {', '.join(sorted(_MEANING))}", said[unknown[0]])
+    if path and _plain(said.get("bits")):
+        return  # left plain: the rest describes that
     kind, inputs = said.get("data_type") or "int", said.get("act_bits") or 16
     if type(inputs) is not int:
         raise config.bad(f"{path}act_bits", "a number of bits", inputs)
@@ -245,10 +246,8 @@ def _blocks(config: CheckpointConfig) -> tuple[str, ...]:
     said = None if key is None else section[key]
     if said is None:
         return ()
-    names = said.split(",") if isinstance(said, str) else said
-    flat = (
-        [n for item in names for n in (item if isinstance(item, list) else [item])] if isinstance(names, list) else [0]
-    )
+    names = said.split(",") if isinstance(said, str) else said if isinstance(said, list) else [said]
+    flat = [name for item in names for name in (item if isinstance(item, list) else [item])]
     if not all(isinstance(name, str) and name.strip() for name in flat):
         raise config.bad(str(key), "names of blocks", said)
     return tuple(str(name).strip() for name in flat)
