@@ -41,6 +41,15 @@ def test_words_round_trip_and_follow_the_definition(bits: int, n: int, rows: int
     assert torch.equal(packing.unpack(packed, bits, n, aligned=aligned), codes)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 32), st.integers(1, 70), st.integers(0, 1000))
+def test_wide_codes_follow_the_definition(bits: int, n: int, seed: int) -> None:
+    codes = torch.randint(0, 1 << bits, (2, n), generator=torch.Generator().manual_seed(seed))
+    packed = torch.tensor([by_the_bit(row, bits, False) for row in codes], dtype=torch.int32)
+    back = packing.unpack_wide(packed, bits, n)
+    assert back.dtype == torch.int32 and torch.equal(back.long() & ((1 << bits) - 1), codes)
+
+
 @pytest.mark.parametrize(("bits", "dense", "aligned"), [(3, 24, 26), (5, 40, 43), (6, 48, 52), (7, 56, 64)])
 def test_the_two_packings_have_different_widths(bits: int, dense: int, aligned: int) -> None:
     assert packing.words(256, bits) == dense

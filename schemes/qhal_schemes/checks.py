@@ -80,6 +80,15 @@ def group_index(index: TensorIndex, name: str, values: Tensor, groups: int) -> N
         raise index.bad(name, f"group numbers 0..{groups - 1}", f"values {low}..{high}")
 
 
+def indices(index: TensorIndex, name: str, values: Tensor, low: int, high: int) -> None:
+    """Codes of a codebook stay inside it: low <= value <= high."""
+    if values.numel() == 0:
+        return
+    least, most = (int(v) for v in torch.aminmax(values))
+    if least < low or most > high:
+        raise index.bad(name, f"indices {low}..{high} of a codebook", f"{least}..{most}")
+
+
 def equal_groups(index: TensorIndex, name: str, values: Tensor, groups: int, size: int) -> None:
     """A group index gives every group `size` columns, the last one the rest: kernels sort by group and count on it."""
     found = torch.bincount(values.long(), minlength=groups).tolist()

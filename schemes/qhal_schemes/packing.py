@@ -53,6 +53,23 @@ def unpack(packed: Tensor, bits: int, count: int, *, aligned: bool = False) -> T
     return codes[..., :count].contiguous()
 
 
+def unpack_wide(packed: Tensor, bits: int, count: int) -> Tensor:
+    """int32 codes [..., count] of 1 to 32 bits from int32 [..., words(count, bits)], one dense bit stream."""
+    shared = gcd(32, bits)
+    per_run, run, mask = 32 // shared, bits // shared, (1 << bits) - 1 if bits < 32 else -1
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % run))
+    runs = packed.unflatten(-1, (-1, run))
+    codes = torch.empty(*runs.shape[:-1], per_run, dtype=torch.int32, device=packed.device)
+    for j in range(per_run):
+        word, shift = divmod(j * bits, 32)
+        value = runs[..., word] >> shift  # arithmetic: the copies of the sign are masked away
+        inside = 32 - shift
+        if inside < bits:
+            value = (value & ((1 << inside) - 1)) | (runs[..., word + 1] << inside)
+        codes[..., j] = value & mask
+    return codes.flatten(-2)[..., :count].contiguous()
+
+
 def pack(codes: Tensor, bits: int, *, aligned: bool = False) -> Tensor:
     """int32 [..., words(count, bits)] from codes [..., count]; the inverse of `unpack`. Unused bits are zero."""
     count = codes.shape[-1]
