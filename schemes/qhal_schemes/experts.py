@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qhal.codebooks import CodebookTensor
 from qhal.errors import CheckpointError, ShardError
 from qhal.formats import Format
 from qhal.layer_formats import Activation, ExpertsFormat, LinearFormat
@@ -216,6 +217,9 @@ def _stack(parts: Sequence[LinearSpec], name: str) -> LinearSpec:
     if any(p.rotate_in or p.rotate_out or p.low_rank for p in parts):
         raise ShardError(f"{name}: rotations and low-rank branches inside experts cannot be stacked")
     weights = [p.weight for p in parts]
+    vectors = next((w for w in weights if isinstance(w, CodebookTensor)), None)
+    if vectors is not None:
+        raise ShardError(f"{name}: codebook weights are not stacked ({vectors.format}); load the experts one by one")
     biases = [p.bias for p in parts if p.bias is not None]
     if biases and len(biases) != len(parts):
         raise ShardError(f"{name}: some experts have a bias and some have none")
