@@ -312,6 +312,20 @@ def test_fused_names_expand(write_checkpoint: Write, entry: str) -> None:
     assert cut.stored()[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0], "every rank holds a slice of each part"
 
 
+def test_the_name_of_a_part_is_no_fused_name(write_checkpoint: Write) -> None:
+    """`.*v_proj$` also matches the letters of `qkv_proj`, and `.*up_proj$` those of `gate_up_proj`."""
+    names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"] + [
+        f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up")
+    ]
+    plain = [names[2], names[4]]
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        weight = torch.ones(8, 32).bfloat16() if name in plain else codes(8, 8, 32)
+        tensors |= {f"{name}.weight": weight} | ({} if name in plain else {f"{name}.weight_scale": scale(8, 1)})
+    config = ct({"num_bits": 8, "strategy": "channel"}, "int-quantized", ignore=["re:.*v_proj$", "re:.*up_proj$"])
+    assert set(open_checkpoint(write_checkpoint(tensors, config)).excluded) == set(plain)
+
+
 def test_fused_module_whose_parts_disagree(write_checkpoint: Write) -> None:
     m = "model.layers.0.self_attn.qkv_proj"
     tensors = {f"{m}.weight": codes(8, 8, 32), f"{m}.weight_scale": scale(8, 1)}

@@ -74,6 +74,11 @@ def compile_pattern(text: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
+def _means(pattern: re.Pattern[str], fused: str) -> bool:
+    """Whether a pattern names a fused module: `.*v_proj$` matches `qkv_proj`, but names one of its parts."""
+    return pattern.match(fused) is not None and not any(pattern.match(part) for part in fused_parts(fused))
+
+
 class Patterns:
     """A list of names and `re:` patterns of a configuration; remembers which of them matched something."""
 
@@ -113,7 +118,7 @@ class Patterns:
         for candidate in (name, alias):
             if candidate in self._exact:
                 return candidate
-        return next((p for p, r in self._regex if r.match(name) or (alias != name and r.match(alias))), None)
+        return next((p for p, r in self._regex if r.match(name) or (alias != name and _means(r, alias))), None)
 
     def unused(self) -> tuple[str, ...]:
         """The patterns that matched nothing so far."""
