@@ -68,6 +68,10 @@ def test_inspect(golden: Path) -> None:
     assert "int4.g128*bf16" in text and "lm_head" in text
 
 
+def test_tables_show_brackets(golden: Path) -> None:
+    assert "vq1x8[e8p12]" in run("inspect", str(golden / "quip/quip_e8p12_had12_20/checkpoint")).stdout
+
+
 def test_plan_and_its_refusal(golden: Path) -> None:
     folder = str(golden / CASE / "checkpoint")
     record = ok("plan", folder, "--backend", "cpu_reference")

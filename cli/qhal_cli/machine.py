@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import typer
+from rich.markup import escape
 
 import qhal
 from qhal import selection
@@ -91,7 +92,7 @@ def _record(name: str, info: BackendInfo | selection.Broken) -> dict[str, Any]:
 def _print(records: list[dict[str, Any]]) -> None:
     def cells(r: dict[str, Any]) -> tuple[str, str, str]:
         if not r["usable"]:
-            return r["name"], "[red]no[/red]", f"{r['reason']}\n[dim]do: {r['hint']}[/dim]"
+            return r["name"], "[red]no[/red]", f"{escape(r['reason'])}\n[dim]do: {escape(r['hint'])}[/dim]"
         lines = []
         for d in r["devices"]:
             memory = f", {size(d['memory'])}" if d["memory"] else ""
@@ -100,7 +101,8 @@ def _print(records: list[dict[str, Any]]) -> None:
         lines.append(f"[dim]executes: {', '.join(r['operations']) or 'nothing in this version'}[/dim]")
         return r["name"], "[green]yes[/green]" if r["operations"] else "[yellow]found[/yellow]", "\n".join(lines)
 
-    table("Backends, in the order of auto", ("backend", "usable", "devices, or why not"), (cells(r) for r in records))
+    columns = ("backend", "usable", "devices, or why not")
+    table("Backends, in the order of auto", columns, (cells(r) for r in records), markup=True)
 
 
 def doctor(json: Json = False) -> None:
@@ -115,7 +117,8 @@ def doctor(json: Json = False) -> None:
         emit([dict(zip(("check", "status", "found", "do"), c, strict=True)) for c in checks])
     else:
         colour = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
-        table("Doctor", ("check", "status", "found", "what to do"), ((c[0], colour[c[1]], c[2], c[3]) for c in checks))
+        rows = ((c[0], colour[c[1]], escape(c[2]), escape(c[3])) for c in checks)
+        table("Doctor", ("check", "status", "found", "what to do"), rows, markup=True)
     if any(status == "fail" for _, status, _, _ in checks):
         raise typer.Exit(1)
 

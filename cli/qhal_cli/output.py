@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -21,13 +22,13 @@ console = Console(highlight=False, soft_wrap=False)
 stderr = Console(stderr=True, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print one table; long cells wrap."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, markup: bool = False) -> None:
+    """Print one table; long cells wrap. markup: cells are rich's markup, not text as it is (`vq1x8[e8p12]`)."""
     shown = Table(title=title, title_justify="left", title_style="bold", show_lines=False, pad_edge=False)
     for name in columns:
         shown.add_column(name, overflow="fold")
     for row in rows:
-        shown.add_row(*(str(cell) for cell in row))
+        shown.add_row(*(str(cell) if markup else escape(str(cell)) for cell in row))
     console.print(shown)
 
 
