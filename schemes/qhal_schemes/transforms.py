@@ -41,6 +41,8 @@ class Online:
     inverse: bool
     sylvester: bool
     """the matrix is the natural-order Hadamard matrix by configuration; reading checks it"""
+    fixed: bool
+    """it is a Hadamard matrix of some order that was not trained: reading checks that it is one"""
 
     @property
     def described(self) -> tuple[object, ...]:
@@ -61,6 +63,8 @@ class Online:
             if not torch.equal(matrix, sylvester(self.size)):
                 raise index.bad(self.weight, "the natural-order Hadamard matrix of +1 and -1", "another matrix")
             return Hadamard(self.size)
+        if self.fixed and not torch.equal(matrix @ matrix.t(), self.size * torch.eye(self.size, dtype=torch.float64)):
+            raise index.bad(self.weight, f"a Hadamard matrix of order {self.size}", "rows that are not orthogonal")
         if self.perm is not None:
             perm = t[self.perm].long()
             if not torch.equal(perm.sort().values, torch.arange(self.size)):
@@ -149,7 +153,8 @@ class Transforms:
             self.index.expect(perm, ("I64",), (size,))
         plain = rule.kind == "hadamard" and not (rule.randomize or rule.trained) and size & (size - 1) == 0
         weight = f"{stem}.weight"
-        return Online(rule.group, rule.location, weight, perm, size, rule.kind, rule.inverse, plain)
+        fixed = rule.kind != "random-matrix" and not rule.trained
+        return Online(rule.group, rule.location, weight, perm, size, rule.kind, rule.inverse, plain, fixed)
 
     def _shared(self, rule: _Rule, size: int) -> str | None:
         """Where another module's copy of the same transform is stored: same group and size, any online location."""
