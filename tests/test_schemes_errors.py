@@ -115,8 +115,7 @@ def test_the_unbroken_checkpoint_opens(write_checkpoint: Write, method: str) -> 
 
 def test_unknown_method_lists_the_known_ones(write_checkpoint: Write) -> None:
     folder = write_checkpoint(model(ct_parts), {"quant_method": "compresed-tensors"})
-    known = "known: auto-round, awq, .*gptq.*did you mean compressed-tensors"
-    refuse(folder, rf"unknown quant_method 'compresed-tensors'; {known}")
+    refuse(folder, r"unknown quant_method 'compresed-tensors'; known: .*awq, .*gptq.*did you mean compressed-tensors")
 
 
 GROUP = "config_groups/group_0/"
@@ -181,7 +180,7 @@ GROUP = "config_groups/group_0/"
         ("gptq", "dynamic", [1], "dynamic: expected an object"),
         ("gptq", "dynamic", {"+:(": {}}, "expected a regular expression"),
         ("gptq", "dynamic", {"+:.*": {"bits": 9}}, "bits: expected one of"),
-        ("gptq", "dynamic", {r"-:.*q_proj": {}}, "skipped by dynamic '-:"),
+        ("gptq", "dynamic", {r"-:.*q_proj": {}}, "skipped by a `-:` rule"),
         ("awq", "bits", 3, "bits: expected one of 4"),
         ("awq", "group_size", 0, "group_size: expected a positive integer"),
         ("awq", "group_size", 48, r"columns that divide into groups of 48, found 128 columns"),
