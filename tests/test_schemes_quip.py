@@ -16,6 +16,7 @@ from torch import Tensor
 from qhal import lattices, rotations
 from qhal.errors import CheckpointError
 from qhal_schemes import CheckpointWarning, open_checkpoint
+from qhal_schemes.convert import convert_checkpoint
 from qhal_schemes.quip import unpack_e8p
 
 Write = Callable[..., Path]
@@ -207,3 +208,13 @@ def test_quip_params_that_are_no_object(write_checkpoint: Write) -> None:
     with pytest.warns(CheckpointWarning, match="quip_params.new_key: no key of QuIP#"):
         changed = {"quip_params": model["quip_params"] | {"new_key": 1}}
         open_checkpoint(write_checkpoint(named(parts), model=changed, name="b"))
+
+
+def test_quip_params_go_with_the_codes(write_checkpoint: Write, tmp_path: Path) -> None:
+    parts, _, model = quip()
+    folder = write_checkpoint(named(parts), model=model)
+    convert_checkpoint(folder, tmp_path / "bf16", "bf16", lossy=True)
+    ckpt = open_checkpoint(tmp_path / "bf16")
+    assert ckpt.method == "" and torch.equal(
+        ckpt.dequantize(Q), open_checkpoint(folder).dequantize(Q).bfloat16().float()
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from qhal_schemes.source import inside
-from qhal_schemes.strict_json import load_json
+from qhal_schemes.strict_json import is_file, load_json
 from qhal_schemes.writing import AtomicDirectory, StreamingSafetensors, TensorLayout
 
 Units = Mapping[str, Mapping[str, TensorLayout]]
@@ -23,7 +23,7 @@ Units = Mapping[str, Mapping[str, TensorLayout]]
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_SECTIONS = ("quantization_config", "compression_config")
+_SECTIONS = ("quantization_config", "compression_config", "quip_params")
 
 
 def write_folder(
@@ -69,7 +69,8 @@ def write_folder(
             )
         for name, value in (files or {}).items():
             _json(folder.path / name, value)
-        model = load_json(source / "config.json")
+        stored = source / "config.json"  # some formats have none
+        model = load_json(stored) if is_file(stored) else {}
         for place in (model, model.get("text_config")):
             if isinstance(place, dict):
                 for key in _SECTIONS:
