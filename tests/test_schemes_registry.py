@@ -82,7 +82,7 @@ def test_a_format_is_one_file_behind_an_entry_point(site: Path, write_checkpoint
     codes = torch.arange(-16, 16, dtype=torch.int8).reshape(4, 8)
     tensors = {"model.layers.0.fc.codes": codes, "model.layers.0.fc.step": torch.tensor([0.5])}
     folder = write_checkpoint(tensors, {"quant_method": "toy-step"})
-    with pytest.raises(CheckpointError, match="unknown quant_method 'toy-step'; known: auto-round, awq"):
+    with pytest.raises(CheckpointError, match=r"unknown quant_method 'toy-step'; known: .*awq"):
         open_checkpoint(folder)
     distribution(site, "qhal-toy", "qhal_toy_scheme", TOY, "toy-step")
     assert "toy-step" in known_methods()

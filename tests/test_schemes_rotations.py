@@ -18,6 +18,7 @@ from qhal import rotations
 from qhal.errors import CheckpointError
 from qhal.rotations import hadamard_for
 from qhal_schemes import CheckpointWarning, open_checkpoint
+from qhal_schemes.convert import convert_checkpoint
 from qhal_schemes.packing import pack_int4
 from qhal_schemes.spinquant import transformed
 
@@ -95,7 +96,7 @@ def test_flatquant_attention_from_both_sources(tmp_path: Path) -> None:
     for name, given in (("both", side), ("one", None)):
         ckpt = open_checkpoint(folder_of(tmp_path / name, tensors, files(given)))
         assert ckpt.method == "flatquant" and set(ckpt.modules()) == set(codes)
-        assert ckpt.summary()["totals"]["consumed"] == len(tensors)
+        assert ckpt.summary()["totals"]["consumed"] == len(tensors) and not ckpt.summary()["files_not_read"]
         for module, stored in codes.items():
             spec = ckpt.spec(module)
             scale = tensors[f"quantizer.{module}.linear.scale"]
@@ -315,7 +316,7 @@ def test_spinquant_layers_keep_their_meaning(tmp_path: Path) -> None:
     """On the reference: each layer gives what the plain one gives, v in the basis that o undoes, biases included."""
     tensors, side = llama()
     ckpt = open_checkpoint(folder_of(tmp_path / "c", tensors, {"R.bin": side}, CONFIG))
-    assert ckpt.method == "spinquant" and not ckpt.excluded
+    assert ckpt.method == "spinquant" and not ckpt.excluded and not ckpt.summary()["files_not_read"]
     ops, r2 = qhal.select("cpu_reference"), side["model.layers.0.self_attn.R2"].double()
     for module in ckpt.modules():
         w, b = tensors[f"{module}.weight"].double(), tensors.get(f"{module}.bias")
@@ -401,3 +402,19 @@ def test_hadamard_matrices_that_are_none(tmp_path: Path) -> None:
             refused(
                 folder, r"R4_input.weight: expected a Hadamard matrix of order 12, found rows that are not orthogonal"
             )
+
+
+# ---------------------------------------------------------------- written anew
+
+
+def test_what_recognized_a_folder_is_not_written_again(tmp_path: Path) -> None:
+    """Plain floats of a QuaRot and a SpinQuant folder open as plain floats, with the rotations multiplied in."""
+    tensors, side = llama()
+    spin = folder_of(tmp_path / "spin", tensors, {"R.bin": side}, CONFIG)
+    quarot_folder = folder_of(tmp_path / "quarot", quarot()[0], {"quarot.json": WORDS | {"a_bits": 16}})
+    for folder, module in ((spin, UP), (quarot_folder, DOWN)):
+        out = tmp_path / f"{folder.name}_bf16"
+        convert_checkpoint(folder, out, "bf16", lossy=True)
+        ckpt = open_checkpoint(out)
+        assert ckpt.method == ""
+        assert torch.equal(ckpt.dequantize(module), open_checkpoint(folder).dequantize(module).bfloat16().float())

@@ -41,7 +41,7 @@ from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_int4
 from qhal_schemes.plain import BlockRules
-from qhal_schemes.side_files import check_inverse, load_pickle, matrix
+from qhal_schemes.side_files import check_inverse, load_pickle, matrix, without
 from qhal_schemes.source import WIDE, TensorIndex
 from qhal_schemes.strict_json import is_file, load_json
 
@@ -92,6 +92,7 @@ class FlatQuantMapping(SchemeMapping):
     """A FlatQuant checkpoint."""
 
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
+        index = without(index, _MATRICES)
         super().__init__(config, index)
         for key in (k for k in config.quantization if k not in _KEYS):
             text = f"{config.folder / config.file}: {key[:80]}: no key of FlatQuant that is known here"

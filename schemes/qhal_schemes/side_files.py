@@ -5,20 +5,22 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qhal.errors import CheckpointError
-from qhal_schemes.source import inside
+from qhal_schemes.source import TensorIndex, inside
 from qhal_schemes.strict_json import is_file
 
 
-@lru_cache(maxsize=4)
-def _load(path: Path, changed: int, size: int) -> Mapping[object, object]:
-    del changed, size  # a file that was written again is read again
+def load_pickle(folder: Path, name: str) -> Mapping[object, object]:
+    """The dictionary in a file of torch.save, read with weights_only. CheckpointError, naming it, for any other."""
+    path = inside(folder, name)
+    if not is_file(path):
+        raise CheckpointError(f"{path}: is {'no regular file' if path.exists() else 'missing'}")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
@@ -33,16 +35,9 @@ def _load(path: Path, changed: int, size: int) -> Mapping[object, object]:
     return value
 
 
-def load_pickle(folder: Path, name: str) -> Mapping[object, object]:
-    """The dictionary in a file of torch.save, read with weights_only. CheckpointError, naming the file, for any other.
-
-    The few last read files are kept, as every module of a checkpoint looks into the same one.
-    """
-    path = inside(folder, name)
-    if not is_file(path):
-        raise CheckpointError(f"{path}: is {'no regular file' if path.exists() else 'missing'}")
-    status = path.stat()
-    return _load(path, status.st_mtime_ns, status.st_size)
+def without(index: TensorIndex, name: str) -> TensorIndex:
+    """The index, with a side file that a scheme reads taken from those that nothing reads."""
+    return replace(index, unread=tuple(file for file in index.unread if file != name))
 
 
 def matrix(path: Path, name: str, value: object, shape: tuple[int | None, ...]) -> Tensor:

@@ -42,7 +42,7 @@ from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import ELEMENT_OF
-from qhal_schemes.side_files import check_orthogonal, load_pickle, matrix
+from qhal_schemes.side_files import check_orthogonal, load_pickle, matrix, without
 from qhal_schemes.source import WIDE, TensorIndex
 
 _FILE = "R.bin"
@@ -68,6 +68,7 @@ class SpinQuantMapping(SchemeMapping):
     """A Llama-like float checkpoint with R.bin."""
 
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
+        index = without(index, _FILE)
         super().__init__(config, index)
         self._path = config.folder / _FILE
         self._rotations = load_pickle(config.folder, _FILE)
