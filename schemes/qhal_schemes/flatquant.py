@@ -12,7 +12,8 @@ float16; flat_matrices.pth, where it is there, has them in float32 ({layer: {nam
 The files do not say with how many bits inputs are quantized: 4, as the method does, unless quantization_config.json has
 `a_bits`. Source: Y. Sun et al., FlatQuant: Flatness Matters for LLM Quantization (2024), and files of FlatQuant
 9d88ffc, with whose MLP this was compared; attention (ln_trans, o_trans, vcache_trans folded into v and o) is from its
-description, not compared. Rotated caches are refused.
+description, not compared; that vcache_trans is folded, not applied by itself, is FlatQuant's default and said nowhere.
+Rotated caches are refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +156,14 @@ class FlatQuantMapping(SchemeMapping):
         self.index.expect(f"{q}.maxq", ("I64",), ())
         if f"{module}.linear.bias" in self.index:
             self.index.expect(f"{module}.linear.bias", tuple(WIDE), (n,))
-        left, right = self._matrices(module, k)
+        left, *right = self._sizes(module, k)
         return LinearFormat(
             name=module,
             n=n,
             k=k,
             weight=_WEIGHT,
             input=self._input(),
-            rotate_in=(("kronecker", left.shape[0], 0 if right is None else right.shape[0]),),
+            rotate_in=(("kronecker", left, right[0] if right else 0),),
             bias=f"{module}.linear.bias" in self.index,
         )
 
@@ -174,7 +176,7 @@ class FlatQuantMapping(SchemeMapping):
         if bool((t[f"{q}.zero"] != 0).any()) or int(t[f"{q}.maxq"]) != 7:
             raise self.index.bad(f"{q}.zero", "0 and maxq 7, as symmetric is true", f"maxq {int(t[f'{q}.maxq'])}")
         self._check_copies(module, t)
-        left, right = self._matrices(module, f.k, inverses=True)
+        left, right = self._matrices(module)
         bias = t.get(f"{module}.linear.bias")
         if bias is not None:
             checks.finite(self.index, f"{module}.linear.bias", bias)
@@ -211,28 +213,40 @@ class FlatQuantMapping(SchemeMapping):
             raise CheckpointError(f"{path}: expected {name} of layer {m.layer}, found none")
         return matrix(path, f"layer {m.layer}: {name}", layer[name], shape), path
 
-    def _matrices(self, module: str, k: int, inverses: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The factors of the input's transform; inverses: check that each has its inverse beside it."""
-        m = self._modules[module]
-        one = m.transform.endswith("o_trans")
-        found = []
-        for side in ("",) if one else ("_left", "_right"):
-            name = f"{m.transform}.matrix{side}"
-            value, path = self._value(m, name, (None, None))
-            if value.shape[0] != value.shape[1] or value.shape[0] < 1:
-                raise CheckpointError(f"{path}: {name}: expected a square matrix, found {list(value.shape)}")
-            if inverses:
-                other, _ = self._value(m, f"{name}_inv", tuple(value.shape))
-                check_inverse(path, name, value, other.t())
-            found.append(value)
-        size = found[0].shape[0] * (1 if one else found[1].shape[0])
-        if k % size or not (one or k == size):
-            shown = " x ".join(str(v.shape[0]) for v in found)
+    def _names(self, m: _Linear) -> list[str]:
+        """The matrices of a module's transform; heads alone are turned before o."""
+        sides = ("",) if m.transform.endswith("o_trans") else ("_left", "_right")
+        return [f"{m.transform}.matrix{side}" for side in sides]
+
+    def _sizes(self, module: str, k: int) -> list[int]:
+        """Sizes of the matrices, which make the K features of the input (the heads divide them)."""
+        m, sizes = self._modules[module], []
+        for name in self._names(m):
+            if self._side is None:
+                shape = self.index.expect(m.prefix + name, tuple(WIDE), (None, None)).shape
+            else:
+                shape = tuple(self._value(m, name, (None, None))[0].shape)
+            if shape[0] != shape[1] or shape[0] < 1:
+                raise CheckpointError(
+                    f"{self.index.folder}: {m.prefix}{name}: expected a square matrix, found {list(shape)}"
+                )
+            sizes.append(shape[0])
+        if k % prod(sizes) or (len(sizes) == 2 and prod(sizes) != k):
             raise CheckpointError(
-                f"{self.index.folder}: {module}: {m.transform} has the sizes {shown}, expected the {k} columns of the "
-                "weight"
+                f"{self.index.folder}: {module}: {m.transform} has the sizes {' x '.join(map(str, sizes))}, expected "
+                f"the {k} columns of the weight"
             )
-        return found[0], None if one else found[1]
+        return sizes
+
+    def _matrices(self, module: str) -> tuple[Tensor, Tensor | None]:
+        """The factors of the input's transform, each checked against the transposed inverse beside it."""
+        m, found = self._modules[module], []
+        for name in self._names(m):
+            value, path = self._value(m, name, (None, None))
+            inverse, _ = self._value(m, f"{name}_inv", tuple(value.shape))
+            check_inverse(path, name, value, inverse.t())
+            found.append(value)
+        return found[0], found[1] if len(found) == 2 else None
 
     def _input(self) -> Format | None:
         return None if self._bits == 16 else Format.parse(f"int{self._bits}.row*fp32")

@@ -12,7 +12,7 @@ from qhal_schemes.config import CheckpointConfig, integer
 _KEYS = frozenset({
     "vector_lens", "num_centroids", "num_res_centroids", "group_num", "group_size", "outlier_size", "indices_as_float",
     "enable_norm", "enable_perm", "is_indice_packed", "bias", "in_features", "out_features", "vector_quant_dim",
-    "enable_residual", "norm_dim", "debug",
+    "enable_residual", "norm_dim", "debug", "enable_proxy_error",
 })  # fmt: skip
 _MOST_BITS = 16
 
