@@ -22,22 +22,23 @@ from qhal.rounding import to_plane
 from qhal.tensors import QTensor
 
 
-def recode(t: QTensor, to: Format) -> QTensor:
+def recode(t: QTensor, to: Format, *, nearly: bool = False) -> QTensor:
     """`t` in the format `to`: the same dequantization bit for bit (+0 and -0 are equal), the rule of `to` dropped in.
 
-    FormatError names the first difference that cannot be bridged without changing a number.
+    FormatError names the first difference that cannot be bridged without changing a number. nearly: numbers may move
+    by the rounding of a reciprocal, where one format divides by a scale and the other multiplies; codes may not.
     """
     if t.layout != "canonical":
         raise FormatError(f"{t.format}: layout {t.layout!r} is a backend's own; restore it first")
     if t.format.storage == to.storage:
         return replace(t, format=to)
-    made = _recode(t, to)
-    if not bool((made.dequantize() == t.dequantize()).all()):
+    made = _recode(t, to, nearly)
+    if not nearly and not bool((made.dequantize() == t.dequantize()).all()):
         raise FormatError(f"{t.format} as {to}: the scales' types round differently, some numbers would change")
     return made
 
 
-def _recode(t: QTensor, to: Format) -> QTensor:
+def _recode(t: QTensor, to: Format, nearly: bool) -> QTensor:
     f = t.format
     if f.sparsity is not None and to.sparsity not in (None, f.sparsity):
         raise _differ(f, to, f"{to.sparsity[0]}:{to.sparsity[1]} sparsity" if to.sparsity else "sparsity")
@@ -54,11 +55,11 @@ def _recode(t: QTensor, to: Format) -> QTensor:
     if f.scale is None and to.scale is not None:
         raise _differ(f, to, "the scale: there is none to keep")
     if scale is not None and f.block is not None and to.block is not None and to.scale is not None:
-        scale = _scale(_spread(scale, f.block, to.block, t.shape, f, to), f, to)
+        scale = _scale(_spread(scale, f.block, to.block, t.shape, f, to), f, to, nearly)
     if zero is not None and to.block is not None:
         if zero.numel() > 1 and f.block is not None:
             zero = _spread_plane(zero, f.block, to.block, t.shape)
-        elif t.group_index is None:
+        else:
             zero = zero.expand(*t.shape[:-2], *to.block.grid(*t.shape[-2:])).contiguous()
     return QTensor(to, codes, scale=scale, zero=zero, table=t.table, group_index=t.group_index)
 
@@ -101,7 +102,7 @@ def _zero_numbers(t: QTensor) -> Tensor | None:
     return decode(t.format.zero.element, t.zero)
 
 
-def _scale(scale: Tensor | QTensor, f: Format, to: Format) -> Tensor | QTensor:
+def _scale(scale: Tensor | QTensor, f: Format, to: Format, nearly: bool) -> Tensor | QTensor:
     """The scale plane in the target's type; a nested one by the same rules, level by level."""
     assert f.scale is not None and to.scale is not None
     if isinstance(scale, QTensor):
@@ -109,7 +110,7 @@ def _scale(scale: Tensor | QTensor, f: Format, to: Format) -> Tensor | QTensor:
             raise _differ(f, to, "the scale: one format multiplies, the other divides")
         if to.scale.plain:
             return _fits(scale.dequantize(), element(to.scale.element), f, to, "scales")
-        return recode(scale, to.scale)
+        return recode(scale, to.scale, nearly=nearly)
     if not to.scale.plain:
         raise _differ(f, to, "the scale: one level cannot be split into two")
     number = decode(f.scale.element, scale)

@@ -26,6 +26,7 @@ def convert(
 
     Examples:
       qhal convert awq/ --to compressed-tensors --out ct/
+      qhal convert fp8/ --to modelopt --out modelopt/
       qhal convert w8a8/ --to gptq --out w8/ --lossy
       qhal convert int4/ --to bf16 --out bf16/
     """

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from qhal.errors import CheckpointError
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.source import TensorIndex
 
 _ATTENTION = re.compile(
     r"(.*\.layers\.(\d+)\.(?:self_attn|attention|attn))\.(?:[kv]_scale|[qkvo]_proj\..*|qkv_proj\..*)$"
 )
 
 
-def attention_layers(index: TensorIndex) -> dict[int, str]:
-    """Layer number -> attention module, for every layer that has one."""
+def attention_layers(names: Iterable[str]) -> dict[int, str]:
+    """Layer number -> attention module, for every layer that has one. names: of all tensors."""
     layers: dict[int, str] = {}
-    for name in index:
+    for name in names:
         found = _ATTENTION.match(name)
         if found:
             layers.setdefault(int(found[2]), found[1])

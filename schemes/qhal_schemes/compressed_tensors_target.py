@@ -20,7 +20,7 @@ from qhal.layer_formats import KVFormat, LinearFormat
 from qhal.specs import KVSpec, LinearSpec
 from qhal.tensors import QTensor
 from qhal_schemes.compressed_tensors_writer import VERSION, Layout, entry, pack_tensors, plan_layout, tensor_layouts
-from qhal_schemes.target import STORED, Goal, Layer, Target, Written, only_online
+from qhal_schemes.target import STORED, Goal, Layer, Target, Written, changed_input, only_weights
 from qhal_schemes.writing import TensorLayout
 
 
@@ -31,22 +31,12 @@ class CompressedTensorsTarget(Target):
 
     def goal(self, f: LinearFormat) -> Goal:
         """The same weight in this file format's words, and the input as a reader will find it."""
-        if only_online(f):
-            raise FormatError(f"unsupported: writing {only_online(f)}; --to bf16 multiplies them into the weight")
-        if f.operand is not None:
-            raise FormatError(f"{self.name} files cannot say that the weight is rounded to {f.operand} first")
+        only_weights(f, self.name)
         if f.group_index:
             raise FormatError(f"{self.name} has no activation order since 0.19; --to gptq keeps it")
-        if not isinstance(f.weight, Format):
-            raise FormatError(f"{self.name} files hold no codebooks")
         layout = self._layout(f)
         given = layout.input(dtype_name(self.dtype) if not f.static_input else _scale_name(f.input))
-        losses = []
-        if f.input is not None and given != f.input:
-            losses.append(f"its input was quantized to {f.input}, a reader of the file quantizes to {given}")
-        if f.decode_input is not None and f.decode_input != f.input:
-            losses.append(f"while decoding its input was quantized to {f.decode_input}, the file has one input format")
-        return Goal(layout.weight, given, tuple(losses))
+        return Goal(layout.weight, given, changed_input(f, given))
 
     def layout(self, layer: Layer) -> dict[str, TensorLayout]:
         """The weight's tensors, a static input's, and a bias."""
@@ -101,7 +91,7 @@ class CompressedTensorsTarget(Target):
         }
         return Written(section)
 
-    def cache_goal(self, f: KVFormat) -> None:
+    def cache_goal(self, f: KVFormat, projections: Mapping[str, bool]) -> None:
         """Static int8 and fp8 per tensor or head, nothing else."""
         _cache_arguments(f)
 

@@ -10,7 +10,7 @@ plain float type is asking for its rounding: there the weights' rounding is meas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,83 +25,38 @@ from qhal.recoding import recode
 from qhal.specs import LinearSpec
 from qhal.tensors import QTensor
 from qhal_schemes import claims
+from qhal_schemes.attention import attention_layers
 from qhal_schemes.awq_writer import AWQTarget
 from qhal_schemes.checkpoint import Checkpoint, open_checkpoint
 from qhal_schemes.compressed_tensors_target import CompressedTensorsTarget
 from qhal_schemes.float_target import BF16Target, FloatTarget, FP16Target, FP32Target
 from qhal_schemes.folder_writing import SHARD_BYTES, nbytes, write_folder
 from qhal_schemes.gptq_writer import GPTQTarget
+from qhal_schemes.losses import Change, Losses
+from qhal_schemes.modelopt_target import ModelOptTarget
+from qhal_schemes.quark_target import QuarkTarget
 from qhal_schemes.target import Goal, Layer, Target
 from qhal_schemes.writing import TensorLayout, layout_of
 
 Progress = Callable[[int, int, str], None]
 
 TARGETS: dict[str, type[Target]] = {
-    t.name: t for t in (CompressedTensorsTarget, GPTQTarget, AWQTarget, BF16Target, FP16Target, FP32Target)
+    t.name: t
+    for t in (
+        CompressedTensorsTarget,
+        GPTQTarget,
+        AWQTarget,
+        ModelOptTarget,
+        QuarkTarget,
+        BF16Target,
+        FP16Target,
+        FP32Target,
+    )
 }
 """Every format that can be written, by the word after `--to`."""
 
-_SHOWN = 8
 _SIDE = ("quantization_config.json", "hf_quant_config.json", "recipe.yaml")
 """What says how the source was quantized, beside the files that claims look at."""
-
-
-@dataclass
-class Change:
-    """What happened to the modules of one pair of formats.
-
-    max_abs, squares, signal  of the decoded weights: largest difference, sums of squared differences and values
-    """
-
-    source: str
-    target: str
-    modules: int = 0
-    exact: bool = True
-    why: str = ""
-    max_abs: float = 0.0
-    squares: float = 0.0
-    signal: float = 0.0
-
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Compare two decoded weights."""
-        d = (after - before).double()
-        self.max_abs = max(self.max_abs, float(d.abs().max())) if d.numel() else self.max_abs
-        self.squares += float((d * d).sum())
-        self.signal += float((before.double() ** 2).sum())
-
-    def record(self) -> dict[str, Any]:
-        """JSON-able; relative_rms is the root of the summed squares over that of the weights."""
-        relative = (self.squares / self.signal) ** 0.5 if self.signal else 0.0
-        return {
-            "from": self.source,
-            "to": self.target,
-            "modules": self.modules,
-            "exact": self.exact,
-            "why": self.why,
-            "max_abs": self.max_abs,
-            "relative_rms": relative,
-        }
-
-
-@dataclass
-class _Losses:
-    """Losses by their text, with the modules that have them."""
-
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, text: str, module: str) -> None:
-        self.found.setdefault(text, []).append(module)
-
-    def lines(self) -> list[str]:
-        return [f"{text} ({len(names)} modules, first {names[0]})" for text, names in self.found.items()]
-
-    def error(self, path: Path, to: str, fatal: bool) -> CheckpointError:
-        shown = self.lines()[:_SHOWN]
-        more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
-        verb = "cannot be written" if fatal else "cannot be written without a loss"
-        todo = "choose another target" if fatal else "--lossy (lossy=True) writes it all the same and says how much"
-        listed = "\n  ".join(shown)
-        return CheckpointError(f"{path} {verb} as {to}; nothing was written:\n  {listed}{more}\n  do: {todo}")
 
 
 def convert_checkpoint(
@@ -125,7 +80,7 @@ def convert_checkpoint(
         raise CheckpointError(f"{ckpt.path}: nothing is quantized; `qhal quantize` quantizes a float checkpoint")
     dtype = WIDE.get(to, ckpt.dtype)
     target = TARGETS[to](dtype)
-    losses = _Losses()
+    losses = Losses()
     layers = _layers(ckpt, target, losses)
     cache = _cache(ckpt, target, losses)
     if losses.found and not lossy:
@@ -147,7 +102,7 @@ def convert_checkpoint(
         done += 1
         if progress is not None:
             progress(done, len(layers), unit)
-        return {f"{unit}.{leaf}": t for leaf, t in made.items()}
+        return {layer.name(leaf): t for leaf, t in made.items()}
 
     files = write_folder(
         ckpt.path,
@@ -174,14 +129,17 @@ def convert_checkpoint(
     }
 
 
-def _layers(ckpt: Checkpoint, target: Target, losses: _Losses) -> dict[str, Layer]:
+def _layers(ckpt: Checkpoint, target: Target, losses: Losses) -> dict[str, Layer]:
     """Every quantized module with its goal; CheckpointError listing those that have none."""
     found: dict[str, Layer] = {}
-    fatal = _Losses()
+    fatal = Losses()
+    stacked = {module: g.count for g in ckpt.stacked.values() for module in g.modules()}
     for module in ckpt.modules(quantized=True):
         f = ckpt.format(module)
         try:
-            layer = Layer(module, f, target.goal(f))
+            if module in stacked and ckpt.config.get("model_type") not in target.stacks:
+                raise FormatError(f"{target.name} files have a module for every expert, here a layer's are stacked")
+            layer = Layer(module, f, target.goal(f), stacked.get(module, 0))
             target.layout(layer)
         except FormatError as bad:
             fatal.add(str(bad), module)
@@ -194,7 +152,7 @@ def _layers(ckpt: Checkpoint, target: Target, losses: _Losses) -> dict[str, Laye
     return found
 
 
-def _cache(ckpt: Checkpoint, target: Target, losses: _Losses) -> KVFormat | None:
+def _cache(ckpt: Checkpoint, target: Target, losses: Losses) -> KVFormat | None:
     """The cache format of all layers, None if there is none or the target cannot say it."""
     formats = {f for f in ckpt.layer_formats() if isinstance(f, KVFormat)}
     kinds = {replace(f, name="") for f in formats}
@@ -203,8 +161,14 @@ def _cache(ckpt: Checkpoint, target: Target, losses: _Losses) -> KVFormat | None
     try:
         if len(kinds) > 1:
             raise FormatError(f"layers have {len(kinds)} cache formats; one can be written")
+        attention = attention_layers(ckpt.tensor_names)
+        plain = sorted(attention.keys() - ckpt.kv_layers.keys())
+        if plain:
+            raise FormatError(f"the caches of layers {plain} are plain; a file has one setting for all")
         cache = kinds.pop()
-        target.cache_goal(cache)
+        quantized = set(ckpt.modules(quantized=True))
+        names = (f"{module}.{part}_proj" for module in attention.values() for part in "kv")
+        target.cache_goal(cache, {name: name in quantized for name in names})
         return cache
     except FormatError as bad:
         losses.add(str(bad), next(iter(formats)).name)
@@ -217,18 +181,18 @@ def _units(
     """Plain tensors by name, quantized modules and caches by module, in the order of the source."""
     units: dict[str, dict[str, TensorLayout]] = {}
     consumed = ckpt.account.consumed
-    caches = _cache_modules(ckpt) if cache is not None else {}
     for name in ckpt.tensor_names:
         owner = consumed.get(name, "")
         if owner in layers and owner not in units:
-            units[owner] = {f"{owner}.{leaf}": t for leaf, t in target.layout(layers[owner]).items()}
-        elif owner in caches and owner not in units:
-            spec = ckpt.kv_format(caches[owner])
-            assert spec is not None
-            units[owner] = {n: layout_of(t) for n, t in target.cache_tensors(owner, spec).items()}
+            layer = layers[owner]
+            units[owner] = {layer.name(leaf): t for leaf, t in target.layout(layer).items()}
         elif not owner and name not in ckpt.account.extra:
             entry = ckpt.entry(name)
             units[name] = {name: TensorLayout(entry.dtype, entry.shape)}
+    for module, layer_number in (_cache_modules(ckpt) if cache is not None else {}).items():
+        spec = ckpt.kv_format(layer_number)
+        assert spec is not None
+        units[module] = {n: layout_of(t) for n, t in target.cache_tensors(module, spec).items()}
     return units
 
 
@@ -279,7 +243,10 @@ def _weight(ckpt: Checkpoint, spec: LinearSpec, layer: Layer, lossy: bool, chang
             ) from None
         change.exact, change.why = False, str(bad)
     before = spec.weight.dequantize()
-    made = encode(before, goal.weight)
+    try:
+        made = recode(spec.weight, goal.weight, nearly=True)
+    except FormatError:
+        made = encode(before, goal.weight)
     change.add(before, made.dequantize())
     return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -19,26 +19,33 @@ class FloatTarget(Target):
     """A checkpoint without quantization. The weight is rounded once to the model's new dtype."""
 
     folds: ClassVar[bool] = True
+    stacks: ClassVar[Collection[str]] = ("gpt_oss",)
 
     def goal(self, f: LinearFormat) -> Goal:
         """The plain type."""
-        return Goal(Format(self.name), losses=unquantized_input(f, "the file has no quantization"))
+        losses = unquantized_input(f, "the file has no quantization")
+        if f.operand is not None:
+            losses = (*losses, f"its weight is no longer rounded to {f.operand} before the product")
+        return Goal(Format(self.name), losses=losses)
 
     def layout(self, layer: Layer) -> dict[str, TensorLayout]:
-        """weight and bias."""
-        f = layer.format
-        return {"weight": TensorLayout(STORED[self.name], (f.n, f.k)), **self.bias_layout(f)}
+        """weight and bias; stacked experts as gpt-oss has them, [E, K, N] and [E, N]."""
+        f, e = layer.format, layer.experts
+        shapes = {"weight": (e, f.k, f.n) if e else (f.n, f.k), "bias": (e, f.n) if e else (f.n,)}
+        leaves = ("weight", "bias") if f.bias else ("weight",)
+        return {leaf: TensorLayout(STORED[self.name], shapes[leaf]) for leaf in leaves}
 
     def tensors(self, layer: Layer, spec: LinearSpec) -> dict[str, Tensor]:
         """The weight and the bias."""
         assert isinstance(spec.weight, Tensor)
-        return {"weight": spec.weight, **self.bias_tensors(spec)}
+        weight = spec.weight.mT.contiguous() if layer.experts else spec.weight
+        return {"weight": weight, **self.bias_tensors(spec)}
 
     def written(self, layers: Sequence[Layer], plain: Mapping[str, str], cache: KVFormat | None) -> Written:
         """No quantization section."""
         return Written(None)
 
-    def cache_goal(self, f: KVFormat) -> None:
+    def cache_goal(self, f: KVFormat, projections: Mapping[str, bool]) -> None:
         """A plain checkpoint has no cache scales."""
         raise FormatError(f"a {self.name} checkpoint says nothing of caches; {f} is lost")
 

@@ -22,7 +22,7 @@ from qhal.layer_formats import KVFormat, LinearFormat
 from qhal.specs import LinearSpec
 from qhal.tensors import QTensor
 from qhal_schemes.packing import pack, words
-from qhal_schemes.target import STORED, Goal, Layer, Target, Written, only_online, unquantized_input
+from qhal_schemes.target import STORED, Goal, Layer, Target, Written, only_weights, unquantized_input
 from qhal_schemes.writing import TensorLayout
 
 _BITS = (2, 3, 4, 8)
@@ -87,13 +87,9 @@ class GPTQTarget(Target):
 
 def integer_goal(f: LinearFormat, bits: Sequence[int], dtype: torch.dtype, name: str) -> Format:
     """uint<b>-uint<b> as weight-only integer files hold it; FormatError with what such files hold."""
-    w = f.weight
+    w = only_weights(f, name)
     held = f"{name} holds int and uint of {', '.join(map(str, bits))} bits in groups or rows"
-    if only_online(f):
-        raise FormatError(f"{name} files cannot say {only_online(f)}; --to bf16 multiplies them into the weight")
-    if f.operand is not None:
-        raise FormatError(f"{name} files cannot say that the weight is rounded to {f.operand} before the product")
-    if not isinstance(w, Format) or w.block is None or w.scale is None:
+    if w.block is None or w.scale is None:
         raise FormatError(f"{held}, not {w}")
     e = element(w.element)
     if not e.integer or w.offset is not None or w.block.kind not in ("row", "group", "tensor") or w.op != "*":

@@ -177,6 +177,11 @@ def unpack_six(packed: Tensor) -> Tensor:
     return unpack(aligned.contiguous().view(torch.int32), 6, count)
 
 
+def pack_six(codes: Tensor) -> Tensor:
+    """uint8 [..., 3n] from 6-bit codes [..., 4n]; the inverse of `unpack_six`."""
+    return pack(codes, 6).view(torch.uint8)[..., : codes.shape[-1] // 4 * 3].contiguous()
+
+
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """bool [..., count] from uint8 [..., ceil(count / 8)], bit i of byte j is position 8j + i."""
     return _spread_bytes(packed.contiguous(), 1).view(torch.bool)[..., :count]

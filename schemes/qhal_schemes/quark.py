@@ -198,7 +198,7 @@ class QuarkMapping(SchemeMapping):
 
     def _input_format(self, module: str, spec: TensorSpec) -> Format:
         if spec.dynamic:
-            return _dynamic_format(spec)
+            return dynamic_format(spec)
         stored = ELEMENT_OF[self.index[self._input_names(module)["scale"]].dtype]
         zero = "" if spec.symmetric else f"-{spec.element}"
         return Format.parse(f"{spec.element}{zero}.tensor*{stored}")
@@ -236,7 +236,7 @@ def _leaves(index: TensorIndex) -> dict[str, Leaves]:
 
 
 @lru_cache(maxsize=64)
-def _dynamic_format(spec: TensorSpec) -> Format:
+def dynamic_format(spec: TensorSpec) -> Format:
     """The format of inputs whose scales are computed.
 
     Symmetric integers divide by half the span of the codes (127.5), floats by the largest code. MX exponents: `even`

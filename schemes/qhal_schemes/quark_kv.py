@@ -19,7 +19,7 @@ from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.quark_config import QuarkConfig, Record, unsupported
 from qhal_schemes.source import WIDE, TensorIndex
 
-_PROJECTION = re.compile(r"(.*\.layers\.(\d+)\.(?:self_attn|attention|attn))\.([kv])_proj$")
+PROJECTION = re.compile(r"(.*\.layers\.(\d+)\.(?:self_attn|attention|attn))\.([kv])_proj$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class CacheScales:
         names: dict[tuple[int, str], str] = {}
         elements: dict[tuple[int, str], str] = {}
         for module, (record, leaves) in quantized.items():
-            spec, found = record.outputs, _PROJECTION.match(module)
+            spec, found = record.outputs, PROJECTION.match(module)
             if spec is None:
                 continue
             if found is None:

@@ -29,7 +29,8 @@ from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.quark_config import INTEGERS, MX, Record, TensorSpec
 from qhal_schemes.source import WIDE, TensorIndex
 
-_STORED = {"fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8"} | dict.fromkeys(MX, "U8")
+STORED = {"fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8"} | dict.fromkeys(MX, "U8")
+"""The dtype in the file of codes that have one or more bytes each, or share bytes."""
 _WIDE = tuple(sorted(WIDE))
 
 
@@ -86,7 +87,7 @@ def locate(index: TensorIndex, module: str, record: Record, leaves: Mapping[str,
         rows = stages[0].qscheme == "per_channel"
         shape = _flat(index, names["outer"], n if rows else 1)
         outer = f"{'row' if rows else 'tensor'}*{ELEMENT_OF[index.expect(names['outer'], _WIDE, shape).dtype]}"
-    return Stored(n, k, _format(spec, scale, outer), names, spec)
+    return Stored(n, k, weight_format(spec, scale, outer), names, spec)
 
 
 def read(index: TensorIndex, stored: Stored, reorder: bool) -> QTensor:
@@ -132,7 +133,7 @@ def _shape(index: TensorIndex, spec: TensorSpec, names: Mapping[str, str]) -> tu
         if packed != -(-n // 8):
             raise index.bad(name, f"{-(-n // 8)} words for the {n} rows of {names['scale']}", f"{packed} words")
         return n, rows
-    a, b = index.expect(name, (_STORED[spec.dtype],), (None, None)).shape
+    a, b = index.expect(name, (STORED[spec.dtype],), (None, None)).shape
     if spec.dtype in INTEGERS and spec.qscheme == "per_group":
         return b, a
     if spec.dtype == "fp4":
@@ -178,7 +179,7 @@ def _expect_zero(index: TensorIndex, spec: TensorSpec, name: str, n: int, k: int
     else:
         flat = _flat(index, name, 1 if spec.qscheme == "per_tensor" else n)
         shape = (k // spec.group_size, n) if spec.qscheme == "per_group" else flat
-        index.expect(name, (_STORED[spec.dtype], "I32"), shape)
+        index.expect(name, (STORED[spec.dtype], "I32"), shape)
 
 
 def _codes(index: TensorIndex, stored: Stored, weight: Tensor, reorder: bool) -> Tensor:
@@ -227,7 +228,8 @@ def _zero(index: TensorIndex, stored: Stored, zero: Tensor, grid: tuple[int, int
 
 
 @lru_cache(maxsize=256)
-def _format(spec: TensorSpec, scale: str, outer: str) -> Format:
+def weight_format(spec: TensorSpec, scale: str, outer: str) -> Format:
+    """The format of a weight. scale, outer: element of its scales; block and element of the first stage, or ""."""
     block = {
         "per_tensor": "tensor",
         "per_channel": "row",
