@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from qhal.specs import LinearSpec, Operand
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,40 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def same_spec() -> Callable[[LinearSpec, LinearSpec], None]:
+    """Assert that a module written in another format has the same numbers."""
+    return _same_spec
+
+
+@pytest.fixture
+def same_operand() -> Callable[[Operand, Operand], None]:
+    """Assert that a quantized input or cache written in another format has the same numbers."""
+    return _same_operand
+
+
+def _same_spec(a: LinearSpec, b: LinearSpec) -> None:
+    """The same numbers; scales that stand in the file may be of another type."""
+    assert torch.equal(b.stored() + 0.0, a.stored() + 0.0), a.name
+    assert torch.equal(b.effective() + 0.0, a.effective() + 0.0), a.name
+    for x, y in ((a.input, b.input), (a.decode_input, b.decode_input), (a.operand, b.operand)):
+        assert (x is None) == (y is None), a.name
+        if x is not None and y is not None:
+            _same_operand(x, y)
+    assert (a.bias is None) == (b.bias is None)
+    assert a.bias is None or b.bias is None or torch.equal(a.bias, b.bias)
+
+
+def _same_operand(a: Operand, b: Operand) -> None:
+    """Static scales as numbers, everything else of the formats as it is."""
+    assert (a.scale is None) == (b.scale is None)
+    if a.scale is None or b.scale is None:
+        assert a.format == b.format
+        return
+    assert replace(a.format, scale=b.format.scale) == b.format
+    assert a.format.scale is not None and b.format.scale is not None and a.format.scale.op == b.format.scale.op
+    assert torch.equal(a.scale.float().flatten(), b.scale.float().flatten())
+    assert (a.zero is None) == (b.zero is None)
+    assert a.zero is None or b.zero is None or torch.equal(a.zero.float().flatten(), b.zero.float().flatten())

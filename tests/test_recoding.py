@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,3 +104,26 @@ def test_there_and_back(bits: int, block: str, zero: bool, seed: int) -> None:
 def test_experts_recode_together() -> None:
     t = encode(torch.stack([weight(seed=s) for s in range(3)]), Format.parse("int4.g32*bf16"))
     assert torch.equal(recode(t, Format.parse("uint4-uint4.g16*fp32")).dequantize(), t.dequantize())
+
+
+def test_columns_in_activation_order_get_a_zero_point_for_every_group() -> None:
+    t = replace(encode(weight(), Format.parse("int4.g16*bf16")), group_index=torch.arange(64, dtype=torch.int32) % 4)
+    made = recode(t, Format.parse("uint4-uint4.g16*bf16"))
+    assert isinstance(made.zero, torch.Tensor) and made.zero.shape == (8, 4)
+    assert torch.equal(made.dequantize(), t.dequantize())
+
+
+def test_nearly_the_same_where_a_reciprocal_is_rounded() -> None:
+    """Codes and inner scales stay; the outer scale becomes fp32's nearest number to its reciprocal."""
+    old = encode(weight(), Format.parse("e2m1.g16*(e4m3fn.tensor*fp32)"))
+    assert isinstance(old.scale, QTensor)
+    to = Format.parse("e2m1.g16*(e4m3fn.tensor/fp32)")
+    with pytest.raises(FormatError, match="some numbers would change"):
+        recode(old, to)
+    made = recode(old, to, nearly=True)
+    assert torch.equal(made.codes, old.codes) and isinstance(made.scale, QTensor)
+    assert torch.equal(made.scale.codes.view(torch.uint8), old.scale.codes.view(torch.uint8))
+    moved = (made.dequantize() - old.dequantize()).abs()
+    assert moved.max() > 0 and bool((moved <= old.dequantize().abs() * 2**-22).all())
+    with pytest.raises(FormatError, match="does not hold"):  # a rounding of another kind stays refused
+        recode(encode(weight(), Format.parse("int4.g16*fp32")), Format.parse("int4.g16*bf16"), nearly=True)

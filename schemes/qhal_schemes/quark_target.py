@@ -153,9 +153,7 @@ class QuarkTarget(Target):
             cache_words(part)
         plain = [name for name, quantized in projections.items() if not quantized or PROJECTION.match(name) is None]
         if plain:
-            raise FormatError(
-                f"quark keeps the cache's scales as those of the outputs of quantized layers, not {plain[0]}"
-            )
+            raise FormatError(f"quark's caches are outputs of quantized layers, and {plain[0]} is none")
 
     def cache_tensors(self, module: str, spec: KVSpec) -> dict[str, Tensor]:
         """output_scale of k_proj and v_proj."""
