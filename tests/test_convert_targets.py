@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import qhal_schemes
-from qhal import Format, FormatError, QTensor
+from qhal import CheckpointError, Format, FormatError, QTensor
 from qhal.encoding import encode
 from qhal.recoding import recode
 from qhal.rotations import Diagonal
 from qhal.specs import KVSpec, LinearSpec, Operand
+from qhal_schemes.convert import convert_checkpoint
 from qhal_schemes.modelopt_target import ModelOptTarget
 from qhal_schemes.quark_target import QuarkTarget
 from qhal_schemes.target import Layer, Target
@@ -174,6 +175,21 @@ def test_caches(
     assert found is not None and dict(ckpt.kv_layers) == {0: attention}
     same_operand(k, found.k)
     same_operand(v, found.v)
+
+
+@pytest.mark.parametrize("to", ["modelopt", "compressed-tensors", "quark"])
+def test_a_cache_of_some_layers_is_named(write_checkpoint: Write, tmp_path: Path, to: str) -> None:
+    """Quark's records name layers one by one; a file that has one setting for all cannot say that."""
+    attention = "model.layers.0.self_attn"
+    names = (f"{attention}.k_proj", f"{attention}.v_proj", "model.layers.1.self_attn.q_proj")
+    specs = [a_spec("e4m3fn.tensor*fp32", FP8, True, name=name) for name in names]
+    k = Operand(Format.parse(FP8), torch.ones(1))
+    kv = KVSpec(k, k, heads=0, k_dim=0, v_dim=0, name=attention)
+    source = write(write_checkpoint, QuarkTarget(torch.bfloat16), *specs, kv=kv)
+    with pytest.raises(CheckpointError, match=r"the caches of layers \[1\] are plain"):
+        convert_checkpoint(source, tmp_path / "out", to)
+    summary = convert_checkpoint(source, tmp_path / "out", to, lossy=True)
+    assert len(summary["losses"]) == 1 and not qhal_schemes.open_checkpoint(tmp_path / "out").kv_layers
 
 
 def test_quark_has_no_cache_of_plain_projections() -> None:
