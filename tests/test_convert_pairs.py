@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,18 @@ WRITTEN = {
 }
 """source -> the targets that hold it without a loss (bf16: but for the rounding of the weights); no other does."""
 
+LOSSY = {
+    ("compressed_tensors/nvfp4_w4a4", "modelopt"): "5.7e-08",
+    ("modelopt/nvfp4", "compressed-tensors"): "4.0e-08",
+    ("bitsandbytes/int8_llm_int8", "gptq"): "2.1e-04",
+    ("modelslim/w8a8_dynamic", "gptq"): "1.5e-03",
+    ("modelslim/w4a8_dynamic", "awq"): "1.7e-03",
+    ("quark/moe_int4_fp8", "gptq"): "1.8e-02",
+    ("awq/autoawq_b4_g128_gemm", "modelopt"): "1.2e-01",
+    ("quark/uint4_group32_wo_asym", "modelopt"): "1.8e-01",
+}
+"""Pairs whose weights move under `lossy`, with the largest relative rms error of a pair of formats."""
+
 NAMED = re.compile(
     r"no longer quantized|a reader of the file takes|while decoding its input|says? nothing of caches|holds? caches of|"
     r"has no word for|holds int and uint|quark holds|has no quant_algo|no compressed-tensors checkpoint holds|"
@@ -147,6 +160,7 @@ def test_every_pair_is_exact_or_refused(
         except CheckpointError as refused:
             assert NAMED.search(str(refused)), f"{to}: {refused}"
             assert not out.exists()
+            lossy_or_never(source, tmp_path / "lossy", to)
             continue
         assert not summary["losses"]
         assert summary["exact"] or to == "bf16"
@@ -157,6 +171,22 @@ def test_every_pair_is_exact_or_refused(
         assert others == {"gptq": {"quantize_config.json"}, "modelopt": {"hf_quant_config.json"}}.get(to, set())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(done)  # nothing half-written either
     assert " ".join(done) == WRITTEN[name]
+
+
+def lossy_or_never(source: Path, out: Path, to: str) -> None:
+    """What is refused is written on request, with its losses, and can be read; or it can't be written at all."""
+    try:
+        summary = convert_checkpoint(source, out, to, lossy=True)
+    except CheckpointError as refused:
+        assert "choose another target" in str(refused) or "nothing was written: " in str(refused), f"{to}: {refused}"
+        assert not out.exists()
+        return
+    assert not summary["exact"] and (summary["losses"] or any(c["why"] for c in summary["changes"]))
+    new = qhal_schemes.open_checkpoint(out)
+    for module in new.modules(quantized=True):
+        new.spec(module)
+    assert all(new.kv_format(layer) is not None for layer in new.kv_layers)
+    shutil.rmtree(out)
 
 
 def compare_folders(old: Checkpoint, new: Checkpoint, to: str, same_spec: SameSpec, same_operand: SameOperand) -> None:
@@ -196,6 +226,29 @@ def compare_floats(old: Checkpoint, new: Checkpoint) -> None:
         wanted = spec.effective().bfloat16()
         assert torch.equal(new.tensor(weight), wanted.mT if module in stacked else wanted), module
         assert spec.bias is None or torch.equal(new.tensor(bias), spec.bias.bfloat16()), module
+
+
+@pytest.mark.parametrize(("name", "to"), LOSSY)
+def test_how_far_weights_move(golden: Path, tmp_path: Path, name: str, to: str) -> None:
+    source = golden / name / "checkpoint"
+    if not source.is_dir():
+        pytest.skip(f"{name} is not among the golden checkpoints in {golden} (set QHAL_GOLDEN)")
+    summary = convert_checkpoint(source, tmp_path / "out", to, lossy=True)
+    assert f"{max(c['relative_rms'] for c in summary['changes']):.1e}" == LOSSY[name, to]
+
+
+def test_the_page_has_these_tables() -> None:
+    """docs/convert.md says what the tests above check."""
+    page = (Path(__file__).parent.parent / "docs/convert.md").read_text()
+    words = list(TARGETS)[:5]
+    head = "\n".join((f"| source | {' | '.join((*words, 'bf16'))} |", "|---|" + ":-:|" * 6))
+    rows = [
+        f"| `{name}` | {' | '.join('yes' if to in held.split() else '' for to in (*words, 'bf16'))} |"
+        for name, held in WRITTEN.items()
+    ]
+    assert "\n".join((head, *rows)) in page, "\n".join((head, *rows))
+    rows = [f"| `{name}` | {to} | {error} |" for (name, to), error in LOSSY.items()]
+    assert "\n".join(rows) in page, "\n".join(rows)
 
 
 def test_lossy_conversions_of_nvfp4_keep_every_code(golden: Path, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ class CompressedTensorsTarget(Target):
                 found["input_scale"] = scale
             if given.zero is not None:
                 zero = spec.input.zero
-                found["input_zero_point"] = torch.zeros(1, dtype=torch.int8) if zero is None else zero.reshape(1)
+                found["input_zero_point"] = torch.zeros(1) if zero is None else zero.float().round().clamp(-128, 127)
+                found["input_zero_point"] = found["input_zero_point"].reshape(1).to(torch.int8)
         return found | self.bias_tensors(spec)
 
     def written(self, layers: Sequence[Layer], plain: Mapping[str, str], cache: KVFormat | None) -> Written:
