@@ -214,6 +214,17 @@ def test_scales_that_are_not_positive_are_refused() -> None:
         target.tensors(layer, replace(spec, weight=replace(spec.weight, scale=torch.zeros(64, 1))))
 
 
+def test_a_module_that_cannot_be_written_is_named(write_checkpoint: Write, tmp_path: Path) -> None:
+    """Quark's weights may have negative scales, ModelOpt's may not."""
+    spec = a_spec("int8.row*fp32")
+    assert isinstance(spec.weight, QTensor) and isinstance(spec.weight.scale, torch.Tensor)
+    spec.weight.scale[3] = -0.5
+    source = write(write_checkpoint, QuarkTarget(torch.bfloat16), spec)
+    with pytest.raises(CheckpointError, match=r"self_attn\.k_proj: weight_scale of these files is positive"):
+        convert_checkpoint(source, tmp_path / "out", "modelopt")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("target", "weight", "given", "static", "text"),
     [
@@ -228,3 +239,17 @@ def test_scales_that_are_not_positive_are_refused() -> None:
 def test_what_has_no_word_is_refused(target: type[Target], weight: str, given: str, static: bool, text: str) -> None:
     with pytest.raises(FormatError, match=text):
         target(torch.bfloat16).goal(a_spec(weight, given, static).format)
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "modelopt", "quark"])
+def test_rows_of_zeros_in_int8_of_bitsandbytes(write_checkpoint: Write, tmp_path: Path, to: str) -> None:
+    """They have scales of 0, which no other tool's readers take."""
+    tensors = {f"{PROJECTION}.weight": torch.ones(32, 32, dtype=torch.int8), f"{PROJECTION}.SCB": torch.ones(32)}
+    tensors[f"{PROJECTION}.SCB"][5] = 0.0
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
+    source = write_checkpoint(tensors, section)
+    with pytest.raises(CheckpointError, match="has scales of 0"):
+        convert_checkpoint(source, tmp_path / "out", to, lossy=True)
+    assert not (tmp_path / "out").exists()
+    convert_checkpoint(source, tmp_path / "bf16", "bf16", lossy=True)
+    assert not qhal_schemes.open_checkpoint(tmp_path / "bf16").tensor(f"{PROJECTION}.weight")[5].any()

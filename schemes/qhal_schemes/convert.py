@@ -165,6 +165,9 @@ def _cache(ckpt: Checkpoint, target: Target, losses: Losses) -> KVFormat | None:
         plain = sorted(attention.keys() - ckpt.kv_layers.keys())
         if plain:
             raise FormatError(f"the caches of layers {plain} are plain; a file has one setting for all")
+        unknown = [module for layer, module in ckpt.kv_layers.items() if attention.get(layer) != module]
+        if unknown:
+            raise FormatError(f"{unknown[0]} is none of the attention modules whose caches files name")
         cache = kinds.pop()
         quantized = set(ckpt.modules(quantized=True))
         names = (f"{module}.{part}_proj" for module in attention.values() for part in "kv")
@@ -221,13 +224,22 @@ def _module(
         change.exact = change.exact and change.max_abs == 0
     else:
         weight = _weight(ckpt, spec, layer, lossy, change)
+        scale = weight.scale
+        if isinstance(scale, Tensor) and scale.dtype.itemsize > 1 and bool((scale == 0).any()):
+            raise CheckpointError(
+                f"{ckpt.path}: {layer.module}: has scales of 0, which {target.name} files may not have; nothing was "
+                "written\n  do: --to bf16 writes its zeros"
+            )
     kept = spec.bias is None or torch.equal(spec.bias.to(target.dtype).float(), spec.bias)
     if not (kept or lossy or isinstance(target, FloatTarget)):
         raise CheckpointError(
             f"{ckpt.path}: {layer.module}.bias: {target.dtype} does not hold its values; nothing was written\n"
             "  do: --lossy (lossy=True) rounds them"
         )
-    return target.tensors(layer, replace(spec, weight=weight))
+    try:
+        return target.tensors(layer, replace(spec, weight=weight))
+    except FormatError as bad:
+        raise CheckpointError(f"{ckpt.path}: {layer.module}: {bad}; nothing was written") from None
 
 
 def _weight(ckpt: Checkpoint, spec: LinearSpec, layer: Layer, lossy: bool, change: Change) -> QTensor:
