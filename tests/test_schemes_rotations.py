@@ -379,7 +379,10 @@ def test_mistakes_of_spinquant_files(tmp_path: Path, change: Callable[[Tensors, 
     refused(folder_of(tmp_path / "c", tensors, {"R.bin": side}, CONFIG), match)
 
 
-def test_spinquant_sizes_without_a_table(tmp_path: Path) -> None:
+def test_spinquant_models_that_are_refused(tmp_path: Path) -> None:
+    tensors, side = llama()
+    gemma = CONFIG | {"model_type": "gemma2"}
+    refused(folder_of(tmp_path / "gemma", tensors, {"R.bin": side}, gemma), r"norms multiply by 1 \+ weight")
     tensors, side = llama(inner=22)
     refused(folder_of(tmp_path / "c", tensors, {"R.bin": side}, CONFIG), r"unsupported: .*down_proj: SpinQuant has no")
 

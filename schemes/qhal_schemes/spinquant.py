@@ -70,6 +70,11 @@ class SpinQuantMapping(SchemeMapping):
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         index = without(index, _FILE)
         super().__init__(config, index)
+        if "gemma" in str(config.value("model_type", "")):  # their norms multiply by 1 + weight
+            raise CheckpointError(
+                f"unsupported: {config.folder}: SpinQuant with a model whose norms multiply by 1 + weight; "
+                "norms as Llama's can be read"
+            )
         self._path = config.folder / _FILE
         self._rotations = load_pickle(config.folder, _FILE)
         self._checked: dict[str, Tensor] = {}
