@@ -180,7 +180,7 @@ GROUP = "config_groups/group_0/"
         ("gptq", "dynamic", [1], "dynamic: expected an object"),
         ("gptq", "dynamic", {"+:(": {}}, "expected a regular expression"),
         ("gptq", "dynamic", {"+:.*": {"bits": 9}}, "bits: expected one of"),
-        ("gptq", "dynamic", {r"-:.*q_proj": {}}, "skipped by a `-:` rule"),
+        ("gptq", "dynamic", {r"-:.*q_proj": {}}, r"skipped by dynamic '-:\.\*q_proj'"),
         ("awq", "bits", 3, "bits: expected one of 4"),
         ("awq", "group_size", 0, "group_size: expected a positive integer"),
         ("awq", "group_size", 48, r"columns that divide into groups of 48, found 128 columns"),

@@ -26,7 +26,7 @@ from qhal.specs import LinearSpec, Operand
 GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
 FAMILIES = (
     "compressed_tensors", "awq", "gptq", "modelopt", "bitsandbytes", "torchao", "modelslim", "quark", "fp8_block",
-    "mxfp4_gptoss",
+    "mxfp4_gptoss", "aqlm", "vptq",
 )  # fmt: skip
 NEAR = {"int8.row*(fp32.tensor/fp32)": 1e-6, "int4.g32*(fp32.row*fp32)": 1e-6}
 """Weight formats whose float32 arithmetic is not the tool's own: the file holds the product of the weight's scale with
