@@ -126,6 +126,18 @@ def test_a_scheme_whose_description_lies_is_caught(site: Path, write_checkpoint:
         ckpt.spec("a")
 
 
+def test_a_scheme_that_forgets_a_linear_module_is_caught(site: Path, write_checkpoint: Write) -> None:
+    """Every Linear module is quantized, excluded by a named rule, or an error; embeddings and norms are none."""
+    distribution(site, "qhal-forgetful", "qhal_toy_forgetful", TOY, "toy-forgetful")
+    tensors = {"a.codes": torch.zeros(2, 2, dtype=torch.int8), "a.step": torch.ones(1)}
+    tensors |= {"model.embed_tokens.weight": torch.ones(4, 2), "norm.weight": torch.ones(2), "weight": torch.ones(2, 2)}
+    folder = write_checkpoint(tensors, {"quant_method": "toy-forgetful"})
+    assert open_checkpoint(folder).modules() == ("a",)
+    folder = write_checkpoint(tensors | {"b.weight": torch.ones(4, 2)}, {"quant_method": "toy-forgetful"}, name="b")
+    with pytest.raises(CheckpointError, match=r"b: a Linear module with a plain weight.*'toy-forgetful' neither"):
+        open_checkpoint(folder)
+
+
 def test_importing_schemes_loads_no_scheme() -> None:
     code = "import sys, qhal_schemes; print([m for m in sys.modules if m in ('qhal_schemes.awq', 'qhal_schemes.gptq')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -77,7 +77,8 @@ class Account:
 
 
 def account(mapping: SchemeMapping) -> Account:
-    """Place every tensor of the index; CheckpointError for one that looks quantized and is read by nothing."""
+    """Place every tensor of the index; CheckpointError for one that looks quantized and is read by nothing, and for a
+    plain Linear module that no rule excludes."""
     index, result = mapping.index, Account()
     quantized = set(mapping.modules)
     for module in mapping.modules:
@@ -112,8 +113,18 @@ def account(mapping: SchemeMapping) -> Account:
         if _BUFFERS.match(name):
             result.extra[name] = "a buffer that the model computes itself"
         else:
+            if leaf == "weight" and module and module not in mapping.excluded and _is_linear(module, entry):
+                raise CheckpointError(
+                    f"{index.folder / entry.file}: {module}: a Linear module with a plain weight, but the scheme "
+                    f"{mapping.config.method!r} neither quantizes it nor names a rule that excludes it: a bug "
+                    "of the scheme"
+                )
             result.plain.append(name)
     return result
+
+
+def _is_linear(module: str, weight: TensorEntry) -> bool:
+    return is_plain({"weight": weight}) and module_class(module) == LINEAR
 
 
 def _ancestors(module: str) -> Iterable[str]:
