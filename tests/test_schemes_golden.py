@@ -22,8 +22,10 @@ from qhal import rotations
 from qhal.encoding import encode
 from qhal.formats import Format
 from qhal.specs import LinearSpec, Operand
+from qhal_schemes.evidence import Form, cache_form, compared_forms
 
-GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
+SMALL = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("QHAL_GOLDEN", SMALL))
 FAMILIES = (
     "compressed_tensors", "awq", "gptq", "modelopt", "bitsandbytes", "torchao", "modelslim", "quark", "fp8_block",
     "mxfp4_gptoss", "aqlm", "vptq",
@@ -211,6 +213,32 @@ def test_caches_are_quantized_as_by_the_tool(case: str) -> None:
                 assert torch.equal(got, expected[f"{attention}.{name}.output"]), (layer, name)
                 compared += 1
     assert compared
+
+
+def reached(path: Path) -> tuple[str, set[Form]]:
+    """The quant_method of a case and the forms it compares: of modules all, of caches those with fixtures."""
+    ckpt, names = qhal_schemes.open_checkpoint(path / "checkpoint"), read_keys(path / "expected.safetensors")
+    forms = {ckpt.form(m) for m in ckpt.modules(quantized=True)}
+    for layer, f in ckpt.kv_formats().items():
+        sides = {side for n, side in CACHED.items() if f"{ckpt.kv_layers[layer]}.{n}.input" in names}
+        forms |= {cache_form(f)} if sides >= {side for side in "kvqp" if getattr(f, side) is not None} else set()
+    return ckpt.method, forms
+
+
+def test_what_is_marked_compared_is_what_cases_reach() -> None:
+    """schemes/qhal_schemes/compared: the full and the small set together reach every line and nothing beside them."""
+    found: dict[str, set[Form]] = {}
+    for root in {GOLDEN, SMALL}:
+        for path in (path for name in FAMILIES for path in sorted((root / name).glob("*"))):
+            method, forms = reached(path)
+            found.setdefault(method, set()).update(forms)
+    for method in {*qhal_schemes.known_methods(), *found}:
+        marked, forms = compared_forms(method), found.get(method, set())
+        assert forms <= marked, f"compared/{method}.txt lacks {sorted(map(str, forms - marked))}"
+        if GOLDEN != SMALL:
+            assert marked <= forms, (
+                f"compared/{method}.txt has {sorted(map(str, marked - forms))}, which no case reaches"
+            )
 
 
 def test_some_case_of_every_family_is_present() -> None:

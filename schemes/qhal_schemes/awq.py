@@ -17,6 +17,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig, integer
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_awq
@@ -66,6 +67,10 @@ class AWQMapping(SchemeMapping):
         """Plain modules: modules_to_not_convert, heads, routers, other towers."""
         return self._excluded
 
+    def layout(self, module: str) -> str:
+        """Always gemm."""
+        return "gemm"
+
     def tensors(self, module: str) -> Sequence[str]:
         """qweight, qzeros, scales and a bias if there is one."""
         names = [f"{module}.{part}" for part in _PARTS]
@@ -113,4 +118,7 @@ def _format(group_size: int, scale: str) -> Format:
     return Format.parse(f"uint4-uint4.{'row' if group_size == -1 else f'g{group_size}'}*{scale}")
 
 
-scheme = MappingScheme(AWQMapping)
+scheme = MappingScheme(
+    AWQMapping,
+    Family("AWQ", "AutoAWQ, GPTQModel 7.7", ("gemm",), ("the layouts gemv, gemv_fast and marlin",)),
+)

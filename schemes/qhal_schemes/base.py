@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from qhal.layer_formats import KVFormat, LinearFormat
 from qhal.specs import KVSpec, LinearSpec
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family, cache_form, compared_forms, form
 from qhal_schemes.experts import StackedExperts
 from qhal_schemes.source import TensorIndex
 
@@ -57,6 +58,19 @@ class SchemeMapping(ABC):
     def tensors(self, module: str) -> Sequence[str]:
         """Every tensor that `read(module)` accounts for."""
 
+    def layout(self, module: str) -> str:
+        """How the file stores a quantized module, where a scheme reads more than one way; for `evidence.py`."""
+        return ""
+
+    def compared(self, module: str) -> bool:
+        """Whether modules of this form were compared with what the form's own tool computes."""
+        return form(self.describe(module), self.layout(module)) in compared_forms(self.config.method)
+
+    def cache_compared(self, layer: int) -> bool:
+        """Whether caches of this form were."""
+        f = self.kv_format(layer)
+        return f is not None and cache_form(f) in compared_forms(self.config.method)
+
     @property
     def stacked(self) -> Mapping[str, StackedExperts]:
         """Experts that the file stores stacked, by prefix. Both modules of each are in `modules`; `describe` answers
@@ -95,9 +109,10 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class MappingScheme:
-    """The usual scheme: opening is constructing a SchemeMapping."""
+    """The usual scheme: opening is constructing a SchemeMapping. family: its row in the table of formats."""
 
     mapping: type[SchemeMapping]
+    family: Family | None = None
 
     def open(self, config: CheckpointConfig, index: TensorIndex) -> SchemeMapping:
         """Construct the mapping, which matches the configuration with the tensors."""

@@ -5,8 +5,7 @@
        weight.quant_state.bitsandbytes__nf4 or __fp4: JSON with the shape and the block sizes
 8 bit  weight I8 [N, K], SCB F32 [N]: W = code * (SCB / 127). bitsandbytes computes (code * SCB) * (1 / 127), which
        differs in the last bit
-Checked against files of bitsandbytes 0.50 (nf4 with double quantization, int8); fp4 and single quantization follow its
-source (functional.py, QuantState).
+Source: bitsandbytes 0.50 (functional.py, QuantState). What was compared with its numbers: compared/bitsandbytes.txt.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_nibbles
@@ -92,6 +92,13 @@ class BitsAndBytesMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: llm_int8_skip_modules, heads, routers, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The kind of its codes, and whether scales are quantized."""
+        m = self._modules[module]
+        if m.format == _INT8:
+            return "int8"
+        return ("nf4" if m.format.element == "nf4" else "fp4") + (", double quantized" if m.offset is not None else "")
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codes, scales, tables, the state and a bias."""
@@ -240,4 +247,12 @@ class BitsAndBytesMapping(SchemeMapping):
         return (f"{module}.bias",)
 
 
-scheme = MappingScheme(BitsAndBytesMapping)
+scheme = MappingScheme(
+    BitsAndBytesMapping,
+    Family(
+        "bitsandbytes",
+        "bitsandbytes 0.50",
+        ("nf4, double quantized", "nf4", "fp4, double quantized", "fp4", "int8"),
+        ("bnb_4bit_quant_storage other than uint8", "llm_int8_has_fp16_weight: such weights are not quantized"),
+    ),
+)

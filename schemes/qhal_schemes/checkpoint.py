@@ -20,6 +20,7 @@ from qhal_schemes import experts as expert_modules
 from qhal_schemes.allocator import Loading
 from qhal_schemes.base import SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Form, form
 from qhal_schemes.experts import Group, Source, StackedExperts
 from qhal_schemes.matching import fused_parts, near_text
 from qhal_schemes.modules import Account, account
@@ -138,6 +139,18 @@ class Checkpoint:
         """The format of a Linear module, or of one expert of a stacked one; reads no data."""
         self._known(name)
         return self._formats.get(name) or self._plain[name]
+
+    def form(self, name: str) -> Form:
+        """The form of a quantized module: layout and arithmetic, what evidence is about."""
+        self._known(name)
+        if name not in self._formats:
+            raise CheckpointError(f"{self.path}: {name} is not quantized: {self.excluded[name]}")
+        return form(self._formats[name], self._mapping.layout(name))
+
+    def compared(self, name: str) -> bool:
+        """Whether modules of the form of `name` were compared with what the form's own tool computes."""
+        self._known(name)
+        return name not in self._formats or self._mapping.compared(name)
 
     def layer_formats(self) -> list[LayerFormat]:
         """Every quantized layer, in the order of the file: linears, expert groups (stacked), caches.

@@ -20,9 +20,10 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks, ct_weights
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.ct_config import Arguments, Group, input_format, read_groups
+from qhal_schemes.ct_config import FORMATS, Arguments, Group, input_format, read_groups
 from qhal_schemes.ct_kv import CacheScheme
 from qhal_schemes.ct_weights import Stored
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import EMBEDDING, Patterns, is_router, module_class, near_text
 from qhal_schemes.modules import ModuleTable, is_plain
 from qhal_schemes.plain import ELEMENT_OF
@@ -78,6 +79,15 @@ class CompressedTensorsMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain Linear modules: ignored, or targeted by no group."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The file format of its group, and the older packing of 3-, 5-, 6- and 7-bit codes."""
+        m = self._modules[module]
+        if m.group is None:
+            return "float"
+        return self._sparse or m.group.format + (
+            ", whole codes in words" if m.stored.aligned and 32 % m.group.weights.bits else ""
+        )
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codes, scales, zero points, shapes, input scales, rotations and a bias."""
@@ -288,4 +298,18 @@ def _sparsity(config: CheckpointConfig) -> str | None:
     return str(name)
 
 
-scheme = MappingScheme(CompressedTensorsMapping)
+scheme = MappingScheme(
+    CompressedTensorsMapping,
+    Family(
+        "compressed-tensors",
+        "llm-compressor, compressed-tensors 0.13 to 0.20",
+        (*FORMATS, "sparse-24-bitmask", "float"),
+        (
+            "quantized outputs, groups that quantize inputs only",
+            "quantized embeddings",
+            "Marlin layouts and other formats: device layouts are made by backends",
+            "caches other than static fp8 or int8 per tensor or head and dynamic 8 bit per token",
+            "online transforms at places that no Linear module has",
+        ),
+    ),
+)

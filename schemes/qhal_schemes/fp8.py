@@ -9,8 +9,7 @@ with a static input_scale; scale_fmt ue8m0 rounds those scales up to a power of 
 Experts have modules of their own, or are stacked as transformers stacks them: gate_up_proj [E, 2I, K] (or, as the
 shapes show, [E, K, 2I]) with gate_up_proj_scale_inv, gate rows first. expert_dtype fp4: experts hold two e2m1 codes in
 a byte of [N, K/2], the even column in the low nibble, with a scale [N, K/32]. Sources: DeepSeek-V3's inference code,
-transformers 5.23 (integrations/finegrained_fp8.py). Stacked experts, fp4 and ue8m0 are from that specification and
-were not compared with a file.
+transformers 5.23 (integrations/finegrained_fp8.py). What was compared with their numbers: compared/fp8.txt.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.experts import StackedExperts
 from qhal_schemes.fp8_tensors import PROJECTIONS, SCALES, Stored, locate, locate_stacked
 from qhal_schemes.matching import EMBEDDING, SkipPatterns, module_class
@@ -87,6 +87,13 @@ class FP8Mapping(SchemeMapping):
     def stacked(self) -> Mapping[str, StackedExperts]:
         """Experts stored as transformers stacks them."""
         return self._stacked
+
+    def layout(self, module: str) -> str:
+        """The name of its scale, and how experts are stacked."""
+        s = self._modules[module]
+        if s.experts:
+            return "stacked [E, K, N]" if s.transposed else "stacked [E, N, K]"
+        return s.names["scale"].rpartition(".")[2]
 
     def tensors(self, module: str) -> Sequence[str]:
         """The weight, its scale, a static input scale and a bias if there are any."""
@@ -208,4 +215,12 @@ def _input_format(static: str, columns: int | None, powers: bool) -> Format:
     return Format.parse(f"e4m3fn.{block}*{'e8m0@e8m0=ceil' if powers else 'fp32'}")
 
 
-scheme = MappingScheme(FP8Mapping)
+scheme = MappingScheme(
+    FP8Mapping,
+    Family(
+        "FP8",
+        "DeepSeek-V3, Qwen, AutoFP8, transformers 5.23",
+        ("weight_scale_inv", "weight_scale", "stacked [E, N, K]", "stacked [E, K, N]"),
+        ("modules_to_convert: modules that are no Linear layers", "transposed experts with tiles that are not square"),
+    ),
+)

@@ -26,6 +26,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig, integer
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import PathPatterns, compile_pattern
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack, words, wrap
@@ -88,6 +89,10 @@ class GPTQMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: heads, routers, other towers, `dynamic` skips."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The version of its zero points."""
+        return "gptq" if self._v1 else "gptq_v2"
 
     def tensors(self, module: str) -> Sequence[str]:
         """qweight, qzeros, scales, g_idx and a bias if there is one."""
@@ -263,4 +268,15 @@ def _zero_format(config: CheckpointConfig) -> bool:
     return bool(override == "v1")
 
 
-scheme = MappingScheme(GPTQMapping)
+scheme = MappingScheme(
+    GPTQMapping,
+    Family(
+        "GPTQ",
+        "AutoGPTQ, GPTQModel 7.7",
+        ("gptq", "gptq_v2"),
+        (
+            "formats other than gptq and gptq_v2 (marlin, bitblas)",
+            "symmetric files whose zero points are not the middle",
+        ),
+    ),
+)

@@ -20,7 +20,9 @@ from qhal_schemes import checks, modelopt_weights
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import EMBEDDING, GlobPatterns, module_class, near_text
+from qhal_schemes.modelopt_algorithms import ALGORITHMS
 from qhal_schemes.modelopt_config import SIDE_FILE, Layer, read_description
 from qhal_schemes.modelopt_kv import Cache
 from qhal_schemes.modelopt_weights import CODES, Stored, locate
@@ -58,6 +60,10 @@ class ModelOptMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain Linear modules: excluded by name, not in quantized_layers, routers, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """Its quant_algo."""
+        return self._layer(module).algo
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codes, scales, the input's scale and pre-scale, low-rank factors and a bias."""
@@ -186,4 +192,17 @@ def claim(files: Sequence[Path], model: Mapping[str, Any]) -> Claimed | None:
     return Claimed("modelopt", section, SIDE_FILE)
 
 
-scheme = MappingScheme(ModelOptMapping)
+scheme = MappingScheme(
+    ModelOptMapping,
+    Family(
+        "ModelOpt",
+        "ModelOpt 0.23 to 0.47",
+        tuple(ALGORITHMS),
+        (
+            "zero points (has_zero_point)",
+            "quantized embeddings",
+            "experts stacked in one parameter",
+            "caches other than FP8 and NVFP4, quantized caches of latent attention",
+        ),
+    ),
+)

@@ -2,8 +2,8 @@
 
 The description (`ms_description.py`) is matched with the files, types (`ms_types.py`) with tensors (`ms_weights.py`,
 `ms_static.py`), and what is wrapped around a Linear module (`ms_wrappers.py`) becomes its rotations, branch and clip.
-Layouts were checked against files of both writers of msmodelslim 26.1.0. From specification, not compared: groups with
-quantized inputs, W8A8S, FlatQuant around other types than W4A4_DYNAMIC.
+Layouts were checked against files of both writers of msmodelslim 26.1.0; what was compared with their numbers:
+compared/modelslim.txt.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from qhal.specs import KVSpec, LinearSpec, Operand, Weight
 from qhal_schemes import checks, ms_static, ms_weights, ms_wrappers
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import EMBEDDING, LINEAR, module_class
 from qhal_schemes.modules import ModuleTable, is_plain
 from qhal_schemes.ms_cache import Caches
 from qhal_schemes.ms_description import Description
-from qhal_schemes.ms_types import PLAIN, STATIC, Kind, Type, parse
+from qhal_schemes.ms_types import KINDS, PLAIN, REFUSED, STATIC, Kind, Type, parse
 from qhal_schemes.ms_weights import Stored
 from qhal_schemes.ms_wrappers import Wrappers
 from qhal_schemes.plain import ELEMENT_OF
@@ -68,6 +69,12 @@ class ModelSlimMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain Linear modules: their type is FLOAT (or W16A16S)."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """Its type, and the axis on which codes are paired."""
+        m = self._modules[module]
+        pairs = "" if m.stored.pairs is None else ", pairs of columns" if m.stored.pairs else ", pairs of rows"
+        return self._types[f"{m.wrappers.stem}.weight"].name + pairs
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codes, scales, offsets, static inputs, redundant planes, wrappers and a bias."""
@@ -239,4 +246,17 @@ class ModelSlimMapping(SchemeMapping):
                 )
 
 
-scheme = MappingScheme(ModelSlimMapping)
+scheme = MappingScheme(
+    ModelSlimMapping,
+    Family(
+        "ModelSlim",
+        "msmodelslim 26.1, both of its writers",
+        (*KINDS, "W4A4_FLATQUANT_DYNAMIC", "W4A4_MXFP4_SVD", "FLOAT"),
+        (
+            *(f"{name}: {why}" for name, why in REFUSED.items()),
+            "quantized embeddings",
+            "quantized latent attention",
+            "clip ratios of inputs without a scale per token",
+        ),
+    ),
+)

@@ -3,7 +3,7 @@
 C8: `k_proj.kv_cache_scale` and `_offset` [G * D], int8 per feature: round(x / scale + offset), (code - offset) * scale.
 FA quantization: `<attention>.quant_type` names what is quantized, acts (q, k, v, p) before each format and _DYNAMIC
 where scales are computed: INT8, FP8_DYNAMIC, Q_FP8_DYNAMIC_KV_FP8. Static scales are `fa_q.scale` [heads, 1] and so on,
-with offsets of zero. FP8 and MXFP8 operands, and files without quant_type: from specification, not compared.
+with offsets of zero.
 """
 
 from __future__ import annotations

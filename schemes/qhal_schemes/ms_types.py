@@ -40,7 +40,7 @@ class Kind:
 PLAIN = ("FLOAT", "W16A16S")
 """Types of tensors that hold plain floats; W16A16S is pruned, and stored densely."""
 
-_KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {
     "W8A8": Kind("int8", "I8", static="always"),
     "W8A8S": Kind("int8", "I8", static="always"),  # pruned, stored densely
     "W8A8_MIX": Kind("int8", "I8", "int8.row*fp32", static="decode"),
@@ -55,7 +55,7 @@ _KINDS: dict[str, Kind] = {
     "W4A4_MXFP4": Kind("e2m1", "U8", _MXFP4, mx=True),
     "W4A4_MXFP4_DUALSCALE": Kind("e2m1", "U8", mx=True, dual=True),
 }
-_REFUSED = {
+REFUSED = {
     "W8A8SC": "compressed codes",
     "W16A16SC": "compressed weights",
     "W8A8_TIMESTEP": "scales for every time step",
@@ -79,11 +79,11 @@ def parse(name: str, where: str) -> Type:
         return Type(name, None)
     words = name.split("_")
     base = "_".join(w for w in words if w not in ("FLATQUANT", "SVD"))
-    if base in _KINDS:
-        return Type(name, _KINDS[base], "FLATQUANT" in words, "SVD" in words)
-    if base in _REFUSED:
-        raise CheckpointError(f"unsupported: {where}: type {name[:80]}: {_REFUSED[base]}; planned")
+    if base in KINDS:
+        return Type(name, KINDS[base], "FLATQUANT" in words, "SVD" in words)
+    if base in REFUSED:
+        raise CheckpointError(f"unsupported: {where}: type {name[:80]}: {REFUSED[base]}; planned")
     raise CheckpointError(
-        f"{where}: unknown quantization type {name[:80]!r}; known: {', '.join((*PLAIN, *_KINDS))}, with _FLATQUANT or "
+        f"{where}: unknown quantization type {name[:80]!r}; known: {', '.join((*PLAIN, *KINDS))}, with _FLATQUANT or "
         f"_SVD before _DYNAMIC or at the end"
     )

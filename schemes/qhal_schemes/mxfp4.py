@@ -18,6 +18,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.experts import StackedExperts
 from qhal_schemes.matching import SkipPatterns
 from qhal_schemes.modules import ModuleTable
@@ -65,6 +66,10 @@ class MXFP4Mapping(SchemeMapping):
         """The experts of every layer."""
         return self._stacked
 
+    def layout(self, module: str) -> str:
+        """Blocks of 16 bytes."""
+        return "blocks"
+
     def tensors(self, module: str) -> Sequence[str]:
         """Blocks, scales and biases."""
         return [f"{module}_{part}" for part in _PARTS]
@@ -104,4 +109,7 @@ class MXFP4Mapping(SchemeMapping):
         return "mxfp4 quantizes experts only" if entry is None else f"{skipped.what} {entry!r}"
 
 
-scheme = MappingScheme(MXFP4Mapping)
+scheme = MappingScheme(
+    MXFP4Mapping,
+    Family("gpt-oss", "gpt-oss, transformers 5.23", ("blocks",), ("quantized modules other than experts",)),
+)

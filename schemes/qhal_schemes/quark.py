@@ -2,9 +2,8 @@
 
 The file decides what a module holds, the configuration what it should hold; where they disagree it is an error that
 names the module and the rule. Keys: `quark_config.py`; weights: `quark_weights.py`; caches: `quark_kv.py`. Experts have
-modules of their own; of gpt-oss a module holds gate and up in turns. Compared with files of amd-quark 0.13; the names
-of older versions (weight_quantizer.scale, ...) are read by the table of its importer (export/constants.py), and were
-not compared.
+modules of their own; of gpt-oss a module holds gate and up in turns. Source: amd-quark 0.13, whose importer
+has the names of older versions (weight_quantizer.scale, ...; export/constants.py). Compared forms: compared/quark.txt.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from qhal.specs import KVSpec, LinearSpec, Operand
 from qhal_schemes import checks, quark_weights
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import EMBEDDING, is_router, module_class
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import ELEMENT_OF
@@ -59,6 +59,12 @@ class QuarkMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain Linear modules: excluded, or of a record without a weight."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The nibble order of 4-bit integers, and the older names of tensors."""
+        s = self._stored[module]
+        order = ("reorder" if self._quark.reorder else "order") if s.spec.dtype in ("int4", "uint4") else "plain"
+        return order + (", older names" if any(_OLD.match(name) for name in s.names.values()) else "")
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codes, scales, zero points, a static input's scale and zero point, and a bias."""
@@ -254,4 +260,18 @@ def dynamic_format(spec: TensorSpec) -> Format:
     return Format.parse(f"{spec.element}.{block}*fp32{rule}")
 
 
-scheme = MappingScheme(QuarkMapping)
+scheme = MappingScheme(
+    QuarkMapping,
+    Family(
+        "Quark",
+        "amd-quark 0.13",
+        ("plain", "reorder", "order", "plain, older names"),
+        (
+            "rotations that are applied online",
+            "quantized biases, outputs and softmax",
+            "float zero points, quantized scales, more than two stages",
+            "caches that are quantized after the rotary embedding",
+            "static inputs per token or group",
+        ),
+    ),
+)

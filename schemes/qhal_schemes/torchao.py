@@ -5,8 +5,8 @@
   Int4Tensor    qdata [N, K/2], even column in the low nibble, scale and zero_point [K/g, N]:
                 W = code * scale + zero_point
 `act_quant_kwargs` says how inputs are quantized (null: not at all), `act_pre_scale` multiplies the input before. Int8
-inputs divide by 127.5 and are multiplied by the reciprocal of their scale. Checked against files of torchao 0.18 for
-weight-only Int8Tensor; the rest follows its source (quantize_/workflows) and was not compared.
+inputs divide by 127.5 and are multiplied by the reciprocal of their scale. Source: torchao 0.18
+(quantize_/workflows). What was compared with its numbers: compared/torchao.txt.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import EMBEDDING, PathPatterns, module_class
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_nibbles
@@ -103,6 +104,10 @@ class TorchAOMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: modules_to_not_convert, heads, routers, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The class of its tensor."""
+        return self._modules[module].kind
 
     def tensors(self, module: str) -> Sequence[str]:
         """The parts of the weight and a bias."""
@@ -287,4 +292,12 @@ def _format(name: str) -> Format:
     return Format.parse(name)
 
 
-scheme = MappingScheme(TorchAOMapping)
+scheme = MappingScheme(
+    TorchAOMapping,
+    Family(
+        "torchao",
+        "torchao 0.18, safetensors files",
+        tuple(_PARTS),
+        ("other tensor classes and configurations", "weights of modules that are no Linear layers"),
+    ),
+)

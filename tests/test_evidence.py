@@ -1,0 +1,91 @@
+"""Evidence: what a form is, which forms were compared, and that everything else is marked as not compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qhal
+from qhal import Format, LinearFormat
+from qhal_schemes import known_methods, open_checkpoint
+from qhal_schemes.evidence import COMPARED, UNCOMPARED, cache_form, compared_forms, form, parse
+from qhal_schemes.registry import load_scheme
+
+
+def of(weight: str, input: str | None = None, **more: object) -> str:
+    given = None if input is None else Format.parse(input)
+    return str(form(LinearFormat("m", 64, 128, Format.parse(weight), given, **more), "l"))  # type: ignore[arg-type]
+
+
+def test_sizes_and_float_dtypes_are_parameters_of_a_form() -> None:
+    assert of("int4.g128*bf16") == of("int4.g32*fp16") == "l | int4.g*float | - | -"
+    assert of("e4m3fn.128x128*fp32", "e4m3fn.g128*bf16") == of("e4m3fn.64x64*bf16", "e4m3fn.g64*fp32")
+    assert of("nf4.flat64*(lut8.flat256*fp32+fp32)") == of("nf4.flat128*(lut8.flat64*fp32+fp32)")
+
+
+def test_everything_else_makes_another_form() -> None:
+    forms = [
+        of("int4.g32*bf16"),
+        of("int4.row*bf16"),
+        of("int4-int4.g32*bf16"),
+        of("int4.g32*bf16", "int8.row*fp32"),
+        of("int4.g32*bf16", "int8.row*fp32@qmax=127.5"),
+        of("int4.g32*bf16", "int8.row*fp32", static_input=True),
+        of("int4.g32*bf16", group_index=True),
+        of("int4.g32*bf16", low_rank=8),
+        of("int4.g32*bf16", rotate_in=(("hadamard", 128),)),
+        of("int4.g32*bf16", rotate_out=(("hadamard", 128),)),
+        of("int4.g32*bf16", operand=Format.parse("fp8")),
+        of("e2m1.g16*(e4m3fn.tensor*fp32)"),
+        of("e2m1.g32*(e4m3fn.tensor*fp32)"),
+    ]
+    assert len(set(forms)) == len(forms)
+    assert all(str(parse(text)) == text for text in forms)
+    kv = qhal.layer_formats.KVFormat("mha", Format.parse("int8.row*fp32"), Format.parse("int4.row*fp32"))
+    assert str(cache_form(kv)) == "cache | int8.row*float | int4.row*float | -"
+
+
+@pytest.mark.parametrize("method", known_methods())
+def test_every_scheme_has_a_row_in_the_table(method: str) -> None:
+    """A title, layouts of which those that were compared are some, refusals."""
+    family = getattr(load_scheme(method), "family", None)
+    assert family is not None and family.title and family.tools and family.refused
+    forms = compared_forms(method)
+    assert forms
+    known = {*family.layouts, "cache"}
+    assert all(f.layout in known or f.layout.partition(",")[0] in known for f in forms)
+    assert set(family.uncompared(method)) < set(family.layouts)
+
+
+@pytest.mark.parametrize("method", ["nothing", "../compared/awq", "", "awq.txt", "AWQ"])
+def test_a_method_without_a_list_has_no_evidence(method: str) -> None:
+    assert compared_forms(method) == frozenset()
+
+
+def test_a_form_that_no_case_compared_is_marked(golden: Path, tmp_path: Path) -> None:
+    """A compared checkpoint with the scales of its inputs taken away: the tool was never seen to write this one."""
+    source = golden / "compressed_tensors/fp8_tensor_kv_fp8/checkpoint"
+    (compared,) = open_checkpoint(source).summary()["formats"]
+    assert compared["evidence"] == COMPARED
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["input_activations"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept: dict[str, torch.Tensor] = {k: v for k, v in tensors.items() if not k.endswith("input_scale")}
+    save_file(kept, folder / "model.safetensors")
+    ckpt = open_checkpoint(folder)
+    record = ckpt.summary()
+    assert [row["evidence"] for row in record["formats"]] == [UNCOMPARED]
+    assert [row["evidence"] for row in record["kv"]] == [COMPARED]
+    module = ckpt.modules(quantized=True)[0]
+    assert not ckpt.compared(module) and ckpt.compared("lm_head")
+    with pytest.raises(qhal.CheckpointError, match="lm_head is not quantized: "):
+        ckpt.form("lm_head")
