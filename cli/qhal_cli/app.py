@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qhal
-from qhal_cli import checkpoints, machine, text
+from qhal_cli import checkpoints, inspecting, machine, text
 from qhal_cli.convert import convert
 from qhal_conformance.commands import app as conformance
 
@@ -37,7 +37,7 @@ def root(
 
 app.command()(machine.devices)
 app.command()(machine.doctor)
-app.command()(checkpoints.inspect)
+app.command()(inspecting.inspect)
 app.command()(checkpoints.plan)
 app.command()(checkpoints.dequantize)
 app.command()(checkpoints.quantize)

@@ -1,4 +1,4 @@
-"""`qhal inspect`, `plan`, `dequantize` and `quantize`: what a checkpoint is, what would run, and converting it."""
+"""`qhal plan`, `dequantize` and `quantize`: what would run of a checkpoint, and converting it."""
 
 from __future__ import annotations
 
@@ -12,60 +12,18 @@ from torch import Tensor
 
 import qhal
 from qhal.elements import WIDE
-from qhal.errors import CheckpointError, FormatError, PlanError
+from qhal.errors import FormatError, PlanError
 from qhal.plan import Policy
-from qhal_cli.output import Json, console, emit, progress, size, table
+from qhal_cli.output import Folder, Json, apart, console, emit, progress, size
 from qhal_engines.kv_plan import plan_with_caches
 from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
 from qhal_schemes.source import DTYPES
-from qhal_schemes.strict_json import is_file
 from qhal_schemes.writing import AtomicFile, StreamingSafetensors, TensorLayout
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 KVFormatOption = Annotated[
     str | None, typer.Option(help="Of the cache: fp8, int8, int4, nvfp4, any format name, or K,V [the checkpoint's].")
 ]
-Folder = Annotated[Path, typer.Argument(help="A checkpoint folder: config.json and safetensors.")]
-
-
-def inspect(checkpoint: Folder, json: Json = False) -> None:
-    """What is quantized how, what is excluded by which rule, and where every tensor went. Reads no weights.
-
-    Examples:
-      qhal inspect path/to/checkpoint
-      qhal inspect path/to/checkpoint --json | jq .totals
-    """
-    record = open_checkpoint(checkpoint).summary()
-    if json:
-        emit(record)
-        return
-    total = record["totals"]
-    console.print(f"[bold]{record['path']}[/bold]: {record['method']}, activations {record['dtype']}", soft_wrap=True)
-    rows = (
-        (r["weight"], r["input"], r["modules"], f"{r['weights']:,}", size(r["bytes"]), _bits(r))
-        for r in record["formats"]
-    )
-    table("Quantized modules", ("weight", "input", "modules", "weights", "bytes", "bits per weight"), rows)
-    if record["excluded"]:
-        table(
-            "Plain modules",
-            ("rule", "modules", "first"),
-            ((r["rule"], len(r["modules"]), r["modules"][0]) for r in record["excluded"]),
-        )
-    for r in record["experts"]:
-        console.print(f"experts: {r['prefix']} ({r['experts']})")
-    for r in record["kv"]:
-        console.print(f"cache: {r['format']} in {r['layers']} layers")
-    if record["extra"]:
-        table("Tensors that nothing uses", ("tensor", "why"), ((r["tensor"], r["why"]) for r in record["extra"]))
-    console.print(
-        f"{total['tensors']} tensors, {size(total['bytes'])}: {total['consumed']} in quantized modules, "
-        f"{total['plain']} plain, {total['extra']} unused"
-    )
-
-
-def _bits(row: dict[str, Any]) -> str:
-    return f"{8 * row['bytes'] / row['weights']:.2f}" if row["weights"] else "-"
 
 
 def plan(
@@ -123,10 +81,7 @@ def dequantize(
       qhal dequantize CKPT --out stored.safetensors --dtype bfloat16 --stored
     """
     ckpt, chosen = open_checkpoint(checkpoint), _dtype(dtype)
-    if is_file(out) and out.resolve().parent == ckpt.path.resolve():
-        raise CheckpointError(f"{out}: is a file of the checkpoint that is read; name another one")
-    if out.resolve().parent == ckpt.path.resolve():
-        raise CheckpointError(f"{out}: lies in the checkpoint's own folder; a checkpoint is never written to")
+    apart(out, ckpt.path)
     layout = _dense_layout(ckpt, chosen)
     plain = {name: _plain_layout(ckpt, name, chosen) for name in ckpt.account.plain if name not in layout}
     needed = sum(one.nbytes for one in (*layout.values(), *plain.values()))

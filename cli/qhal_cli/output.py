@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,9 +13,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from qhal.errors import CheckpointError
+from qhal_schemes.strict_json import is_file
 from qhal_schemes.writing import size_text as size
 
-__all__ = ["Json", "console", "emit", "progress", "size", "stderr", "table"]
+__all__ = ["Folder", "Json", "apart", "console", "emit", "literal", "progress", "size", "stderr", "table"]
+
+Folder = Annotated[Path, typer.Argument(help="A checkpoint folder: config.json and safetensors.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -22,14 +27,38 @@ console = Console(highlight=False, soft_wrap=False)
 stderr = Console(stderr=True, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, markup: bool = False) -> None:
-    """Print one table; long cells wrap. markup: cells are rich's markup, not text as it is (`vq1x8[e8p12]`)."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Sequence[str] = (),
+    *,
+    markup: bool = False,
+) -> None:
+    """Print one table; long cells wrap, but in the columns of numbers.
+
+    markup: cells are rich's markup, not text as it is (`vq1x8[e8p12]`)
+    """
     shown = Table(title=title, title_justify="left", title_style="bold", show_lines=False, pad_edge=False)
     for name in columns:
-        shown.add_column(name, overflow="fold")
+        number = name in numbers
+        shown.add_column(name, overflow="fold", no_wrap=number, justify="right" if number else "left")
     for row in rows:
         shown.add_row(*(str(cell) if markup else escape(str(cell)) for cell in row))
     console.print(shown)
+
+
+def literal(text: object) -> str:
+    """A text of a file as a cell that shows it as it is: no markup of ours, no control sequence of the terminal."""
+    return escape("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text)))
+
+
+def apart(out: Path, checkpoint: Path) -> None:
+    """CheckpointError for an output that lies in the folder of the checkpoint that is read."""
+    if out.resolve().parent == checkpoint.resolve():
+        if is_file(out):
+            raise CheckpointError(f"{out}: is a file of the checkpoint that is read; name another one")
+        raise CheckpointError(f"{out}: lies in the checkpoint's own folder; a checkpoint is never written to")
 
 
 def emit(record: Any) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from qhal.layer_formats import KVFormat, LinearFormat
 
 UNCOMPARED = "from specification, not compared"
-COMPARED = "compared with its tool"
+COMPARED = "compared"
 
 _FLOAT = re.compile(r"\b(?:fp32|fp16|bf16)\b")
 _GROUP = re.compile(r"\.(g|flat)\d+(?=[*/]\(?(?:float|lut8))")

@@ -63,7 +63,7 @@ class QuarkMapping(SchemeMapping):
     def layout(self, module: str) -> str:
         """The nibble order of 4-bit integers, and the older names of tensors."""
         s = self._stored[module]
-        order = ("reorder" if self._quark.reorder else "order") if s.spec.dtype in ("int4", "uint4") else "plain"
+        order = ("reorder" if self._quark.reorder else "order") if s.spec.dtype in ("int4", "uint4") else "any order"
         return order + (", older names" if any(_OLD.match(name) for name in s.names.values()) else "")
 
     def tensors(self, module: str) -> Sequence[str]:
@@ -265,7 +265,7 @@ scheme = MappingScheme(
     Family(
         "Quark",
         "amd-quark 0.13",
-        ("plain", "reorder", "order", "plain, older names"),
+        ("any order", "reorder", "order", "any order, older names"),
         (
             "rotations that are applied online",
             "quantized biases, outputs and softmax",
