@@ -3,6 +3,7 @@
 docs/interface.md       from the docstrings of `qhal.interface` and its request types
 docs/cli.md             from the signatures and docstrings of the commands
 docs/evidence/index.md  from the titles of the pages beside it
+docs/formats.md         its parts between `<!-- generated: ... -->` and `<!-- end -->`, by `docs/families.py`
 --console               also rewrites the outputs in console blocks that commands no longer print (`docs/console.py`)
 """
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import commands
 import console
+import families
 from docstrings import markdown
 
 import qhal
@@ -110,6 +112,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "interface.md": interface_page,
     "cli.md": commands.page,
     "evidence/index.md": evidence_page,
+    "formats.md": lambda: families.refreshed((HERE / "formats.md").read_text()),
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +18,15 @@ from qhal import Format, LinearFormat
 from qhal_schemes import known_methods, open_checkpoint
 from qhal_schemes.evidence import COMPARED, UNCOMPARED, cache_form, compared_forms, form, parse
 from qhal_schemes.registry import load_scheme
+
+ROOT = Path(__file__).parent.parent
+
+
+def module(name: str) -> ModuleType:
+    """A helper of docs/, which is no package."""
+    if str(ROOT / "docs") not in sys.path:
+        sys.path.insert(0, str(ROOT / "docs"))
+    return importlib.import_module(name)
 
 
 def of(weight: str, input: str | None = None, **more: object) -> str:
@@ -85,7 +97,24 @@ def test_a_form_that_no_case_compared_is_marked(golden: Path, tmp_path: Path) ->
     record = ckpt.summary()
     assert [row["evidence"] for row in record["formats"]] == [UNCOMPARED]
     assert [row["evidence"] for row in record["kv"]] == [COMPARED]
-    module = ckpt.modules(quantized=True)[0]
-    assert not ckpt.compared(module) and ckpt.compared("lm_head")
+    name = ckpt.modules(quantized=True)[0]
+    assert not ckpt.compared(name) and ckpt.compared("lm_head")
     with pytest.raises(qhal.CheckpointError, match="lm_head is not quantized: "):
         ckpt.form("lm_head")
+
+
+def test_the_table_of_formats_is_made_of_the_lists() -> None:
+    """docs/families.py: every compared form is one row, becomes a layer again, and runs on cpu_reference."""
+    families = module("families")
+    rows = families.forms().splitlines()[2:]
+    assert len(rows) == sum(len(compared_forms(method)) for method in known_methods())
+    for method in known_methods():
+        assert f"(`{method}`)" in families.families()
+        assert all(families.runs(one) for one in compared_forms(method))
+    text = (ROOT / "docs/formats.md").read_text()
+    assert families.refreshed(text) == text
+    renewed = families.refreshed("<!-- generated: words -->\nold\n<!-- end -->")
+    assert "`fp8_e5m2`" in renewed and "old" not in renewed
+    with pytest.raises(KeyError):
+        families.refreshed("<!-- generated: nothing -->\n<!-- end -->")
+    assert families.table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x&#124;y |"

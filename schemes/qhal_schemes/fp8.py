@@ -221,6 +221,10 @@ scheme = MappingScheme(
         "FP8",
         "DeepSeek-V3, Qwen, AutoFP8, transformers 5.23",
         ("weight_scale_inv", "weight_scale", "stacked [E, N, K]", "stacked [E, K, N]"),
-        ("modules_to_convert: modules that are no Linear layers", "transposed experts with tiles that are not square"),
+        (
+            "modules_to_convert: modules that are no Linear layers",
+            "quantized embeddings",
+            "transposed experts with tiles that are not square",
+        ),
     ),
 )

@@ -268,6 +268,7 @@ scheme = MappingScheme(
         ("any order", "reorder", "order", "any order, older names"),
         (
             "rotations that are applied online",
+            "quantized embeddings",
             "quantized biases, outputs and softmax",
             "float zero points, quantized scales, more than two stages",
             "caches that are quantized after the rotary embedding",
