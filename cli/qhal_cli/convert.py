@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qhal_cli.checkpoints import Folder
-from qhal_cli.output import Json, console, emit, progress, size, table
+from qhal_cli.output import Folder, Json, console, emit, progress, size, table
 from qhal_schemes.convert import TARGETS, convert_checkpoint
 
 

@@ -61,8 +61,8 @@ def _print(record: dict[str, Any]) -> None:
         table("Plain modules", ("rule", "modules", "first"), plain, ("modules",))
     for count in sorted({r["experts"] for r in record["experts"]}):
         prefixes = [r["prefix"] for r in record["experts"] if r["experts"] == count]
-        last = f" to {literal(prefixes[-1])}" if len(prefixes) > 1 else ""
-        console.print(f"experts: {count} in each of {len(prefixes)}: {literal(prefixes[0])}{last}")
+        many = f" and {len(prefixes) - 1} more up to {literal(prefixes[-1])}" if len(prefixes) > 1 else ""
+        console.print(f"experts: {count} in {literal(prefixes[0])}{many}")
     for r in record["kv"]:
         console.print(f"cache: {literal(r['format'])} in {r['layers']} layers, {r['evidence']}")
     if record["extra"]:
