@@ -52,7 +52,7 @@ class Grid:
     """The layers under one prefix. rows: layer -> column -> cell; caches: layer -> format of its cache."""
 
     prefix: str
-    columns: list[str] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
     rows: dict[int, dict[str, Cell]] = field(default_factory=dict)
     caches: dict[int, str] = field(default_factory=dict)
 
@@ -99,13 +99,12 @@ def _grids(ckpt: Checkpoint, kinds: dict[str, int]) -> tuple[list[Grid], list[Ce
     others = []
     for module in ckpt.modules():
         kind, match = kinds.get(module, PLAIN), _LAYER.fullmatch(module)
-        if match is None or len(match[2]) > 6:
+        if match is None or len(match[2]) > 6:  # a number that long counts no layers
             others.append(Cell(module, Counter([kind])))
             continue
         grid, column = grids.setdefault(match[1], Grid(match[1])), _EXPERT.sub(r"\1.*.", match[3])
         row = grid.rows.setdefault(int(match[2]), {})
-        if column not in grid.columns:
-            grid.columns.append(column)
+        grid.columns.setdefault(column)
         row.setdefault(column, Cell(f"{match[1]}.{match[2]}.{column}")).kinds[kind] += 1
     for layer, f in ckpt.kv_formats().items():
         match = _LAYER.fullmatch(ckpt.kv_layers[layer])
