@@ -2,8 +2,9 @@
 
     python benchmarks/quantize_speed.py [--json] [--rows N] [--columns K] [--threads 1 2] [--repeat N]
 
-Bars: at least 0.5 GB/s for int8 rows and fp8 per token with the most threads; at most one weight of the largest module
-(in bf16) beside what the quantized modules keep. Beside the speeds stands the floor, a clone of the same bytes. Best of
+Bars: at least 0.5 GB/s for int8 rows and fp8 per token with the most threads; beside what the quantized modules keep, at
+most twice the largest module's weight in bf16: its own pages of the mapped file, and as much for temporaries on the grid
+of scales. Beside the speeds stands the floor, a clone of the same bytes. Best of
 several turns that go round the formats. One thread is measured in processor time, which other programs hardly change,
 several on the clock. Exits 1 if a bar is missed.
 """
@@ -93,7 +94,7 @@ def main() -> int:
     for name in ONLINE:
         command = [sys.executable, __file__, "--child", str(folder), name]
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        bars[f"memory, {name}"] = {**found, "holds": found["extra"] <= found["largest"]}
+        bars[f"memory, {name}"] = {**found, "holds": found["extra"] <= 2 * found["largest"]}
     if options.json:
         print(json.dumps({"gb_per_s": speed, "bars": bars}, indent=2))
     else:
