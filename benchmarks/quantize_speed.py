@@ -109,7 +109,7 @@ def report(speed: dict[int, dict[str, float]], bars: dict[str, Any]) -> None:
     print()
     for name, bar in bars.items():
         if "extra" in bar:
-            text = f"{bar['extra'] / 1e6:.1f} MB beside the result, bar {bar['largest'] / 1e6:.1f} MB"
+            text = f"{bar['extra'] / 1e6:.1f} MB beside the result, bar {2 * bar['largest'] / 1e6:.1f} MB"
         else:
             text = f"{bar['value']:.2f} GB/s, bar {BAR_GB_S}"
         print(f"{'ok' if bar['holds'] else 'MISSED':7}{name}: {text}")
