@@ -2,11 +2,11 @@
 
     python benchmarks/quantize_speed.py [--json] [--rows N] [--columns K] [--threads 1 2] [--repeat N]
 
-Bars: at least 0.5 GB/s for int8 rows and fp8 per token with the most threads; beside what the quantized modules keep, at
-most twice the largest module's weight in bf16: its own pages of the mapped file, and as much for temporaries on the grid
-of scales. Beside the speeds stands the floor, a clone of the same bytes. Best of
-several turns that go round the formats. One thread is measured in processor time, which other programs hardly change,
-several on the clock. Exits 1 if a bar is missed.
+Bars: at least 0.5 GB/s for int8 rows and fp8 per token with the most threads; beside what the quantized modules keep,
+at most twice the largest module's weight in bf16: its own pages of the mapped file, and as much for temporaries on the
+grid of scales. Beside the speeds stands the floor, a clone of the same bytes. Best of several turns that go round the
+formats. One thread is measured in processor time, which other programs hardly change, several on the clock.
+Exits 1 if a bar is missed.
 """
 
 from __future__ import annotations
