@@ -46,7 +46,7 @@ def _print(record: dict[str, Any]) -> None:
         texts = [key for key in ("weight", "input", "layout", "around") if any(r[key] for r in record["formats"])]
         rows = (
             (
-                *(literal(r[key]) for key in texts),
+                *(r[key] for key in texts),
                 f"{r['bits_per_weight']:.2f}",
                 r["modules"],
                 size(r["bytes"]),
@@ -57,7 +57,7 @@ def _print(record: dict[str, Any]) -> None:
         numbers = ("bits", "modules", "size")
         table("Quantized modules", (*texts, *numbers, "evidence"), rows, numbers)
     if record["excluded"]:
-        plain = ((literal(r["rule"]), len(r["modules"]), literal(r["modules"][0])) for r in record["excluded"])
+        plain = ((r["rule"], len(r["modules"]), r["modules"][0]) for r in record["excluded"])
         table("Plain modules", ("rule", "modules", "first"), plain, ("modules",))
     for count in sorted({r["experts"] for r in record["experts"]}):
         prefixes = [r["prefix"] for r in record["experts"] if r["experts"] == count]
@@ -66,7 +66,7 @@ def _print(record: dict[str, Any]) -> None:
     for r in record["kv"]:
         console.print(f"cache: {literal(r['format'])} in {r['layers']} layers, {r['evidence']}")
     if record["extra"]:
-        extra = ((literal(r["tensor"]), literal(r["why"])) for r in record["extra"])
+        extra = ((r["tensor"], r["why"]) for r in record["extra"])
         table("Tensors that nothing uses", ("tensor", "why"), extra)
     console.print(
         f"{total['tensors']} tensors, {size(total['bytes'])}: {total['consumed']} in quantized modules, "

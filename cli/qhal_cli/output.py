@@ -44,7 +44,7 @@ def table(
         number = name in numbers
         shown.add_column(name, overflow="fold", no_wrap=number, justify="right" if number else "left")
     for row in rows:
-        shown.add_row(*(str(cell) if markup else escape(str(cell)) for cell in row))
+        shown.add_row(*(str(cell) if markup else literal(cell) for cell in row))
     console.print(shown)
 
 

@@ -57,9 +57,11 @@ class QhalConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, quant_method: str = "qhal", **values: Any) -> None:
-        four = values.get("load_in_4bit", values.get("_load_in_4bit"))
         self.method, self.values = quant_method, values
-        self.quant_method = _keys(quant_method)[0 if four else -1]  # what transformers looks up
+        self.quant_method = quant_method
+        if quant_method == "bitsandbytes":  # transformers looks its quantizer up by width
+            four = values.get("load_in_4bit", values.get("_load_in_4bit"))
+            self.quant_method += "_4bit" if four else "_8bit"
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it stood in config.json."""
