@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
+import golden_cases
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,22 +15,16 @@ import qhal
 import qhal_schemes
 from qhal.groups import Indexed
 
-GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
-NO_CHECKPOINTS = ("fht_reference", "quarot_hadamard_sizes")  # fixtures of operators
-CASES = sorted(
-    f"{path.parent.parent.name}/{path.parent.name}"
-    for path in GOLDEN.glob("*/*/checkpoint")
-    if path.parent.name not in NO_CHECKPOINTS
-)
+CASES = golden_cases.cases()
 CACHE_SCALE = re.compile(r"\.[kv](_scale|_proj\.(output_scale|[kv]_scale|kv_cache_scale))$")
 
 
-EXPERTS = [c for c in CASES if qhal_schemes.open_checkpoint(GOLDEN / c / "checkpoint").summary()["experts"]]
+EXPERTS = [c for c in CASES if qhal_schemes.open_checkpoint(golden_cases.path(c) / "checkpoint").summary()["experts"]]
 
 
 @pytest.mark.parametrize("case", EXPERTS)
 def test_experts_are_stacked_as_their_modules_say(case: str) -> None:
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    ckpt = qhal_schemes.open_checkpoint(golden_cases.path(case) / "checkpoint")
     for group in ckpt.summary()["experts"]:
         prefix, count = group["prefix"], group["experts"]
         spec, part = ckpt.experts_spec(prefix), ckpt.experts_spec(prefix, (count - 1, 1))
@@ -57,15 +50,15 @@ def test_experts_are_stacked_as_their_modules_say(case: str) -> None:
 
 
 def blocks(case: str) -> list[str]:
-    with safe_open(GOLDEN / case / "expected.safetensors", "pt") as f:
+    with safe_open(golden_cases.path(case) / "expected.safetensors", "pt") as f:
         return [key.removesuffix(".output") for key in f.keys() if key.endswith("mlp.output")]  # noqa: SIM118
 
 
 @pytest.mark.parametrize("case", [c for c in EXPERTS if blocks(c)])
 def test_blocks_of_experts(case: str) -> None:
     """A whole block in bf16: router, both products, activation. At most 16 roundings lie on the way of every term."""
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
-    expected = load_file(GOLDEN / case / "expected.safetensors")
+    ckpt = qhal_schemes.open_checkpoint(golden_cases.path(case) / "checkpoint")
+    expected = load_file(golden_cases.path(case) / "expected.safetensors")
     for block in blocks(case):
         x, spec = expected[f"{block}.input"], ckpt.experts_spec(f"{block}.experts")
         router = [ckpt.tensor(f"{block}.router.{name}").float() for name in ("weight", "bias")]
@@ -88,7 +81,7 @@ def test_blocks_of_experts(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_caches_have_the_scales_of_the_file(case: str) -> None:
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    ckpt = qhal_schemes.open_checkpoint(golden_cases.path(case) / "checkpoint")
     scales = [name for name in ckpt.account.consumed if CACHE_SCALE.search(name)]
     found: list[float] = []
     for layer in ckpt.kv_layers if scales else []:
