@@ -15,6 +15,7 @@ import torch
 
 import qhal
 from qhal import Format, LinearFormat
+from qhal.codebooks import CodebookFormat, SegmentFormat
 from qhal.grammar import ALIASES
 from qhal.layer_formats import KVFormat, LayerFormat
 from qhal.layers import requests
@@ -30,6 +31,7 @@ _PARAMETERS = (
     (r"\.tile(?=[*/])", ".128x128"),
     ("float", "bf16"),
 )
+_LATTICES = {"e8p12": 65536, "e81b": 256}
 NAMES = (
     ("int4.g128*bf16", "int4.row*bf16", "int3.g32*bf16", "int8.g32*bf16"),
     ("int8.row*fp32",),
@@ -54,6 +56,7 @@ NAMES = (
     ("nf4.flat64*(lut8.flat256*fp32+fp32)",),
     ("uint4.g32*fp16+fp16",),
     ("uint4.g32*(uint6.g8*fp16)-(uint6.g8*fp16)",),
+    ("int6.g16*(int8.g16*fp16)",),
 )
 """Formats of weights that files hold, a row each; several in one where they differ in the width of codes or blocks."""
 
@@ -173,8 +176,9 @@ def example(f: Form) -> LayerFormat:
         assert cache_form(cache) == f
         return cache
     given = None if f.second == "-" else _format(f.second)
+    weight = _codebook(f.first) if f.first.startswith("vq") else _format(f.first)
     layer = LinearFormat(
-        "example", 256, 256, _format(f.first), given, "static input" in f.more, more.get("decode"), more.get("operand")
+        "example", 256, 256, weight, given, "static input" in f.more, more.get("decode"), more.get("operand")
     )
     assert form(layer, f.layout)[:3] == f[:3]
     return layer
@@ -190,6 +194,19 @@ def _format(generic: str) -> Format:
     for pattern, value in _PARAMETERS:
         name = re.sub(pattern, value, name)
     return Format.parse(name + at + rule)
+
+
+def _codebook(generic: str) -> CodebookFormat:
+    """The 256 columns in equal segments; two where a form says that there are several of one kind."""
+    text, _, flags = generic.partition("*")
+    found = re.findall(r"vq(\d+)x(\d+)\[(.*?)\](?=(\|\.\.\.)?)", text)
+    kinds = [one for one in found for _ in range(2 if one[3] else 1)]
+    segments = []
+    for rows, columns, books, _ in kinds:
+        tables = ((0, name) if name in _LATTICES else (int(name), "") for name in books.split("+"))
+        sizes = tuple((_LATTICES.get(name, size), name) for size, name in tables)
+        segments.append(SegmentFormat(256 // len(kinds), (int(rows), int(columns)), sizes))
+    return CodebookFormat(tuple(segments), **dict.fromkeys(flags.split(",") if flags else (), True))
 
 
 PARTS: dict[str, Callable[[], str]] = {

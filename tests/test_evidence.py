@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import qhal
 from qhal import Format, LinearFormat
+from qhal.codebooks import CodebookFormat, SegmentFormat
 from qhal_schemes import known_methods, open_checkpoint
-from qhal_schemes.evidence import COMPARED, UNCOMPARED, cache_form, compared_forms, form, parse
+from qhal_schemes.evidence import COMPARED, UNCOMPARED, cache_form, compared_forms, form, parse, variants
 from qhal_schemes.registry import load_scheme
 
 ROOT = Path(__file__).parent.parent
@@ -58,8 +59,24 @@ def test_everything_else_makes_another_form() -> None:
     ]
     assert len(set(forms)) == len(forms)
     assert all(str(parse(text)) == text for text in forms)
+    assert str(parse("R1 | float | - | in dense")) == "R1 | float | - | in dense"
     kv = qhal.layer_formats.KVFormat("mha", Format.parse("int8.row*fp32"), Format.parse("int4.row*fp32"))
     assert str(cache_form(kv)) == "cache | int8.row*float | int4.row*float | -"
+
+
+def codebooks(*segments: tuple[int, ...], **flags: bool) -> str:
+    """The name of segments (vector, entries of each codebook)."""
+    parts = (SegmentFormat(64, (v, 1), tuple((n, "") for n in entries)) for v, *entries in segments)
+    return form(LinearFormat("m", 64, 128, CodebookFormat(tuple(parts), **flags)), "l").first
+
+
+def test_how_many_groups_have_codebooks_is_a_parameter() -> None:
+    assert codebooks((8, 256)) == "vq8x1[256]"
+    assert codebooks((8, 256), (8, 256)) == codebooks(*[(8, 256)] * 5) == "vq8x1[256]|..."
+    assert codebooks(*[(8, 256, 16)] * 3, scale=True) == "vq8x1[256+16]|...*scale"
+    assert codebooks((4, 128), (8, 256), (8, 256)) == "vq4x1[128]|vq8x1[256]|..."
+    assert codebooks((8, 256), (8, 25)) == "vq8x1[256]|vq8x1[25]"
+    assert variants("a", "x", "y") == ("a", "a, x", "a, y", "a, x, y")
 
 
 @pytest.mark.parametrize("method", known_methods())

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import golden_cases
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,15 +21,20 @@ import qhal_schemes
 from qhal import rotations
 from qhal.encoding import encode
 from qhal.formats import Format
+from qhal.layer_formats import LinearFormat
 from qhal.specs import LinearSpec, Operand
-from qhal_schemes.evidence import Form, cache_form, compared_forms
+from qhal_schemes.evidence import Form, cache_form, compared_forms, form
+from qhal_schemes.gguf_blocks import TYPES
 
-SMALL = Path(__file__).parent / "golden"
-GOLDEN = Path(os.environ.get("QHAL_GOLDEN", SMALL))
 FAMILIES = (
     "compressed_tensors", "awq", "gptq", "modelopt", "bitsandbytes", "torchao", "modelslim", "quark", "fp8_block",
-    "mxfp4_gptoss", "aqlm", "vptq",
+    "mxfp4_gptoss", "aqlm", "vptq", "auto_round",
 )  # fmt: skip
+ELSEWHERE = ("quip", "rotations", "gguf")
+"""Families compared by tests of their own: test_schemes_golden_codebooks, test_schemes_golden_rotations,
+test_schemes_gguf. Evidence is held to their cases too."""
+SHIPPED = ("auto-round", "gguf")
+"""Methods of which everything that is compared comes with the tests: their lists are held in both directions always."""
 NEAR = {"int8.row*(fp32.tensor/fp32)": 1e-6, "int4.g32*(fp32.row*fp32)": 1e-6}
 """Weight formats whose float32 arithmetic is not the tool's own: the file holds the product of the weight's scale with
 another one, divided here; two scales are multiplied with each other first, by the tool with the code first."""
@@ -39,6 +44,8 @@ QUANTIZES_INPUT = ("quark", "modelslim", "modelopt")
 """Tools whose `output` is the product with the input that they quantized, also where no `input_qdq` stands beside."""
 ROUNDS_TERMS = ("bitsandbytes", "torchao")
 """Tools whose bf16 kernels on a processor round terms before the sum, at two places (block scale, product)."""
+DECODES_TO = {"auto_round": torch.float16}
+"""Tools whose layers decode weights to one dtype, whatever the result's is; the others decode to that."""
 BESIDE = {"output_per_token": False, "output_device": None, "output_decode": True, "output_clip_once": False}
 """Outputs that stand beside `output` where the tool's CPU result is not what its scheme means on a device: whether it
 is that of decoding (None: of the static input, whichever step has it)."""
@@ -59,8 +66,8 @@ def having(*ends: str) -> list[str]:
     return [c for c, names in NAMES.items() if any(name.endswith(ends) for name in names)]
 
 
-CASES = [f"{family}/{path.name}" for family in FAMILIES for path in sorted((GOLDEN / family).glob("*"))]
-NAMES = {c: read_keys(GOLDEN / c / "expected.safetensors") for c in CASES}
+CASES = golden_cases.cases(*FAMILIES)
+NAMES = {c: read_keys(golden_cases.path(c) / "expected.safetensors") for c in CASES}
 
 
 def family(case: str) -> str:
@@ -68,8 +75,8 @@ def family(case: str) -> str:
 
 
 def opened(case: str) -> tuple[qhal_schemes.Checkpoint, dict[str, torch.Tensor]]:
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
-    return ckpt, load_file(GOLDEN / case / "expected.safetensors")
+    folder = golden_cases.path(case)
+    return qhal_schemes.open_checkpoint(folder / "checkpoint"), load_file(folder / "expected.safetensors")
 
 
 def precision(provenance: dict[str, Any]) -> torch.dtype:
@@ -89,9 +96,10 @@ def sha256(w: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_case_decodes_exactly(case: str) -> None:
-    provenance = json.loads((GOLDEN / case / "provenance.json").read_text())
+    folder = golden_cases.path(case)
+    provenance = json.loads((folder / "provenance.json").read_text())
     dtype = precision(provenance)
-    ckpt = qhal_schemes.open_checkpoint(GOLDEN / case / "checkpoint")
+    ckpt = qhal_schemes.open_checkpoint(folder / "checkpoint")
     modules = ckpt.modules(quantized=True)
     assert modules
     compared = set()
@@ -99,7 +107,7 @@ def test_case_decodes_exactly(case: str) -> None:
     def near(key: str) -> float | None:
         return NEAR.get(str(ckpt.format(key.removesuffix(".weight")).weight))
 
-    with safe_open(GOLDEN / case / "expected.safetensors", "pt") as expected:
+    with safe_open(folder / "expected.safetensors", "pt") as expected:
         for key in expected.keys():  # noqa: SIM118 - not a dict
             if key.endswith(".weight") or key in modules:
                 w, right, rtol = stored(ckpt, key, dtype), expected.get_tensor(key), near(key)
@@ -155,7 +163,8 @@ def product(
     if given is None and (spec.rotate_in or spec.rotate_out or spec.low_rank):
         x, w = x.double(), spec.effective().double()
         return x @ w.T, x.abs() @ w.abs().T
-    q, w = (before if given is None else given).double(), spec.stored().to(result).double()
+    q = (before if given is None else given).double()
+    w = spec.stored().to(DECODES_TO.get(family(case), result)).double()
     size = q.abs()
     if spec.rotate_in:  # the rotation's own sums, before they cancel
         size = torch.maximum(size, x.abs().double() @ rotations.matrix(spec.rotate_in, x.shape[-1]).abs())
@@ -225,17 +234,21 @@ def reached(path: Path) -> tuple[str, set[Form]]:
     return ckpt.method, forms
 
 
+@pytest.mark.filterwarnings("ignore::qhal_schemes.CheckpointWarning")
 def test_what_is_marked_compared_is_what_cases_reach() -> None:
     """schemes/qhal_schemes/compared: the full and the small set together reach every line and nothing beside them."""
-    found: dict[str, set[Form]] = {}
-    for root in {GOLDEN, SMALL}:
-        for path in (path for name in FAMILIES for path in sorted((root / name).glob("*"))):
-            method, forms = reached(path)
-            found.setdefault(method, set()).update(forms)
+    blocks = (kind for kind in TYPES.values() if kind.unpack is not None)  # random blocks: test_schemes_gguf
+    found = {
+        "gguf": {form(LinearFormat("", 1, kind.elements, Format.parse(kind.format)), kind.name) for kind in blocks}
+    }
+    for case in golden_cases.cases(*FAMILIES, *ELSEWHERE):
+        method, forms = reached(golden_cases.path(case))
+        assert method != "gguf" or forms <= found["gguf"]
+        found.setdefault(method, set()).update(forms)
     for method in {*qhal_schemes.known_methods(), *found}:
         marked, forms = compared_forms(method), found.get(method, set())
         assert forms <= marked, f"compared/{method}.txt lacks {sorted(map(str, forms - marked))}"
-        if GOLDEN != SMALL:
+        if golden_cases.FULL != golden_cases.SMALL or method in SHIPPED:
             assert marked <= forms, (
                 f"compared/{method}.txt has {sorted(map(str, marked - forms))}, which no case reaches"
             )

@@ -127,6 +127,7 @@ def test_every_codebook_of_quip(write_checkpoint: Write, name: str, over: float)
     ckpt = open_checkpoint(write_checkpoint(named(parts), model=model))
     spec = ckpt.spec(Q)
     assert ckpt.method == "quip" and torch.equal(spec.stored(), w) and spec.format == ckpt.format(Q)
+    assert ckpt.form(Q).layout == name and ckpt.compared(Q) == (name != "E8P12RVQ3B")
     wanted = folded(w, parts["SU"], parts["SV"])
     assert one_rounding(spec.effective(), wanted.float())
 
@@ -134,7 +135,9 @@ def test_every_codebook_of_quip(write_checkpoint: Write, name: str, over: float)
 def test_quip_scales_of_inputs_and_fused_parts(write_checkpoint: Write) -> None:
     parts, w, model = quip(rescale_WH=True, fused=True)
     parts |= {"scaleWH": torch.rand(64) + 0.5, "fuse_scales": torch.tensor([0.5, 2.0])}
-    spec = open_checkpoint(write_checkpoint(named(parts), model=model)).spec(Q)
+    ckpt = open_checkpoint(write_checkpoint(named(parts), model=model))
+    assert ckpt.form(Q).layout == "E8P12, scaleWH, fuse_scales" and not ckpt.compared(Q)
+    spec = ckpt.spec(Q)
     after = parts["SV"].float() * torch.tensor([0.5] * 16 + [2.0] * 16)
     wanted = folded(w, parts["SU"].float() / parts["scaleWH"], after).float()
     assert one_rounding(spec.effective(), wanted)

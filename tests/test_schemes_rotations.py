@@ -19,6 +19,7 @@ from qhal.errors import CheckpointError
 from qhal.rotations import hadamard_for
 from qhal_schemes import CheckpointWarning, open_checkpoint
 from qhal_schemes.convert import convert_checkpoint
+from qhal_schemes.flatquant import scheme as flatquant
 from qhal_schemes.packing import pack_int4
 from qhal_schemes.spinquant import transformed
 
@@ -101,6 +102,8 @@ def test_flatquant_attention_from_both_sources(tmp_path: Path) -> None:
             spec = ckpt.spec(module)
             scale = tensors[f"quantizer.{module}.linear.scale"]
             assert torch.equal(spec.stored(), stored.float() * scale) and spec.format == ckpt.format(module)
+            assert ckpt.form(module).layout in flatquant.family.uncompared("flatquant")
+            assert ckpt.form(module).layout.endswith("without flat_matrices.pth") == (given is None)
             assert spec.input is not None and str(spec.input.format) == "int4.row*fp32"
             short = module.removeprefix("model.layers.0.")
             c = side[0][f"{short}.act_quantizer.clip_factor_a_max"]
@@ -320,6 +323,7 @@ def test_spinquant_layers_keep_their_meaning(tmp_path: Path) -> None:
     ops, r2 = qhal.select("cpu_reference"), side["model.layers.0.self_attn.R2"].double()
     for module in ckpt.modules():
         w, b = tensors[f"{module}.weight"].double(), tensors.get(f"{module}.bias")
+        assert ckpt.form(module).layout.endswith(", bias") == (b is not None) == (not ckpt.compared(module))
         x = torch.randn(4, w.shape[1], generator=generator(7))
         given = x
         if module.endswith("o_proj"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from qhal.errors import CheckpointError, ShardError
 from qhal_schemes import open_checkpoint
 from qhal_schemes.packing import pack, words, wrap
+from qhal_schemes.vptq import scheme
 
 Write = Callable[..., Path]
 Tensors = dict[str, Tensor]
@@ -158,6 +159,10 @@ def test_every_form_of_vptq(write_checkpoint: Write, form: dict[str, Any]) -> No
     spec = ckpt.spec(Q)
     assert torch.equal(spec.stored(), w) and spec.format == ckpt.format(Q)
     assert (spec.bias is not None) == bool(form.get("bias"))
+    plain, wide = not form.get("packed", True), form.get("perm") or form.get("residual")
+    layout, uncompared = ckpt.form(Q).layout, scheme.family.uncompared("vptq")
+    assert (layout in uncompared) == bool(form.get("floats") or (plain and wide)) and layout in scheme.family.layouts
+    assert not ckpt.compared(Q) or layout not in uncompared
     shared = {"quant_method": "vptq", "shared_layer_config": {"o_proj": layer}}
     again = open_checkpoint(write_checkpoint(named(parts), shared, name="shared"))
     assert torch.equal(again.stored(Q), w)

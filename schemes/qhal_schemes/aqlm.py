@@ -19,6 +19,7 @@ from qhal.specs import LinearSpec
 from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import BlockRules
@@ -67,6 +68,10 @@ class AQLMMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: linear_weights_not_to_quantize, heads, routers, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The container of its codes."""
+        return "int8 codes" if self._bits <= 8 else "int16 codes"
 
     def tensors(self, module: str) -> Sequence[str]:
         """codes, codebooks, scales and a bias if there is one."""
@@ -133,4 +138,15 @@ class AQLMMapping(SchemeMapping):
         return n * unit[0] if axis == "N" else k * unit[1]
 
 
-scheme = MappingScheme(AQLMMapping)
+scheme = MappingScheme(
+    AQLMMapping,
+    Family(
+        "AQLM",
+        "aqlm 1.1.7",
+        ("int8 codes", "int16 codes"),
+        (
+            "codes with their first two axes swapped, as aqlm leaves them after a forward on the CPU",
+            "modules with codebooks of another shape than the configuration says",
+        ),
+    ),
+)

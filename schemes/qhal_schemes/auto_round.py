@@ -21,8 +21,9 @@ from torch import Tensor
 
 from qhal.errors import CheckpointError
 from qhal_schemes.awq import AWQMapping
-from qhal_schemes.base import CheckpointWarning, SchemeMapping
+from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.gptq import GPTQMapping, Settings
 from qhal_schemes.matching import compile_pattern, near_text
 from qhal_schemes.packing import unpack
@@ -121,6 +122,10 @@ class AutoRoundGPTQ(GPTQMapping):
         super().__init__(config, index)
         self._extra.check(self)
 
+    def layout(self, module: str) -> str:
+        """How zero points are stored, and whether an index is beside them."""
+        return "auto_gptq" if self._v1 else "gptqmodel" if self.indexed else "auto_round"
+
     def _minus_one(self) -> bool:
         return _packing(self.config) == "minus one"
 
@@ -169,11 +174,15 @@ class AutoRoundAWQ(AWQMapping):
                 )
         self._extra.check(self)
 
+    def layout(self, module: str) -> str:
+        """Always AWQ's words."""
+        return "auto_awq"
+
     def _skipped(self, module: str) -> str | None:
         return self._extra.skipped(module)
 
 
-class _Scheme:
+class _Scheme(MappingScheme):
     """Opens as one of both, by packing_format."""
 
     def open(self, config: CheckpointConfig, index: TensorIndex) -> SchemeMapping:
@@ -253,4 +262,18 @@ def _blocks(config: CheckpointConfig) -> tuple[str, ...]:
     return tuple(str(name).strip() for name in flat)
 
 
-scheme = _Scheme()
+scheme = _Scheme(
+    AutoRoundGPTQ,
+    Family(
+        "AutoRound",
+        "auto-round 0.16",
+        ("auto_gptq", "auto_round", "gptqmodel", "auto_awq"),
+        (
+            "data types other than int, quantized inputs",
+            *_REFUSED,
+            "desc_act",
+            "AWQ's words with several settings",
+            "largest stored zero points of auto_gptq without sym, on which readers do not agree",
+        ),
+    ),
+)

@@ -1,9 +1,10 @@
 """Evidence: which forms of checkpoints were compared, number by number, with what their own tools compute.
 
-A form is a layout in the file and the arithmetic of one module or cache. Group sizes, tiles and dtypes of float planes
-are parameters of a form, everything else makes another one. `compared/<quant_method>.txt` lists the compared forms, a
-line each; tests/test_schemes_golden.py holds every list to what golden checkpoints reach, in both directions. All
-other forms are read as the tool's source or specification says.
+A form is a layout in the file and the arithmetic of one module or cache. Group sizes, tiles, dtypes of float planes and
+the number of groups with codebooks of their own, if there are several, are parameters of a form, everything else makes
+another one. `compared/<quant_method>.txt` lists the compared forms, a line each; tests/test_schemes_golden.py holds
+every list to what golden checkpoints (and, of GGUF, random blocks decoded by its own package) reach, in both
+directions. All other forms are read as the tool's source or specification says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import NamedTuple
 
+from qhal.codebooks import CodebookFormat
 from qhal.layer_formats import KVFormat, LinearFormat
 
 UNCOMPARED = "from specification, not compared"
@@ -21,6 +23,7 @@ COMPARED = "compared"
 
 _FLOAT = re.compile(r"\b(?:fp32|fp16|bf16)\b")
 _GROUP = re.compile(r"\.(g|flat)\d+(?=[*/]\(?(?:float|lut8))")
+_SEGMENTS = re.compile(r"(vq[^|*]+)(?:\|\1(?=[|*]|$))+")
 _TILE = re.compile(r"\.\d+x\d+(?=[*/])")
 
 
@@ -43,6 +46,14 @@ class Family:
         """Layouts of which no form was compared."""
         seen = {f.layout.partition(",")[0] for f in compared_forms(method)} | {f.layout for f in compared_forms(method)}
         return tuple(name for name in self.layouts if name not in seen)
+
+
+def variants(base: str, *traits: str) -> tuple[str, ...]:
+    """The names of a layout with any of its traits: "a", "a, x", "a, y", "a, x, y"."""
+    names = [base]
+    for trait in traits:
+        names += [f"{name}, {trait}" for name in names]
+    return tuple(names)
 
 
 class Form(NamedTuple):
@@ -93,5 +104,7 @@ def _generic(f: object) -> str:
     """A format without its parameters; the rule behind @ stays as it is."""
     if f is None:
         return "-"
+    if isinstance(f, CodebookFormat):
+        return _SEGMENTS.sub(r"\1|...", str(f))
     name, at, rule = str(f).partition("@")
     return _TILE.sub(".tile", _GROUP.sub(r".\1", _FLOAT.sub("float", name))) + at + rule

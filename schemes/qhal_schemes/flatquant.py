@@ -39,6 +39,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family, variants
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_int4
@@ -64,6 +65,7 @@ _CACHE = re.compile(r"(.*\.)?self_attn\.(kcache_trans|[qkv]_cache_quantizer)\.")
 _FOLDED = "self_attn.vcache_trans"
 _LAYER = re.compile(r"(.*\blayers\.(\d+)\.)?(.*)$")
 _WEIGHT = Format.parse("int4.row*fp32")
+_ROUNDED = f"without {_MATRICES}"
 
 
 def claim(files: Sequence[Path], model: Mapping[str, Any]) -> Claimed | None:
@@ -134,6 +136,11 @@ class FlatQuantMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: heads, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The transform of its input, and whether its matrices are the rounded ones of the weight files."""
+        name = self._modules[module].transform.rpartition(".")[2]
+        return name if self._side is not None else f"{name}, {_ROUNDED}"
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codes, scales, clips, the transform with its inverse and diagonal, and a bias, where the file has them."""
@@ -274,4 +281,20 @@ class FlatQuantMapping(SchemeMapping):
                 raise self.index.bad(name, f"the numbers of layer {m.layer} in {_MATRICES}", "others")
 
 
-scheme = MappingScheme(FlatQuantMapping)
+scheme = MappingScheme(
+    FlatQuantMapping,
+    Family(
+        "FlatQuant",
+        "FlatQuant 9d88ffc",
+        tuple(
+            layout
+            for name in dict.fromkeys(t.rpartition(".")[2] for t in _TRANSFORMS.values())
+            for layout in variants(name, _ROUNDED)
+        ),
+        (
+            "rotated or quantized caches and queries",
+            "asymmetric weights, and widths other than 4 bits",
+            "flat_matrices.pth beside weights that are neither transformed nor quantized",
+        ),
+    ),
+)

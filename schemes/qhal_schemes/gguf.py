@@ -27,7 +27,8 @@ from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
-from qhal_schemes.gguf_blocks import format_of, size_of, unpack
+from qhal_schemes.evidence import Family
+from qhal_schemes.gguf_blocks import TYPES, format_of, size_of, unpack
 from qhal_schemes.gguf_file import GGUFHeader, read_gguf
 from qhal_schemes.gguf_names import Names, stacks_experts
 from qhal_schemes.matching import near_text
@@ -112,6 +113,10 @@ class GGUFMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Linear modules with a weight of plain numbers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The GGML type."""
+        return self._modules[module].dtype
 
     def tensors(self, module: str) -> Sequence[str]:
         """The weight and a bias."""
@@ -217,4 +222,17 @@ def _cut(stored: str, name: str, entry: TensorEntry) -> list[TensorEntry]:
     ]
 
 
-scheme = MappingScheme(GGUFMapping)
+scheme = MappingScheme(
+    GGUFMapping,
+    Family(
+        "GGUF",
+        "llama.cpp, gguf 0.19",
+        tuple(kind.name for kind in TYPES.values() if kind.unpack is not None),
+        (
+            "the types " + ", ".join(kind.name for kind in TYPES.values() if not kind.readable),
+            "big-endian files and version 1",
+            "tensors that are none of the architecture",
+            "blocks in tensors that are no weights with two axes",
+        ),
+    ),
+)

@@ -27,6 +27,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_int4
@@ -87,6 +88,10 @@ class QuaRotMapping(SchemeMapping):
         """Plain modules outside the quantized blocks."""
         return self._excluded
 
+    def layout(self, module: str) -> str:
+        """Always int4 with a scale per row."""
+        return "weight_scales"
+
     def tensors(self, module: str) -> Sequence[str]:
         """weight, weight_scales and a bias if there is one."""
         names = [f"{module}.weight", f"{module}.weight_scales"]
@@ -140,4 +145,16 @@ class QuaRotMapping(SchemeMapping):
         return (found,)
 
 
-scheme = MappingScheme(QuaRotMapping)
+scheme = MappingScheme(
+    QuaRotMapping,
+    Family(
+        "QuaRot",
+        "QuaRot 5008669, its tensors in safetensors",
+        ("weight_scales",),
+        (
+            "whole models of torch.save, which can run code",
+            "the transform over heads of o_proj",
+            "asymmetric inputs, transforms of a part of the input",
+        ),
+    ),
+)

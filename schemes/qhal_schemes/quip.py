@@ -35,6 +35,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family, variants
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import BlockRules
@@ -95,7 +96,7 @@ class QuIPMapping(SchemeMapping):
         name = section.get("codebook")
         if not isinstance(name, str) or name not in _CODEBOOKS:
             raise config.bad(f"{_KEY}.codebook", f"one of {', '.join(_CODEBOOKS)}", name)
-        self._book = _CODEBOOKS[name]
+        self._name, self._book = name, _CODEBOOKS[name]
         packed = section.get("packsz", 8 / self._book.columns)
         if type(packed) not in (int, float) or not abs(packed - 8 / self._book.columns) < 0.01:
             raise config.bad(f"{_KEY}.packsz", f"{8 / self._book.columns:.4g}, as {name} has", packed)
@@ -117,6 +118,11 @@ class QuIPMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: heads, routers, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """The codebook, and the scales that are not always there."""
+        traits = ["scaleWH"] * self._rescaled + ["fuse_scales"] * self._split(module)
+        return ", ".join([self._name, *traits])
 
     def tensors(self, module: str) -> Sequence[str]:
         """Qidxs, SU, SV, Wscale, codebook_id, and scaleWH, fuse_scales and a bias where the layer has them."""
@@ -248,4 +254,16 @@ def _bytes(words: Tensor) -> Tensor:
     return torch.stack([(words >> (8 * i)) & 255 for i in range(8)], -1).flatten(1).int()
 
 
-scheme = MappingScheme(QuIPMapping)
+scheme = MappingScheme(
+    QuIPMapping,
+    Family(
+        "QuIP#",
+        "QuIP# 1d8f873",
+        tuple(layout for name in _CODEBOOKS for layout in variants(name, "scaleWH", "fuse_scales")),
+        (
+            "codebooks other than " + ", ".join(_CODEBOOKS),
+            "low-rank parts, split outlier channels, packed outputs",
+            "sizes for which QuIP# has no Hadamard table",
+        ),
+    ),
+)

@@ -40,6 +40,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family, variants
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.side_files import check_orthogonal, load_pickle, matrix, without
@@ -96,6 +97,12 @@ class SpinQuantMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """None: what SpinQuant does not rotate is refused."""
         return {}
+
+    def layout(self, module: str) -> str:
+        """The rotations that its weight takes, and whether it has a bias."""
+        place = self._modules[module]
+        name = "R1 and R4" if place.role == "down" else "R1 and R2" if place.r2 else "R1"
+        return f"{name}, bias" if f"{module}.bias" in self.index else name
 
     def tensors(self, module: str) -> Sequence[str]:
         """weight and bias; the norm that it follows stays a tensor of the model."""
@@ -222,4 +229,16 @@ def transformed(w: Tensor, h: Hadamard) -> Tensor:
     return x.reshape(n, k) / math.sqrt(k)
 
 
-scheme = MappingScheme(SpinQuantMapping)
+scheme = MappingScheme(
+    SpinQuantMapping,
+    Family(
+        "SpinQuant",
+        "SpinQuant 8f47aa3: R.bin beside a float checkpoint",
+        tuple(layout for name in ("R1", "R1 and R2", "R1 and R4") for layout in variants(name, "bias")),
+        (
+            "norms that multiply by 1 + weight",
+            "linears of other names than Llama's",
+            "sizes for which SpinQuant has no Hadamard table",
+        ),
+    ),
+)

@@ -30,6 +30,7 @@ from qhal.specs import LinearSpec
 from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
+from qhal_schemes.evidence import Family, variants
 from qhal_schemes.matching import SkipPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_wide, words
@@ -80,6 +81,15 @@ class VPTQMapping(SchemeMapping):
     def excluded(self) -> Mapping[str, str]:
         """Plain modules: modules_to_not_convert, heads, routers, other towers."""
         return self._excluded
+
+    def layout(self, module: str) -> str:
+        """How indices, and the permutation beside plain ones, are stored."""
+        s = self._modules[module]
+        traits = ["indices as float"] * s.floats
+        if not s.packed:
+            wide = s.perm and self.index.expect(f"{module}.perm", ("I64", "I16"), (s.k,)).dtype == "I64"
+            traits = ["residuals"] * bool(s.residual) + ["int64 permutation"] * wide + traits
+        return ", ".join(["packed" if s.packed else "not packed", *traits])
 
     def tensors(self, module: str) -> Sequence[str]:
         """Codebooks, indices, permutation, norm and bias, as the configuration says."""
@@ -178,4 +188,20 @@ class VPTQMapping(SchemeMapping):
         return [(f"{module}.{leaf}", dtypes, shape) for leaf, dtypes, shape in found]
 
 
-scheme = MappingScheme(VPTQMapping)
+scheme = MappingScheme(
+    VPTQMapping,
+    Family(
+        "VPTQ",
+        "vptq 0.0.5",
+        (
+            *variants("packed", "indices as float"),
+            *variants("not packed", "residuals", "int64 permutation", "indices as float"),
+        ),
+        (
+            "vectors along the input axis",
+            "residuals of outliers",
+            "permuted columns in groups that do not fill the input",
+            "modules that the configuration does not describe",
+        ),
+    ),
+)
