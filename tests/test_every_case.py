@@ -1,37 +1,29 @@
 """Every golden checkpoint through the commands: plan on every backend and architecture, inspect, picture, dequantize.
 
-A new family needs no line here. What is not read yet stands in UNREAD, and stops being there when it is.
+A new family needs no line here.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import golden_cases
 import pytest
 import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-import qhal
 from qhal.selection import backends
 from qhal_cli.app import app
 from qhal_cli.picture import letter, page
 from qhal_schemes import Checkpoint, open_checkpoint
 from qhal_schemes.evidence import COMPARED, UNCOMPARED
 
-GOLDEN = Path(os.environ.get("QHAL_GOLDEN", Path(__file__).parent / "golden"))
-UNREAD = {"gguf", "aqlm", "vptq", "quip", "rotations"}
-"""Families whose checkpoints are opened by no test of this file; rotations are fixtures of operators, most of them."""
-CASES = sorted(
-    f"{path.parent.parent.name}/{path.parent.name}"
-    for path in GOLDEN.glob("*/*/checkpoint")
-    if path.parent.parent.name not in UNREAD
-)
+CASES = golden_cases.cases()
 TARGETS = [(name, arch) for name, info in sorted(backends().items()) for arch in info.archs or ("cpu",)]
 
 
@@ -62,7 +54,7 @@ class Page(HTMLParser):
 
 
 def folder(case: str) -> Path:
-    return GOLDEN / case / "checkpoint"
+    return golden_cases.path(case) / "checkpoint"
 
 
 def command(*arguments: str) -> str:
@@ -117,13 +109,6 @@ def test_dequantize_writes_every_module_and_tensor(case: str, tmp_path: Path) ->
             assert w.shape == (f.n, f.k) and w.dtype == torch.float32 and bool(w.isfinite().all())
         for prefix, group in ckpt.stacked.items():
             assert all(f"{prefix}.{e}.{p}_proj.weight" in names for e in range(group.count) for p in ("gate", "down"))
-
-
-def test_unread_families_are_refused_by_name() -> None:
-    """When a family is read, this fails: take it out of UNREAD."""
-    for path in (p for name in UNREAD - {"rotations"} for p in GOLDEN.glob(f"{name}/*/checkpoint")):
-        with pytest.raises(qhal.CheckpointError):
-            open_checkpoint(path)
 
 
 NAMES = ['<script>alert("x")</script>', "a&b\"'", "[/red]x[bold]", "{{ 7 * 7 }}", "m" * 300]
