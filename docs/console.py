@@ -108,10 +108,12 @@ class Session:
 
 
 def _inside(words: list[str]) -> tuple[str, int]:
+    from qhal_cli import output
     from qhal_cli.entry import main
 
     printed, arguments, folder, code = io.StringIO(), sys.argv, Path.cwd(), 0
     saved = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
+    output.console.width = output.stderr.width = int(QUIET["COLUMNS"])  # they may be older than the variable
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
     sys.argv = words
     os.chdir(ROOT)

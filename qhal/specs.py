@@ -55,6 +55,8 @@ class LinearSpec:
     def __post_init__(self) -> None:
         if self.decode_input is not None and self.input is None:
             raise FormatError(f"{self.name}: a decode_input without an input would leave prefill unquantized")
+        if self.low_rank is not None and any(part.dim() != 2 for part in self.low_rank):
+            raise FormatError(f"{self.name}: a low-rank branch is (down [r, K], up [N, r]), the same for every expert")
 
     @property
     def format(self) -> LinearFormat:
@@ -223,7 +225,10 @@ class ExpertsSpec:
             )
         runs = [(start, stop)] + [(inner + start, inner + stop)] * self.activation.gated
         bias = None if spec.bias is None else torch.cat([spec.bias[..., a:b] for a, b in runs], -1)
-        gate_up = replace(spec, weight=_row_runs(spec.weight, runs, spec.name), bias=bias)
+        low_rank = spec.low_rank and (spec.low_rank[0], torch.cat([spec.low_rank[1][a:b] for a, b in runs]))
+        if spec.rotate_out:
+            raise ShardError(f"{spec.name}: an output rotation over gate and up cannot be cut")
+        gate_up = replace(spec, weight=_row_runs(spec.weight, runs, spec.name), bias=bias, low_rank=low_rank)
         return replace(self, gate_up=gate_up, down=self.down.shard(1, rank, world))
 
 

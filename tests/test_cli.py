@@ -222,3 +222,28 @@ def test_convert(golden: Path, tmp_path: Path) -> None:
     assert refused.returncode == 1 and "choose one of compressed-tensors, gptq" in refused.stderr
     text = run("convert", source, "--to", "bf16", "--out", str(tmp_path / "bf16")).stdout
     assert "moved by up to" in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_result_that_cannot_be_printed(golden: Path) -> None:
+    command = [sys.executable, "-m", "qhal_cli.entry", "inspect", str(golden / CASE / "checkpoint"), "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "cannot print the result" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_words_that_are_none_are_wrong_use(golden: Path, tmp_path: Path) -> None:
+    folder, out = str(golden / CASE / "checkpoint"), str(tmp_path / "out")
+    for arguments in (
+        ("convert", folder, "--to", "nope", "--out", out),
+        ("dequantize", folder, "--dtype", "nope", "--out", out),
+        ("plan", folder, "--backend", "cpu_reference", "--dtype", "nope"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and "choose one of" in " ".join(done.stderr.split()), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_what_stays_plain() -> None:
+    assert "lm_head" in run("quantize", "--help").stdout

@@ -252,6 +252,23 @@ def test_expert_shards_are_slices_of_the_values(name: str, gated: bool) -> None:
         assert (part.down.bias is None) == (rank > 0)
 
 
+def test_expert_shards_take_the_low_rank_branch_along() -> None:
+    spec = experts("bf16", Activation(gated=True))
+    inner, k = spec.down.weight.shape[-1], spec.gate_up.weight.shape[-1]
+    branch = (random(4, k, seed=7), random(2 * inner, 4, seed=8))
+    spec = replace(spec, gate_up=replace(spec.gate_up, low_rank=branch))
+    whole = spec.gate_up.effective()
+    for rank in range(2):
+        start, stop = rank * inner // 2, (rank + 1) * inner // 2
+        rows = torch.cat([whole[:, start:stop], whole[:, inner + start : inner + stop]], 1)
+        assert torch.equal(spec.shard(rank, 2).gate_up.effective(), rows)
+    rotated = replace(spec, gate_up=replace(spec.gate_up, rotate_out=(Diagonal(torch.ones(2 * inner)),)))
+    with pytest.raises(ShardError, match="output rotation over gate and up"):
+        rotated.shard(0, 2)
+    with pytest.raises(FormatError, match="the same for every expert"):
+        replace(spec.gate_up, low_rank=(random(3, 4, k), random(3, 2 * inner, 4)))
+
+
 def test_expert_selection() -> None:
     spec = experts("int4.g16*bf16", Activation())
     part = spec.experts(1, 2)

@@ -12,17 +12,18 @@ from torch import Tensor
 
 import qhal
 from qhal.elements import WIDE
-from qhal.errors import FormatError, PlanError
+from qhal.errors import PlanError
 from qhal.plan import Policy
-from qhal_cli.output import Folder, Json, apart, console, emit, progress, size
+from qhal_cli.output import Folder, Json, console, emit, print_left, progress, size
 from qhal_engines.kv_plan import plan_with_caches
 from qhal_schemes import Checkpoint, open_checkpoint, quantize_checkpoint
 from qhal_schemes.source import DTYPES
-from qhal_schemes.writing import AtomicFile, StreamingSafetensors, TensorLayout
+from qhal_schemes.writing import AtomicFile, StreamingSafetensors, TensorLayout, apart
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 KVFormatOption = Annotated[
-    str | None, typer.Option(help="Of the cache: fp8, int8, int4, nvfp4, any format name, or K,V [the checkpoint's].")
+    str | None,
+    typer.Option(help="Of the cache, else the checkpoint's own: fp8, int8, int4, nvfp4, any format name, or K,V."),
 ]
 
 
@@ -81,7 +82,7 @@ def dequantize(
       qhal dequantize CKPT --out stored.safetensors --dtype bfloat16 --stored
     """
     ckpt, chosen = open_checkpoint(checkpoint), _dtype(dtype)
-    apart(out, ckpt.path)
+    apart(out, checkpoint)
     layout = _dense_layout(ckpt, chosen)
     plain = {name: _plain_layout(ckpt, name, chosen) for name in ckpt.account.plain if name not in layout}
     needed = sum(one.nbytes for one in (*layout.values(), *plain.values()))
@@ -157,8 +158,10 @@ def _plain_layout(ckpt: Checkpoint, name: str, dtype: torch.dtype) -> TensorLayo
 def quantize(
     source: Annotated[Path, typer.Argument(help="A checkpoint folder with float weights.")],
     format: Annotated[str, typer.Option(help="int4_g32, int8, fp8, or any format name: int4.g32*bf16@qmax=7.5")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    ignore: Annotated[list[str] | None, typer.Option(help="Names or re: patterns to leave alone [lm_head].")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Names or re: patterns to leave alone; default: lm_head.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Round to nearest into a standard compressed-tensors checkpoint: the bits of open_checkpoint(quantize=FORMAT).
@@ -177,6 +180,7 @@ def quantize(
     if json:
         emit(summary)
     else:
+        print_left(summary["left"])
         console.print(
             f"{out}: {summary['modules']} modules as {summary['format']}, input {summary['input'] or 'not quantized'}, "
             f"{size(summary['source_bytes'])} became {size(summary['bytes'])}"
@@ -186,5 +190,5 @@ def quantize(
 def _dtype(name: str) -> torch.dtype:
     names = {**WIDE, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in names:
-        raise FormatError(f"dtype {name!r}: choose one of {', '.join(names)}")
+        raise typer.BadParameter(f"dtype {name!r}: choose one of {', '.join(names)}")
     return names[name]

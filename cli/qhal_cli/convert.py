@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qhal_cli.output import Folder, Json, console, emit, progress, size, table
+from qhal_cli.output import Folder, Json, console, emit, print_left, progress, size, table
 from qhal_schemes.convert import TARGETS, convert_checkpoint
 
 
 def convert(
     checkpoint: Folder,
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
     lossy: Annotated[bool, typer.Option("--lossy", help="Write it even if numbers change, and say how far.")] = False,
     json: Json = False,
 ) -> None:
@@ -29,6 +29,8 @@ def convert(
       qhal convert w8a8/ --to gptq --out w8/ --lossy
       qhal convert int4/ --to bf16 --out bf16/
     """
+    if to not in TARGETS:
+        raise typer.BadParameter(f"--to {to!r}: choose one of {', '.join(TARGETS)}")
     with progress() as shown:
         task = shown.add_task("converting", total=None)
 
@@ -45,6 +47,7 @@ def convert(
     table("Weights", ("from", "to", "modules", "numbers", "relative rms error"), rows)
     for line in summary["losses"]:
         console.print(f"lost: {line}")
+    print_left(summary["left"])
     sizes = f"{size(summary['source_bytes'])} became {size(summary['bytes'])}"
     console.print(f"{out}: {summary['modules']} modules, {'exact' if summary['exact'] else 'with losses'}, {sizes}")
 

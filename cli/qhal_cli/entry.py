@@ -32,6 +32,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe went away: not an error of ours
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # files of ours have errors with names; what is left is the result on stdout
+        _stop(f"cannot print the result: {error}\n  what was written with --out is complete")
     except KeyboardInterrupt:
         _stop("interrupted; nothing was left half written", code=130)
 

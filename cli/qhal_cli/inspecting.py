@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from qhal_cli.output import Folder, Json, apart, console, emit, literal, size, table
+from qhal_cli.output import Folder, Json, console, emit, literal, size, table
 from qhal_cli.picture import page
 from qhal_schemes import open_checkpoint
-from qhal_schemes.writing import AtomicFile
+from qhal_schemes.writing import AtomicFile, apart
 
 Html = Annotated[Path | None, typer.Option(help="Also write one HTML page: layers x modules, coloured by format.")]
 
@@ -26,7 +26,7 @@ def inspect(checkpoint: Folder, html: Html = None, json: Json = False) -> None:
     ckpt = open_checkpoint(checkpoint)
     record = ckpt.summary()
     if html is not None:
-        apart(html, ckpt.path)
+        apart(html, checkpoint)
         text = page(ckpt).encode("utf-8", "backslashreplace")
         with AtomicFile(html, needed=len(text)) as file:
             file.path.write_bytes(text)

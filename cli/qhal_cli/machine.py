@@ -148,7 +148,8 @@ def _checks() -> Iterator[tuple[str, str, str, str]]:
         except PackageNotFoundError:
             yield package, "warn", "not installed", f"pip install {package} (for {need})"
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    yield "disk", "ok" if free > 1 << 30 else "warn", f"{size(free)} free in {tempfile.gettempdir()}", "free some space"
+    status, advice = ("ok", "") if free > 1 << 30 else ("warn", "free some space")
+    yield "disk", status, f"{size(free)} free in {tempfile.gettempdir()}", advice
     for name in sorted(n for n in os.environ if n.startswith("QHAL_")):
         answer, ok = judge_environment() if name == selection.ENVIRONMENT else ("", True)
         yield name, "ok" if ok else "fail", os.environ[name], "" if ok else answer

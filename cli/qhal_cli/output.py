@@ -13,11 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from qhal.errors import CheckpointError
-from qhal_schemes.strict_json import is_file
 from qhal_schemes.writing import size_text as size
 
-__all__ = ["Folder", "Json", "apart", "console", "emit", "literal", "progress", "size", "stderr", "table"]
+__all__ = ["Folder", "Json", "console", "emit", "literal", "print_left", "progress", "size", "stderr", "table"]
 
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder: config.json and safetensors.")]
 
@@ -53,12 +51,10 @@ def literal(text: object) -> str:
     return escape("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text)))
 
 
-def apart(out: Path, checkpoint: Path) -> None:
-    """CheckpointError for an output that lies in the folder of the checkpoint that is read."""
-    if out.resolve().parent == checkpoint.resolve():
-        if is_file(out):
-            raise CheckpointError(f"{out}: is a file of the checkpoint that is read; name another one")
-        raise CheckpointError(f"{out}: lies in the checkpoint's own folder; a checkpoint is never written to")
+def print_left(names: Sequence[str]) -> None:
+    """What of the source is not in the folder that was written."""
+    for name in names:
+        console.print(f"left behind: {literal(name)}")
 
 
 def emit(record: Any) -> None:

@@ -31,7 +31,8 @@ def write(folder: Path) -> qhal.QTensor:
 
 
 def main() -> None:
-    assert "acme4" in qhal_schemes.known_methods(), "install this folder first, see the top of this file"
+    if "acme4" not in qhal_schemes.known_methods():
+        raise SystemExit("acme4 is not installed: pip install --no-deps --no-build-isolation ./examples/add_a_format")
     with tempfile.TemporaryDirectory() as temporary:
         w = write(Path(temporary))
         ckpt = qhal_schemes.open_checkpoint(temporary)

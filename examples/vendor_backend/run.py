@@ -15,6 +15,8 @@ INT8 = Format.parse("int8.row*fp32")
 
 
 def main() -> None:
+    if "acme" not in qhal.backends():
+        raise SystemExit("acme is not installed: pip install --no-deps --no-build-isolation ./examples/vendor_backend")
     ops = qhal.select("acme")
     print(f"selected {ops.name}; it has {', '.join(qhal.selection.operations(ops))}")
 

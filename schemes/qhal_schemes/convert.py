@@ -9,6 +9,7 @@ plain float type is asking for its rounding: there the weights' rounding is meas
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from qhal_schemes.folder_writing import SHARD_BYTES, nbytes, write_folder
 from qhal_schemes.gptq_writer import GPTQTarget
 from qhal_schemes.losses import Change, Losses
 from qhal_schemes.modelopt_target import ModelOptTarget
+from qhal_schemes.modules import UNCLAIMED_SCALE
 from qhal_schemes.quark_target import QuarkTarget
 from qhal_schemes.target import Goal, Layer, Target
 from qhal_schemes.writing import TensorLayout, layout_of
@@ -104,13 +106,13 @@ def convert_checkpoint(
             progress(done, len(layers), unit)
         return {layer.name(leaf): t for leaf, t in made.items()}
 
-    files = write_folder(
-        ckpt.path,
+    files, left = write_folder(
+        Path(source),
         Path(out),
         units,
         make,
         written.section,
-        values=_dtype_key(ckpt, dtype),
+        model=_model(ckpt, dtype),
         files=written.files,
         leave=(*_SIDE, *claims.side_files(ckpt.path)),
         shard_bytes=shard_bytes,
@@ -124,6 +126,7 @@ def convert_checkpoint(
         "changes": [c.record() for c in changes.values()],
         "modules": len(layers),
         "files": files,
+        "left": [*left, *(name for name in ckpt.account.extra if name not in units)],
         "bytes": nbytes(units),
         "source_bytes": sum(ckpt.entry(name).nbytes for name in ckpt.tensor_names),
     }
@@ -189,7 +192,7 @@ def _units(
         if owner in layers and owner not in units:
             layer = layers[owner]
             units[owner] = {layer.name(leaf): t for leaf, t in target.layout(layer).items()}
-        elif not owner and name not in ckpt.account.extra:
+        elif not owner and ckpt.account.extra.get(name) != UNCLAIMED_SCALE:
             entry = ckpt.entry(name)
             units[name] = {name: TensorLayout(entry.dtype, entry.shape)}
     for module, layer_number in (_cache_modules(ckpt) if cache is not None else {}).items():
@@ -268,7 +271,13 @@ def _cache_modules(ckpt: Checkpoint) -> dict[str, int]:
     return {module: layer for layer, module in ckpt.kv_layers.items()}
 
 
-def _dtype_key(ckpt: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
-    """What config.json must say where the model's dtype changes."""
-    key = "torch_dtype" if "torch_dtype" in ckpt.config else "dtype"
-    return {} if dtype == ckpt.dtype else {key: str(dtype).removeprefix("torch.")}
+def _model(ckpt: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json; where the model's dtype changes, every key that names it says the new one."""
+    model = copy.deepcopy(dict(ckpt.config))
+    if dtype == ckpt.dtype:
+        return model
+    text = model.get("text_config")
+    keys = ((p, k) for p in (model, text) if isinstance(p, dict) for k in ("dtype", "torch_dtype") if k in p)
+    for place, key in list(keys) or [(model, "dtype")]:
+        place[key] = str(dtype).removeprefix("torch.")
+    return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -74,7 +74,7 @@ class GPTQTarget(Target):
         if len({s["sym"] for s in settings.values()}) > 1:
             raise FormatError("gptq: one file has zero points or has none; convert to compressed-tensors instead")
         common = Counter(tuple(s.items()) for s in settings.values()).most_common(1)[0][0]
-        section: dict[str, Any] = {"quant_method": "gptq", **dict(common), "lm_head": False}
+        section: dict[str, Any] = {"quant_method": "gptq", **dict(common), "lm_head": _has_head(settings)}
         section["checkpoint_format"] = section["format"] = "gptq" if section["sym"] else "gptq_v2"
         dynamic: dict[str, Any] = {f"-:^{re.escape(m)}$": {} for m in plain if any(p.isdigit() for p in m.split("."))}
         for module, s in settings.items():
@@ -83,6 +83,11 @@ class GPTQTarget(Target):
         if dynamic:
             section["dynamic"] = dynamic
         return Written(section, {"quantize_config.json": section})
+
+
+def _has_head(modules: Iterable[str]) -> bool:
+    """Whether the output head is quantized: engines choose its loader by this key."""
+    return any(module.rpartition(".")[2] == "lm_head" for module in modules)
 
 
 def integer_goal(f: LinearFormat, bits: Sequence[int], dtype: torch.dtype, name: str) -> Format:

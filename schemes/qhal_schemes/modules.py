@@ -62,6 +62,9 @@ def is_plain(tensors: Mapping[str, TensorEntry]) -> bool:
     return weight is not None and len(weight.shape) == 2 and weight.dtype in WIDE
 
 
+UNCLAIMED_SCALE = "a cache scale, but the configuration quantizes no cache"
+
+
 @dataclass(frozen=True)
 class Account:
     """Where every tensor of a checkpoint went.
@@ -99,7 +102,7 @@ def account(mapping: SchemeMapping) -> Account:
                 f"{', '.join(n.rpartition('.')[2] for n in mapping.tensors(owner))} of the quantized module {owner}"
             )
         if leaf in _CACHE:
-            result.extra[name] = "a cache scale, but the configuration quantizes no cache"
+            result.extra[name] = UNCLAIMED_SCALE
             continue
         if leaf in QUANTIZED_SUFFIXES or (entry.dtype in _CODES and (leaf == "weight" or entry.dtype != "I32")):
             why = mapping.excluded.get(module)

@@ -31,9 +31,9 @@ def unpack(packed: Tensor, bits: int, count: int, *, aligned: bool = False) -> T
     """
     per_run, run = _run(bits, aligned)
     if bits == 8:
-        return packed.contiguous().view(torch.uint8)[..., :count]
+        return _bytes(packed)[..., :count]
     if 32 % bits == 0:
-        return _spread_bytes(packed.contiguous().view(torch.uint8), bits)[..., :count].contiguous()
+        return _spread_bytes(_bytes(packed), bits)[..., :count].contiguous()
     packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % run))
     codes = torch.empty(*packed.shape[:-1], packed.shape[-1] // run * per_run, dtype=torch.uint8, device=packed.device)
     for source, target in _rows(packed, codes):
@@ -185,6 +185,11 @@ def pack_six(codes: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """bool [..., count] from uint8 [..., ceil(count / 8)], bit i of byte j is position 8j + i."""
     return _spread_bytes(packed.contiguous(), 1).view(torch.bool)[..., :count]
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """uint8 [..., 4n] of int32 [..., n]. Flat between: an axis of one word counts as contiguous with any stride."""
+    return words.contiguous().view(-1).view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
 
 
 def _spread_bytes(packed: Tensor, bits: int) -> Tensor:

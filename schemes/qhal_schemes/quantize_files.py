@@ -72,7 +72,8 @@ def quantize_checkpoint(
         return made
 
     units = _units(index, choice, layout)
-    files = write_folder(source, out, units, make, layout.section(choice.ignore), shard_bytes=shard_bytes)
+    section = layout.section(choice.ignore)
+    files, left = write_folder(source, out, units, make, section, model=config.model, shard_bytes=shard_bytes)
     weights = sum(index[name].shape[0] * index[name].shape[1] for name in chosen)
     fmt = layout.input(dtype_name(config.dtype))
     return {
@@ -83,6 +84,7 @@ def quantize_checkpoint(
         "weights": weights,
         "plain": choice.left,
         "files": files,
+        "left": left,
         "bytes": nbytes(units),
         "source_bytes": sum(entry.nbytes for entry in index.values()),
     }

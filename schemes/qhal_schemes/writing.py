@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qhal.errors import CheckpointError
 from qhal_schemes.source import DTYPES
+from qhal_schemes.strict_json import is_file
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,6 +43,15 @@ class TensorLayout(NamedTuple):
 def layout_of(t: Tensor) -> TensorLayout:
     """The layout of a tensor in memory."""
     return TensorLayout(_NAMES[t.dtype], tuple(t.shape))
+
+
+def apart(out: Path, checkpoint: Path) -> None:
+    """CheckpointError for an output that is the checkpoint that is read, or lies in its folder, however deep."""
+    place, read = out.resolve(), checkpoint.resolve()
+    if read in (place, *place.parents):
+        if is_file(out):
+            raise CheckpointError(f"{out}: is a file of the checkpoint that is read; name another one")
+        raise CheckpointError(f"{out}: lies in the checkpoint's own folder; a checkpoint is never written to")
 
 
 class AtomicDirectory:
