@@ -219,7 +219,7 @@ def test_convert(golden: Path, tmp_path: Path) -> None:
     assert record["exact"] and record["changes"][0]["to"] == "uint4-uint4.g128*bf16"
     assert open_checkpoint(tmp_path / "gptq").method == "gptq"
     refused = run("convert", source, "--to", "nothing", "--out", str(tmp_path / "x"))
-    assert refused.returncode == 1 and "choose one of compressed-tensors, gptq" in refused.stderr
+    assert refused.returncode == 2 and "choose one of compressed-tensors, gptq" in refused.stderr
     text = run("convert", source, "--to", "bf16", "--out", str(tmp_path / "bf16")).stdout
     assert "moved by up to" in text
 

@@ -47,7 +47,10 @@ def layout_of(t: Tensor) -> TensorLayout:
 
 def apart(out: Path, checkpoint: Path) -> None:
     """CheckpointError for an output that is the checkpoint that is read, or lies in its folder, however deep."""
-    place, read = out.resolve(), checkpoint.resolve()
+    try:
+        place, read = out.resolve(), checkpoint.resolve()
+    except (OSError, ValueError) as bad:  # a name that no file can have
+        raise CheckpointError(f"{str(out)[:300]!r}: cannot be written: {bad}") from None
     if read in (place, *place.parents):
         if is_file(out):
             raise CheckpointError(f"{out}: is a file of the checkpoint that is read; name another one")
