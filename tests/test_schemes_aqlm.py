@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_changes import Tensors, cut, drop, last, put
 from torch import Tensor
 
 import qhal
@@ -16,7 +17,6 @@ from qhal.errors import CheckpointError, ShardError
 from qhal_schemes import CheckpointWarning, open_checkpoint
 
 Write = Callable[..., Path]
-Tensors = dict[str, Tensor]
 Q = "model.layers.0.self_attn.o_proj"
 
 
@@ -81,32 +81,6 @@ def test_aqlm_bias_and_codes_without_their_sign(write_checkpoint: Write) -> None
     parts["bias"] = torch.tensor([1.0, -2.0, 0.5]).half()
     spec = open_checkpoint(write_checkpoint(named(parts), config)).spec(Q)
     assert torch.equal(spec.stored(), w) and spec.bias is not None and spec.bias.tolist() == [1.0, -2.0, 0.5]
-
-
-def cut(leaf: str, axis: int) -> Callable[[Tensors], None]:
-    def change(t: Tensors) -> None:
-        t[leaf] = t[leaf].narrow(axis, 0, t[leaf].shape[axis] - 1).contiguous()
-
-    return change
-
-
-def put(leaf: str, value: Tensor) -> Callable[[Tensors], None]:
-    return lambda t: t.update({leaf: value})
-
-
-def last(leaf: str, value: float) -> Callable[[Tensors], None]:
-    def change(t: Tensors) -> None:
-        t[leaf] = t[leaf].clone()
-        t[leaf].view(-1)[-1] = value
-
-    return change
-
-
-def drop(leaf: str) -> Callable[[Tensors], None]:
-    def change(t: Tensors) -> None:
-        del t[leaf]
-
-    return change
 
 
 @pytest.mark.parametrize(

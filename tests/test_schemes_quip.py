@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensor_changes import Tensors, cut, drop, last, put
 from torch import Tensor
 
 from qhal import lattices, rotations
@@ -20,7 +21,6 @@ from qhal_schemes.convert import convert_checkpoint
 from qhal_schemes.quip import unpack_e8p
 
 Write = Callable[..., Path]
-Tensors = dict[str, Tensor]
 Q = "model.layers.0.self_attn.o_proj"
 
 
@@ -31,32 +31,6 @@ def refused(folder: Path, match: str) -> None:
 
 def named(parts: Tensors) -> Tensors:
     return {f"{Q}.{leaf}": value for leaf, value in parts.items()}
-
-
-def cut(leaf: str, axis: int) -> Callable[[Tensors], None]:
-    def change(t: Tensors) -> None:
-        t[leaf] = t[leaf].narrow(axis, 0, t[leaf].shape[axis] - 1).contiguous()
-
-    return change
-
-
-def put(leaf: str, value: Tensor) -> Callable[[Tensors], None]:
-    return lambda t: t.update({leaf: value})
-
-
-def last(leaf: str, value: float) -> Callable[[Tensors], None]:
-    def change(t: Tensors) -> None:
-        t[leaf] = t[leaf].clone()
-        t[leaf].view(-1)[-1] = value
-
-    return change
-
-
-def drop(leaf: str) -> Callable[[Tensors], None]:
-    def change(t: Tensors) -> None:
-        del t[leaf]
-
-    return change
 
 
 def e8p_words(codes: Tensor) -> Tensor:
