@@ -96,11 +96,7 @@ def families() -> str:
                 ", ".join(
                     ("none", "dynamic", "static")[i] for i, k in enumerate((False, "dynamic", "static")) if k in inputs
                 ),
-                str(caches)
-                if caches
-                else "read, not compared"
-                if mapping.kv_layers is not SchemeMapping.kv_layers
-                else "",
+                str(caches) if caches else "read, not compared" if "cache" in mapping.__annotations__ else "",
                 ", ".join(sorted(a or b for a, b in around)),
                 "yes" if mapping.stacked is not SchemeMapping.stacked else "",
                 "; ".join(family.uncompared(method)),

@@ -23,6 +23,23 @@ class CheckpointWarning(UserWarning):
     """Something in a checkpoint that is legal, but probably not what its author meant."""
 
 
+class Caches(Protocol):
+    """How the caches of a checkpoint's layers are quantized. layers: layer number -> attention module."""
+
+    @property
+    def layers(self) -> Mapping[int, str]:
+        """Layers with a quantized cache."""
+
+    def describe(self, layer: int) -> KVFormat:
+        """The format of one of `layers`, from the configuration and the index; reads no data."""
+
+    def spec(self, layer: int) -> KVSpec:
+        """Format and static scales, checked; its `.format` equals `describe(layer)`."""
+
+    def tensors(self, layer: int) -> Sequence[str]:
+        """Every tensor that `spec(layer)` accounts for."""
+
+
 class SchemeMapping(ABC):
     """One opened checkpoint: which modules are quantized and how each one's tensors become a spec.
 
@@ -30,7 +47,10 @@ class SchemeMapping(ABC):
     index     names, dtypes and shapes of every tensor
     modules   quantized modules in the order of the file
     excluded  Linear modules that stay plain: name -> the rule that excludes it
+    cache     quantized caches, None where the format has none
     """
+
+    cache: Caches | None = None
 
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         self.config = config
@@ -84,19 +104,19 @@ class SchemeMapping(ABC):
     @property
     def kv_layers(self) -> Mapping[int, str]:
         """Layers with a quantized cache: layer number -> attention module."""
-        return {}
+        return {} if self.cache is None else self.cache.layers
 
     def kv_format(self, layer: int) -> KVFormat | None:
         """The cache format of a layer, from the configuration and the index."""
-        return None
+        return self.cache.describe(layer) if self.cache is not None and layer in self.cache.layers else None
 
     def kv(self, layer: int) -> KVSpec | None:
         """How the cache of a layer is quantized; None: it is not."""
-        return None
+        return self.cache.spec(layer) if self.cache is not None and layer in self.cache.layers else None
 
     def kv_tensors(self, layer: int) -> Sequence[str]:
         """Every tensor that `kv(layer)` accounts for."""
-        return ()
+        return () if self.cache is None else self.cache.tensors(layer)
 
 
 @runtime_checkable

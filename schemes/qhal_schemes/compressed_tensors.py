@@ -14,8 +14,8 @@ from torch import Tensor
 from qhal.elements import dtype_name
 from qhal.errors import CheckpointError
 from qhal.formats import Format
-from qhal.layer_formats import KVFormat, LinearFormat
-from qhal.specs import KVSpec, LinearSpec, Operand
+from qhal.layer_formats import LinearFormat
+from qhal.specs import LinearSpec, Operand
 from qhal.tensors import QTensor
 from qhal_schemes import checks, ct_weights
 from qhal_schemes.base import MappingScheme, SchemeMapping
@@ -55,6 +55,8 @@ class _Module:
 class CompressedTensorsMapping(SchemeMapping):
     """A compressed-tensors checkpoint."""
 
+    cache: CacheScheme | None
+
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         self._groups = read_groups(config)
@@ -63,7 +65,7 @@ class CompressedTensorsMapping(SchemeMapping):
             raise config.bad("version", "the version of compressed-tensors, a text", version)
         self._version = version or ""
         self._transforms = Transforms.read(config, index)
-        self._cache = CacheScheme.read(config, index)
+        self.cache = CacheScheme.read(config, index)
         self._sparse = _sparsity(config)
         self._modules: dict[str, _Module] = {}
         self._excluded: dict[str, str] = {}
@@ -139,23 +141,6 @@ class CompressedTensorsMapping(SchemeMapping):
     def _weight(self, module: str, group: Group, t: dict[str, Tensor]) -> QTensor:
         stored = self._modules[module].stored
         return ct_weights.read(self.index, module, group, stored, {name: t[name] for name in stored.names})
-
-    @property
-    def kv_layers(self) -> Mapping[int, str]:
-        """Attention modules with a quantized cache."""
-        return self._cache.layers if self._cache is not None else {}
-
-    def kv_format(self, layer: int) -> KVFormat | None:
-        """The cache format of a layer."""
-        return None if self._cache is None or layer not in self._cache.layers else self._cache.describe(layer)
-
-    def kv(self, layer: int) -> KVSpec | None:
-        """Formats and static scales of a layer's cache."""
-        return None if self._cache is None or layer not in self._cache.layers else self._cache.spec(layer)
-
-    def kv_tensors(self, layer: int) -> Sequence[str]:
-        """k_scale and v_scale, with zero points where asymmetric."""
-        return () if self._cache is None else [name for name, _ in self._cache.names(layer)]
 
     # ---------------------------------------------------------------- matching
 

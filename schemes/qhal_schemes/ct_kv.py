@@ -46,7 +46,7 @@ class CacheScheme:
         scheme = CacheScheme(config, index, a, layers)
         for layer in scheme.layers:
             scheme._check_heads(layer)
-            for name, dtypes in scheme.names(layer):
+            for name, dtypes in scheme._expected(layer):
                 shape = index[name].shape if name in index else ()
                 heads = config.kv_heads if a.strategy == "attn_head" else 1
                 per_head = a.strategy == "attn_head" and len(shape) == 3
@@ -60,7 +60,11 @@ class CacheScheme:
         leaves = (self.index.entries.get(f"{module}.{leaf}") for leaf in ("weight", "weight_packed", "compressed"))
         check_cache_rows(self.config, module, next((e.shape[0] for e in leaves if e is not None and e.shape), None))
 
-    def names(self, layer: int) -> list[tuple[str, tuple[str, ...]]]:
+    def tensors(self, layer: int) -> list[str]:
+        """The tensors of one layer's cache."""
+        return [name for name, _ in self._expected(layer)]
+
+    def _expected(self, layer: int) -> list[tuple[str, tuple[str, ...]]]:
         """The tensors of one layer's cache and the dtypes they may have; none for a dynamic cache."""
         module, a = self.layers[layer], self.arguments
         if a.dynamic is True:

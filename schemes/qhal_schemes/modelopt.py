@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qhal.errors import CheckpointError
-from qhal.layer_formats import KVFormat, LinearFormat
+from qhal.layer_formats import LinearFormat
 from qhal.rotations import Diagonal
-from qhal.specs import KVSpec, LinearSpec
+from qhal.specs import LinearSpec
 from qhal_schemes import checks, modelopt_weights
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
@@ -35,6 +35,8 @@ from qhal_schemes.strict_json import load_json
 class ModelOptMapping(SchemeMapping):
     """A ModelOpt checkpoint."""
 
+    cache: Cache
+
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         self._said = read_description(config)
@@ -49,7 +51,7 @@ class ModelOptMapping(SchemeMapping):
         blocks = [m for m in self._modules if entries[m] is None]
         self._excluded = BlockRules(config, blocks, skipped, self._rule).exclude(table.plain_linears())
         self._warn(table, skipped, entries)
-        self._cache = Cache.read(config, index, self._said.cache or "", self._rows)
+        self.cache = Cache.read(config, index, self._said.cache or "", self._rows)
 
     @property
     def modules(self) -> Sequence[str]:
@@ -104,23 +106,6 @@ class ModelOptMapping(SchemeMapping):
             bias=t[f"{module}.bias"].float() if m.bias else None,
             name=module,
         )
-
-    @property
-    def kv_layers(self) -> Mapping[int, str]:
-        """Attention modules with a quantized cache."""
-        return self._cache.layers
-
-    def kv_format(self, layer: int) -> KVFormat | None:
-        """The cache format of a layer."""
-        return self._cache.describe(layer) if layer in self._cache.layers else None
-
-    def kv(self, layer: int) -> KVSpec | None:
-        """Format and static scales of a layer's cache."""
-        return self._cache.spec(layer) if layer in self._cache.layers else None
-
-    def kv_tensors(self, layer: int) -> Sequence[str]:
-        """k_scale of k_proj and v_scale of v_proj."""
-        return self._cache.names(layer)
 
     # ---------------------------------------------------------------- matching
 

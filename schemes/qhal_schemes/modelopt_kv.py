@@ -48,11 +48,11 @@ class Cache:
             )
         for layer, module in layers.items():
             check_cache_rows(config, f"{module}.k_proj", rows(f"{module}.k_proj"))
-            for name in cache.names(layer):
+            for name in cache.tensors(layer):
                 index.expect(name, ("F32",), (1,) if name in index and index[name].shape == (1,) else ())
         return cache
 
-    def names(self, layer: int) -> tuple[str, ...]:
+    def tensors(self, layer: int) -> tuple[str, ...]:
         """k_scale and v_scale of one layer; none where the file stores no scale of any cache."""
         return tuple(f"{self.layers[layer]}.{p}_proj.{p}_scale" for p in "kv") if self.stored else ()
 
@@ -65,8 +65,8 @@ class Cache:
         """The format and the static scales [1] of one layer's cache."""
         scales = [torch.ones(1), torch.ones(1)]
         if self.stored:
-            scales = [self.index.read(name).reshape(1) for name in self.names(layer)]
-            for name, scale in zip(self.names(layer), scales, strict=True):
+            scales = [self.index.read(name).reshape(1) for name in self.tensors(layer)]
+            for name, scale in zip(self.tensors(layer), scales, strict=True):
                 checks.scales(self.index, name, scale, positive=True)
         k, v = (Operand(self.format, scale) for scale in scales)
         f = self.describe(layer)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from qhal.errors import CheckpointError
 from qhal.formats import Format
-from qhal.layer_formats import KVFormat, LinearFormat
-from qhal.specs import KVSpec, LinearSpec, Operand, Weight
+from qhal.layer_formats import LinearFormat
+from qhal.specs import LinearSpec, Operand, Weight
 from qhal_schemes import checks, ms_static, ms_weights, ms_wrappers
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
@@ -47,6 +47,8 @@ class _Module:
 class ModelSlimMapping(SchemeMapping):
     """A ModelSlim checkpoint."""
 
+    cache: Caches
+
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         self._description = Description.read(config, index)
@@ -57,7 +59,7 @@ class ModelSlimMapping(SchemeMapping):
         self._modules: dict[str, _Module] = {}
         self._excluded: dict[str, str] = {}
         self._match(ModuleTable(index))
-        self._cache = Caches(config, index, self._description)
+        self.cache = Caches(config, index, self._description)
         self._warn_about_the_model()
 
     @property
@@ -124,23 +126,6 @@ class ModelSlimMapping(SchemeMapping):
             bias=bias,
             name=module,
         )
-
-    @property
-    def kv_layers(self) -> Mapping[int, str]:
-        """Attention modules with a quantized cache."""
-        return self._cache.layers
-
-    def kv_format(self, layer: int) -> KVFormat | None:
-        """The cache format of a layer."""
-        return self._cache.describe(layer) if layer in self._cache.layers else None
-
-    def kv(self, layer: int) -> KVSpec | None:
-        """Formats and static scales of a layer's cache."""
-        return self._cache.spec(layer) if layer in self._cache.layers else None
-
-    def kv_tensors(self, layer: int) -> Sequence[str]:
-        """Scales and offsets of caches and attention operands."""
-        return self._cache.names(layer)
 
     # ---------------------------------------------------------------- matching
 

@@ -69,7 +69,7 @@ class Caches:
         if said is not None and not c8:
             raise config.bad("kv_cache_type", "no such key, as no k_proj has a kv_cache_scale", said)
 
-    def names(self, layer: int) -> list[str]:
+    def tensors(self, layer: int) -> list[str]:
         """The tensors of one layer's cache."""
         return [n for side in self._sides[layer].values() for n in (side.scale, side.offset) if n]
 

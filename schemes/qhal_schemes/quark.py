@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qhal.errors import CheckpointError
 from qhal.formats import Format
-from qhal.layer_formats import KVFormat, LinearFormat
-from qhal.specs import KVSpec, LinearSpec, Operand
+from qhal.layer_formats import LinearFormat
+from qhal.specs import LinearSpec, Operand
 from qhal_schemes import checks, quark_weights
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
@@ -39,6 +39,8 @@ Leaves = dict[str, str]
 class QuarkMapping(SchemeMapping):
     """A Quark checkpoint."""
 
+    cache: CacheScales
+
     def __init__(self, config: CheckpointConfig, index: TensorIndex) -> None:
         super().__init__(config, index)
         self._quark = QuarkConfig(config)
@@ -48,7 +50,7 @@ class QuarkMapping(SchemeMapping):
         self._excluded: dict[str, str] = {}
         self._match(ModuleTable(index))
         quantized = {m: (self._records[m], self._leaves[m]) for m in self._stored}
-        self._cache = CacheScales.read(self._quark, index, quantized)
+        self.cache = CacheScales.read(self._quark, index, quantized)
 
     @property
     def modules(self) -> Sequence[str]:
@@ -95,23 +97,6 @@ class QuarkMapping(SchemeMapping):
         return LinearSpec(
             weight, input=self._operand(module, t), bias=t[bias].float() if bias in t else None, name=module
         )
-
-    @property
-    def kv_layers(self) -> Mapping[int, str]:
-        """Attention modules with a quantized cache."""
-        return self._cache.layers
-
-    def kv_format(self, layer: int) -> KVFormat | None:
-        """The cache format of a layer."""
-        return self._cache.describe(layer) if layer in self._cache.layers else None
-
-    def kv(self, layer: int) -> KVSpec | None:
-        """Format and static scales of a layer's cache."""
-        return self._cache.spec(layer) if layer in self._cache.layers else None
-
-    def kv_tensors(self, layer: int) -> Sequence[str]:
-        """output_scale of k_proj and v_proj."""
-        return self._cache.tensors(layer)
 
     # ---------------------------------------------------------------- matching
 
