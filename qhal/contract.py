@@ -48,6 +48,8 @@ def _value_faults(cls: type, members: Mapping[str, object]) -> Iterator[str]:
     name, version, fusions = (getattr(cls, n) for n in ("name", "interface", "fusions"))
     if not isinstance(name, str) or ("name" in members and not name):
         yield f"name: is {name!r}, must be the backend's name"
+    if "interface" not in members:
+        yield f"interface: is missing; state the version it was written for, interface = {version}"
     if not (isinstance(version, tuple) and [type(n) for n in version] == [int, int]):
         yield f"interface: is {version!r}, must be (major, minor)"
     if not (isinstance(fusions, frozenset) and fusions <= set(COMPOSITES)):

@@ -37,9 +37,10 @@ from qhal.requests import (
 from qhal.rotations import Rotation
 from qhal.specs import Operand
 from qhal.tensors import QTensor
+from qhal.versions import known_fields_only
 
-INTERFACE_VERSION = (0, 1)
-"""(major, minor). Before 1.0 both must match; from 1.0 on it is append-only and N and N-1 are accepted."""
+INTERFACE_VERSION = (1, 0)
+"""(major, minor). Append-only; backends of this and of the previous major version are accepted, see `qhal.versions`."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,15 @@ class QuantOps(ABC):
     name: ClassVar[str] = ""
     """The backend's name in plans and reports."""
     interface: ClassVar[tuple[int, int]] = INTERFACE_VERSION
-    """The interface version that this class was written against."""
+    """The interface version that this class was written against; every backend states it in its class body."""
     fusions: ClassVar[frozenset[str]] = frozenset()
     """Composites ("linear", "experts") that are overridden by a fusion of equal class."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_class(cls, QuantOps)
+        if "supports" in vars(cls):
+            cls.supports = known_fields_only(cls.supports)  # type: ignore[assignment, method-assign]
 
     # ---- device
 
@@ -132,7 +135,9 @@ class QuantOps(ABC):
     ) -> Prepared:
         """Re-lay a weight [N, K] (experts [E, N, K]) for the device; fold, compile, choose kernels for all request.m.
 
-        inputs   how a plain x is quantized, by the index that `gemm(input=)` takes; per expert if Operand.per_expert
+        inputs   how a plain x is quantized, by the index that `gemm(input=)` takes; per expert if Operand.per_expert.
+                 None if every x will be quantized already; otherwise formats, static scales and clips are those of the
+                 request (`operands.check_inputs`)
         operand  the weight is rounded to this before the product
         bias     float32 [N] (experts [E, N]), added once, in fp32, before the result is rounded
         into     new values at the old addresses, for refits under live graphs; a changed host scale is refused there

@@ -27,7 +27,11 @@ class Activation:
 
 @dataclass(frozen=True)
 class LinearFormat:
-    """Summary of a LinearSpec: y = rotate_out(Q(rotate_in(x)) @ W.T + low_rank) + bias, W [n, k]."""
+    """Summary of a LinearSpec: y = rotate_out(Q(rotate_in(x)) @ W.T + low_rank) + bias, W [n, k].
+
+    static_input, static_decode  the scale of `input`, of `decode_input`, is given
+    clip                         an input may keep a part of its range only (`Operand.clip`)
+    """
 
     name: str
     n: int
@@ -36,6 +40,8 @@ class LinearFormat:
     input: Format | None = None
     static_input: bool = False
     decode_input: Format | None = None
+    static_decode: bool = False
+    clip: bool = False
     operand: Format | None = None
     rotate_in: tuple[tuple[object, ...], ...] = ()
     rotate_out: tuple[tuple[object, ...], ...] = ()

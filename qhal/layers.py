@@ -20,6 +20,7 @@ from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat, LinearForma
 from qhal.prepared import Prepared, PreparedExperts, PreparedLinear
 from qhal.requests import (
     AttentionRequest,
+    Form,
     GemmRequest,
     GroupedRequest,
     HadamardRequest,
@@ -43,12 +44,15 @@ def gemm_request(
     """The product inside a layer whose activations have dtype `dtype`; `out` None gives results in the dtype of x."""
     plain = Format(dtype_name(dtype))
     inputs = (f.input or plain, *([f.decode_input] if f.decode_input else []))
+    static = (f.static_input, *([f.static_decode] if f.decode_input else []))
     direct = not (f.rotate_out or f.low_rank)
     return GemmRequest(
         w=f.weight,
         n=f.n,
         k=f.k,
         x=inputs,
+        static=static if any(static) else (),
+        clip=f.clip,
         m=m,
         out=out,
         operand=f.operand,
@@ -66,17 +70,20 @@ def requests(
     m: tuple[int, int] = (1, 8192),
     numerics: NumericsClass | None = None,
     page: int = 16,
+    groups: Form = "offsets",
+    top_k: int = 1,
 ) -> Iterator[Request]:
     """Every request that a layer makes of a backend, in the order of execution. Needs no weights and no device.
 
-    page  slots of a page of a cache. What reads the cache is asked with `attention_request`: its heads and scale are
-          the model's
+    page           slots of a page of a cache. What reads the cache is asked with `attention_request`: its heads and
+                   scale are the model's
+    groups, top_k  how the engine calls experts, as in `expert_requests`
     """
     if isinstance(f, KVFormat):
         yield kv_request(f, page=page)
         return
     if isinstance(f, ExpertsFormat):
-        yield from expert_requests(f, dtype, m=m, numerics=numerics)
+        yield from expert_requests(f, dtype, m=m, numerics=numerics, groups=groups, top_k=top_k)
         return
     if f.rotate_in:
         yield HadamardRequest(kinds=f.rotate_in, n=f.k, x=dtype)
@@ -159,7 +166,7 @@ def expert_requests(
     *,
     m: tuple[int, int] = (1, 8192),
     numerics: NumericsClass | None = None,
-    groups: Literal["offsets", "masked", "indexed"] = "offsets",
+    groups: Form = "offsets",
     top_k: int = 1,
 ) -> tuple[GroupedRequest, GroupedRequest]:
     """The two grouped products of an expert layer. groups, top_k: how the engine says which rows belong to whom."""
@@ -208,7 +215,7 @@ def prepare_experts(
     dtype: torch.dtype = torch.bfloat16,
     m: tuple[int, int] = (1, 8192),
     numerics: NumericsClass | None = None,
-    groups: Literal["offsets", "masked", "indexed"] = "offsets",
+    groups: Form = "offsets",
     top_k: int = 1,
 ) -> PreparedExperts:
     """The experts of one layer on `ops`; groups and top_k as in `expert_requests`."""

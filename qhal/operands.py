@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qhal.errors import FormatError, ShardError
 from qhal.formats import Format
+from qhal.requests import GemmRequest, GroupedRequest
 from qhal.sharding import bounds, grid_range
 
 
@@ -45,6 +46,11 @@ class Operand:
     def static(self) -> bool:
         """Whether the scale is given rather than computed from the data."""
         return self.scale is not None
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a part of the range is cut off."""
+        return self.clip != (1.0, 1.0)
 
     def equal(self, other: Operand | None) -> bool:
         """Same format, scale, zero, clip and meaning of the scale's rows."""
@@ -84,6 +90,34 @@ class Operand:
         scale = _stacked([p.scale for p in parts], f"{name}: static scales of {first.format}")
         zero = _stacked([p.zero for p in parts], f"{name}: static zero points of {first.format}")
         return replace(first, scale=scale, zero=zero, per_expert=True)
+
+
+def check_inputs(request: GemmRequest | GroupedRequest, inputs: Sequence[Operand]) -> None:
+    """FormatError if the inputs given to `prepare` are not what the request says: formats, static scales, clips.
+
+    No inputs fit every request: x will arrive quantized. A request with `clip` takes inputs without one too.
+    """
+    gemm = request if isinstance(request, GemmRequest) else request.gemm
+    if not inputs:
+        return
+    formats = tuple(o.format for o in inputs)
+    if formats != gemm.x:
+        raise FormatError(f"inputs are {[str(f) for f in formats]}, the request says {[str(f) for f in gemm.x]}")
+    static, asked = tuple(o.static for o in inputs), gemm.static or (False,) * len(inputs)
+    if static != asked:
+        raise FormatError(f"inputs have static scales {static}, the request says static={asked}")
+    if any(o.clipped for o in inputs) and not gemm.clip:
+        raise FormatError(f"inputs have clips {[o.clip for o in inputs]}, the request says clip=False")
+    experts = request.experts if isinstance(request, GroupedRequest) else 0
+    for o in inputs:
+        check_experts(o, experts)
+
+
+def check_experts(o: Operand, experts: int) -> None:
+    """FormatError if an operand with a scale for each expert does not have so many; 0 experts: a plain product."""
+    if o.per_expert and o.scale is not None and o.scale.shape[0] != experts:
+        asked = f"the request has {experts}" if experts else "the product has no experts"
+        raise FormatError(f"{o.format}: static scales of {o.scale.shape[0]} experts, {asked}")
 
 
 def _stacked(values: Sequence[Tensor | None], what: str) -> Tensor | None:

@@ -25,7 +25,7 @@ from qhal.formats import Format
 from qhal.interface import INTERFACE_VERSION, QuantOps
 from qhal.layer_formats import LayerFormat
 from qhal.layers import requests
-from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, NumericsClass, Request, Support, minimum_class
+from qhal.requests import Arithmetic, Form, GemmRequest, GroupedRequest, NumericsClass, Request, Support, minimum_class
 from qhal.specs import ExpertsSpec, KVSpec, LinearSpec
 
 Policy = Literal["exact", "error", "allow", "report"]
@@ -140,6 +140,8 @@ def resolve(
     dtype: torch.dtype | None = None,
     numerics: NumericsClass | None = None,
     page: int = 16,
+    groups: Form = "offsets",
+    top_k: int = 1,
     also: Iterable[tuple[str, Request]] = (),
 ) -> Plan:
     """Ask `ops` what every layer would execute; refuse by `policy` (PlanError lists every offending entry).
@@ -150,6 +152,7 @@ def resolve(
     dtype     of the activations; default the model's own, bfloat16 for bare specs
     numerics  the loosest class accepted everywhere; default each format's minimum
     page      slots of a page of every cache
+    groups    how the engine calls experts, and with how many of them (`top_k`) a token meets if they are indexed
     also      (layer name, request) of what an engine asks beyond the layers themselves, such as attention
     """
     if policy not in get_args(Policy):
@@ -162,7 +165,7 @@ def resolve(
         raise FormatError(f"activations of {dtype}: choose one of {', '.join(str(d) for d in WIDE.values())}")
     grouped: dict[Request, list[str]] = {}
     for f in formats:
-        for request in requests(f, dtype, m=m, numerics=numerics, page=page):
+        for request in requests(f, dtype, m=m, numerics=numerics, page=page, groups=groups, top_k=top_k):
             grouped.setdefault(request, []).append(f.name)
     for name, request in also:
         grouped.setdefault(request, []).append(name)

@@ -48,6 +48,9 @@ class GemmRequest:
 
     m            smallest and largest row count that will occur
     x            every input format the weight will meet; the first is the default. A plain float stands for itself
+    static       for each of x whether its scale is given to `prepare`; empty: every scale is computed from the data. A
+                 given scale is one number or one per feature, and in a GroupedRequest these for all experts or for each
+    clip         inputs may keep a part of their range (`Operand.clip`)
     out          result dtype; None: the dtype of x
     operand      the weight is rounded to this format before the product
     numerics     the loosest class accepted; None: the format's own minimum, see `minimum_class`
@@ -57,6 +60,8 @@ class GemmRequest:
     n: int
     k: int
     x: tuple[Format, ...]
+    static: tuple[bool, ...] = ()
+    clip: bool = False
     m: tuple[int, int] = (1, 8192)
     out: torch.dtype | None = None
     operand: Format | None = None
@@ -67,11 +72,17 @@ class GemmRequest:
     numerics: NumericsClass | None = None
 
     def __str__(self) -> str:
-        x = "|".join(dict.fromkeys(str(f) for f in self.x))
+        given = (*self.static, *(False for _ in self.x))
+        words = (f"{f} static" if fixed else str(f) for f, fixed in zip(self.x, given, strict=False))
+        x = "|".join(dict.fromkeys(words)) + (" clipped" if self.clip else "")
         out = "as x" if self.out is None else _shown(self.out)
         extra = "".join(f" {flag}" for flag in ("bias", "group_index", "graph") if getattr(self, flag))
         operand = f" as {self.operand}" if self.operand else ""
         return f"gemm x={x} w={self.w}{operand} n={self.n} k={self.k} out={out}{extra}"
+
+
+Form = Literal["offsets", "masked", "indexed"]
+"""How the rows of a grouped product are given: `groups.Offsets`, `groups.Masked`, `groups.Indexed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +91,7 @@ class GroupedRequest:
 
     gemm: GemmRequest
     experts: int
-    groups: Literal["offsets", "masked", "indexed"]
+    groups: Form
     top_k: int = 1
     activation: Activation | None = None
     quantize: Format | None = None

@@ -16,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from qhal.errors import BackendError, InterfaceError, NoBackendError, QhalError
 from qhal.interface import INTERFACE_VERSION, QuantOps
+from qhal.versions import mismatch
 
 GROUP = "qhal.backends"
 REPORT = "report this to the backend's authors"
@@ -145,6 +146,11 @@ def _made(info: BackendInfo, what: str, make: Callable[[], QuantOps]) -> QuantOp
         raise BackendError(f"backend {what} cannot be loaded: {_text(error)}\n  do: {REPORT}") from error
     if not isinstance(ops, QuantOps):
         raise InterfaceError(f"backend {what} gave a {type(ops).__name__}, must be a QuantOps")
+    if type(ops).interface != info.interface:
+        raise InterfaceError(
+            f"backend {what} says interface {info.interface} in its BackendInfo and {type(ops).interface} in its "
+            "class; state one version in both"
+        )
     return ops
 
 
@@ -277,10 +283,8 @@ def _text(error: Exception) -> str:
 
 
 def _interface_mismatch(info: BackendInfo) -> str:
-    """Why the backend's interface version does not fit, or "". Before 1.0 both numbers must match."""
-    ours, theirs = INTERFACE_VERSION, info.interface
-    fits = theirs == ours if ours[0] == 0 else theirs[0] in (ours[0], ours[0] - 1) and (theirs <= ours)
-    return "" if fits else f"it was written for interface {theirs[0]}.{theirs[1]}, this is qhal {ours[0]}.{ours[1]}"
+    """Why the backend's interface version does not fit, or ""."""
+    return mismatch(INTERFACE_VERSION, info.interface)
 
 
 def describe_all() -> str:

@@ -70,6 +70,8 @@ class LinearSpec:
             input=None if self.input is None else self.input.format,
             static_input=self.input is not None and self.input.static,
             decode_input=None if self.decode_input is None else self.decode_input.format,
+            static_decode=self.decode_input is not None and self.decode_input.static,
+            clip=any(o is not None and o.clipped for o in (self.input, self.decode_input)),
             operand=None if self.operand is None else self.operand.format,
             rotate_in=rotations.kinds(self.rotate_in),
             rotate_out=rotations.kinds(self.rotate_out),

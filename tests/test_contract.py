@@ -10,7 +10,7 @@ from qhal.interface import QuantOps
 
 
 class Minimal(QuantOps):
-    name = "minimal"
+    name, interface = "minimal", (1, 0)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from qhal.requests import minimum_class
 
 
 class Fake(qhal.QuantOps):
-    name = "fake"
+    name, interface = "fake", (1, 0)
 
     def __init__(self, answer: Callable[[qhal.Request], Support]) -> None:
         self._answer = answer

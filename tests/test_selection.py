@@ -16,7 +16,7 @@ from qhal.selection import Available, BackendInfo, Broken, Device, Unavailable
 
 
 class Chip(qhal.QuantOps):
-    name = "chip"
+    name, interface = "chip", (1, 0)
 
     @property
     def device(self) -> torch.device:
@@ -32,7 +32,7 @@ class Chip(qhal.QuantOps):
         return qhal.QTensor(qhal.Format.parse("fp32"), x)
 
 
-def _info(name: str, order: int, probe: Callable[[], Available | Unavailable], version: tuple[int, int] = (0, 1)):  # type: ignore[no-untyped-def]
+def _info(name: str, order: int, probe: Callable[[], Available | Unavailable], version: tuple[int, int] = (1, 0)):  # type: ignore[no-untyped-def]
     return BackendInfo(name, version, order, probe, lambda device: Chip(), lambda arch: Chip())
 
 
@@ -72,7 +72,7 @@ def test_auto_passes_over_a_backend_that_executes_nothing_and_says_so(
         gemm = qhal.QuantOps.gemm
 
     installed["cpu_reference"] = _info("cpu_reference", 1000, _usable)
-    installed["shell"] = BackendInfo("shell", (0, 1), 50, _usable, lambda device: Shell(), lambda arch: Shell())
+    installed["shell"] = BackendInfo("shell", (1, 0), 50, _usable, lambda device: Shell(), lambda arch: Shell())
     with pytest.warns(UserWarning, match="shell finds a0, but this version executes none"):
         assert type(qhal.select("auto")) is Chip
     assert type(qhal.select("shell")) is Shell
@@ -111,7 +111,7 @@ def test_a_device_index_must_exist(installed: dict[str, BackendInfo | Broken]) -
 
 def test_another_interface_version_is_named_with_both_numbers(installed: dict[str, BackendInfo | Broken]) -> None:
     installed["chip"] = _info("chip", 50, _usable, (0, 9))
-    with pytest.raises(qhal.InterfaceError, match=r"interface 0\.9.*qhal 0\.1"):
+    with pytest.raises(qhal.InterfaceError, match=r"interface 0\.9.*qhal 1\.0"):
         qhal.select("chip")
     assert isinstance(selection.probe(installed["chip"]), Unavailable)
 
@@ -201,7 +201,7 @@ def test_a_backend_that_fails_to_load_is_one_error_and_auto_goes_on(
     def fails(device: object) -> qhal.QuantOps:
         raise RuntimeError("no such symbol")
 
-    installed["torn"] = BackendInfo("torn", (0, 1), 5, _usable, fails, fails)
+    installed["torn"] = BackendInfo("torn", (1, 0), 5, _usable, fails, fails)
     installed["chip"] = _info("chip", 50, _usable)
     with pytest.raises(qhal.BackendError, match="no such symbol"):
         qhal.select("torn")
@@ -234,7 +234,7 @@ def test_auto_looks_further_for_what_is_required(installed: dict[str, BackendInf
             return q
 
     installed["chip"] = _info("chip", 50, _usable)
-    installed["attends"] = BackendInfo("attends", (0, 1), 60, _usable, lambda d: Attends(), lambda a: Attends())
+    installed["attends"] = BackendInfo("attends", (1, 0), 60, _usable, lambda d: Attends(), lambda a: Attends())
     assert qhal.select("auto", require=["attention"]).name == "attends"
     with pytest.raises(qhal.NoBackendError, match="lacks hadamard"):
         qhal.select("auto", require=["hadamard"])

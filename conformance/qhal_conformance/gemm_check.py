@@ -49,6 +49,7 @@ def request_of(case: Case) -> GemmRequest:
         k=case.size("k"),
         m=(m, m),
         x=(x,),
+        static=(True,) if case.has("static") else (),
         out=DTYPES[case.out] if coded or len(case.id) % 2 else None,
         bias=case.has("bias"),
         group_index=case.has("gidx"),

@@ -37,6 +37,7 @@ class Wrapped(QuantOps):
     """Every call goes to `_inner`, unchanged."""
 
     name: ClassVar[str] = "wrapped"
+    interface: ClassVar[tuple[int, int]] = (1, 0)
 
     def __init__(self, inner: QuantOps) -> None:
         self._inner = inner

@@ -16,10 +16,10 @@ from qhal.elements import dtype_name, element
 from qhal.errors import CheckpointError, FormatError
 from qhal.formats import Format
 from qhal.interface import QuantOps
-from qhal.layer_formats import ExpertsFormat, KVFormat, LayerFormat
-from qhal.layers import expert_requests
+from qhal.layer_formats import KVFormat, LayerFormat
+from qhal.layers import attention_request, kv_request
 from qhal.plan import Plan, Policy
-from qhal.requests import AttentionRequest, KVRequest, Request
+from qhal.requests import AttentionRequest, Form, KVRequest, Request
 from qhal.specs import KVSpec, Operand
 from qhal_engines import EngineError, EngineWarning
 from qhal_schemes import Checkpoint
@@ -60,24 +60,13 @@ class CacheLayer:
     @property
     def request(self) -> KVRequest:
         """The planes to allocate."""
-        f = self.format  # replaced by the function of qhal/layers.py that makes a KVRequest, once it takes a page
-        return KVRequest(kind=f.kind, k=f.k, v=f.v, heads=f.heads, k_dim=f.k_dim, v_dim=f.v_dim, page=PAGE)
+        return kv_request(self.format, page=PAGE)
 
     def attention_request(self, phase: Literal["prefill", "decode"], dtype: torch.dtype) -> AttentionRequest:
         """Attention over this cache with activations of `dtype`; Q and P stay in it unless the checkpoint says else."""
-        a, plain = self.attention, Format(dtype_name(dtype))
-        return AttentionRequest(
-            kv=self.request,
-            heads=a.heads,
-            scale=a.scale,
-            phase=phase,
-            q=self.format.q or plain,
-            p=self.format.p or plain,
-            out=dtype,
-            window=a.window,
-            softcap=a.softcap,
-            sinks=a.sinks,
-        )
+        a = self.attention
+        asked = attention_request(self.format, dtype, page=PAGE, heads=a.heads, scale=a.scale, phase=phase)
+        return replace(asked, window=a.window, softcap=a.softcap, sinks=a.sinks)
 
     def read(self, checkpoint: Checkpoint) -> KVSpec:
         """Formats and static scales; a part whose scales are not stored has none, and its planes stay at 1."""
@@ -210,15 +199,13 @@ def resolve_with_caches(
     dtype = dtype or checkpoint.dtype
     layers = [f for f in checkpoint.layer_formats() if not isinstance(f, KVFormat)]
     also: list[tuple[str, Request]] = []
-    if experts_top_k is not None:
-        for experts in (f for f in layers if isinstance(f, ExpertsFormat)):
-            pair = expert_requests(experts, dtype, groups="indexed", top_k=experts_top_k)
-            also += [(experts.name, request) for request in pair]
-        layers = [f for f in layers if not isinstance(f, ExpertsFormat)]
     for cache in caches:
         also += [(cache.attention.name, cache.attention_request(phase, dtype)) for phase in PHASES]
     model = _Layers(dtype, (*layers, *(c.format for c in caches)))
-    return qhal.resolve(model, ops, policy, world=world, dtype=dtype, also=also)
+    groups: Form = "offsets" if experts_top_k is None else "indexed"
+    return qhal.resolve(
+        model, ops, policy, world=world, dtype=dtype, groups=groups, top_k=experts_top_k or 1, also=also
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -208,9 +209,12 @@ class Checkpoint:
         return self._checked(name, self._mapping.read(name))
 
     def _checked(self, name: str, spec: LinearSpec) -> LinearSpec:
-        if spec.format != self._formats[name]:
+        described = self._formats[name]
+        if described.clip and not spec.format.clip:  # a ratio that turns out to be 1 clips nothing
+            described = replace(described, clip=False)
+        if spec.format != described:
             raise CheckpointError(
-                f"{self.path}: {name}: the scheme {self.method!r} described {self._formats[name]} but read "
+                f"{self.path}: {name}: the scheme {self.method!r} described {described} but read "
                 f"{spec.format}; this is a bug of the scheme"
             )
         return spec

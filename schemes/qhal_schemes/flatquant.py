@@ -170,6 +170,7 @@ class FlatQuantMapping(SchemeMapping):
             k=k,
             weight=_WEIGHT,
             input=self._input(),
+            clip=self._bits != 16 and bool(self._clips(module)),
             rotate_in=(("kronecker", left, right[0] if right else 0),),
             bias=f"{module}.linear.bias" in self.index,
         )
@@ -261,13 +262,19 @@ class FlatQuantMapping(SchemeMapping):
     def _clip(self, module: str) -> tuple[float, float]:
         """(low, high): the fractions of a token's range that are kept; all of it where nothing was learned."""
         m = self._modules[module]
-        names = [f"{m.name}.act_quantizer.clip_factor_a_{side}" for side in ("min", "max")]
-        layer = None if self._side is None else self._side.get(m.layer)
-        known = layer if isinstance(layer, Mapping) else {n for n in names if m.prefix + n in self.index}
-        if not any(n in known for n in names):
+        names = self._clips(module)
+        if not names:
             return 1.0, 1.0
         low, high = (float(torch.sigmoid(self._value(m, n, (1,))[0].float())) for n in names)
         return low, high
+
+    def _clips(self, module: str) -> list[str]:
+        """The names of both clips (min, max) where at least one was learned."""
+        m = self._modules[module]
+        names = [f"{m.name}.act_quantizer.clip_factor_a_{side}" for side in ("min", "max")]
+        layer = None if self._side is None else self._side.get(m.layer)
+        known = layer if isinstance(layer, Mapping) else {n for n in names if m.prefix + n in self.index}
+        return names if any(n in known for n in names) else []
 
     def _check_copies(self, module: str, t: Mapping[str, Tensor]) -> None:
         """Tensors that both files hold are the same numbers, once rounded to the narrower type."""

@@ -95,6 +95,8 @@ class ModelSlimMapping(SchemeMapping):
             input=fmt,
             static_input=m.kind is not None and m.kind.static == "always",
             decode_input=Format.parse(STATIC) if m.kind is not None and m.kind.static == "decode" else None,
+            static_decode=m.kind is not None and m.kind.static == "decode",
+            clip=bool(m.wrappers.clip),
             rotate_in=m.wrappers.kinds,
             low_rank=m.wrappers.low_rank,
             bias=m.bias,

@@ -110,6 +110,7 @@ class QuaRotMapping(SchemeMapping):
             k=half * 2,
             weight=Format.parse(f"int4.row*{ELEMENT_OF[scale.dtype]}"),
             input=None if self._bits == 16 else Format.parse(f"int{self._bits}.row*fp32"),
+            clip=self._bits != 16 and self._clip != 1.0,
             rotate_in=tuple(r.kind for r in self._rotation(module, half * 2)),
             bias=bias,
         )

@@ -75,8 +75,8 @@ def _formats(mapping: SchemeMapping, formats: Mapping[str, LinearFormat]) -> lis
 
 def _input(f: LinearFormat) -> str:
     given = "none" if f.input is None else str(f.input)
-    given += " (static)" if f.static_input else ""
-    return given if f.decode_input is None else f"{given}; decoding {f.decode_input} (static)"
+    given += " (static)" * f.static_input
+    return given if f.decode_input is None else f"{given}; decoding {f.decode_input}" + " (static)" * f.static_decode
 
 
 def _around(f: LinearFormat) -> str:

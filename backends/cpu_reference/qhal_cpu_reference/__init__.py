@@ -13,7 +13,7 @@ def backend() -> BackendInfo:
     """The entry point of the group `qhal.backends`: one device, usable wherever PyTorch is."""
     from qhal.selection import BackendInfo
 
-    return BackendInfo(name="cpu_reference", interface=(0, 1), order=1000, probe=_probe, load=_load, offline=_offline)
+    return BackendInfo(name="cpu_reference", interface=(1, 0), order=1000, probe=_probe, load=_load, offline=_offline)
 
 
 def _probe() -> Available:

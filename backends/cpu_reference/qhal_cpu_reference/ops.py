@@ -52,7 +52,7 @@ class CpuReference(QuantOps):
     """The meaning of every operation on the processor; see each file's first lines for its numerics."""
 
     name: ClassVar[str] = prepared.NAME
-    interface: ClassVar[tuple[int, int]] = (0, 1)
+    interface: ClassVar[tuple[int, int]] = (1, 0)
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ from qhal.elements import dtype_name, element
 from qhal.encoding import encode
 from qhal.errors import FormatError
 from qhal.formats import Format
+from qhal.operands import check_experts, check_inputs
 from qhal.prepared import Prepared
 from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support, VQRequest
 from qhal.rotations import Dense, Diagonal, Kronecker, Permutation, Rotation, kinds
@@ -197,13 +198,10 @@ def check(
         raise FormatError(f"the bias is {bias.dtype} {tuple(bias.shape)}, must be float32 {shape[:-1]}")
     if (None if operand is None else operand.format) != gemm.operand:
         raise FormatError(f"the operand is {operand and operand.format}, the request says {gemm.operand}")
-    for o in (*inputs, *([] if operand is None else [operand])):
-        rows = o.scale.shape[0] if o.per_expert and o.scale is not None else None
-        if rows is not None and rows != (request.experts if isinstance(request, GroupedRequest) else 0):
-            raise FormatError(f"{o.format}: static scales of {rows} experts do not fit {request}")
-    formats = tuple(o.format for o in inputs)
-    if inputs and formats != gemm.x:
-        raise FormatError(f"inputs are {[str(f) for f in formats]}, the request says {[str(f) for f in gemm.x]}")
+    assert not isinstance(request, VQRequest)
+    if operand is not None:
+        check_experts(operand, request.experts if isinstance(request, GroupedRequest) else 0)
+    check_inputs(request, inputs)
 
 
 def quantized_inputs(request: GemmRequest) -> bool:

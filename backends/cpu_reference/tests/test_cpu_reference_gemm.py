@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -144,7 +145,7 @@ def test_plain_x_and_quantized_x_give_the_same_bits(ops, make, name, static):
     zero = torch.tensor([3.0]) if static and to.zero is not None else None
     given = 2.0**-6 if "e8m0" in name else 0.02  # an exponent holds powers of two only
     o = Operand(to, scale=torch.tensor([given]) if static else None, zero=zero)
-    r = GemmRequest(w=w.format, n=24, k=64, x=(to,), out=torch.bfloat16)
+    r = GemmRequest(w=w.format, n=24, k=64, x=(to,), static=(static,), out=torch.bfloat16)
     if static and "e8m0" in name:
         with pytest.raises(FormatError, match="powers of two"):
             ops.quantize(torch.zeros(1, 64), Operand(to, scale=torch.tensor([0.02])))
@@ -256,7 +257,10 @@ def test_static_zero_point_and_clip_reach_the_definition(ops, make):
         q = encode(x, o.format, scale=o.scale, zero=o.zero, clip=o.clip)
         assert ops.quantize(x, o).equal(q)
         assert not q.equal(encode(x, o.format, scale=o.scale, zero=None if o.zero is None else o.zero * 0))
-        p = ops.prepare(w, GemmRequest(w=w.format, n=8, k=32, x=(o.format,)), inputs=[o])
+        r = GemmRequest(w=w.format, n=8, k=32, x=(o.format,), static=(o.static,), clip=o.clipped)
+        with pytest.raises(FormatError, match="the request says"):
+            ops.prepare(w, replace(r, static=(), clip=False), inputs=[o])
+        p = ops.prepare(w, r, inputs=[o])
         assert torch.equal(ops.gemm(x, p), (q.dequantize().double() @ w.dequantize().double().T).float())
 
 

@@ -218,7 +218,7 @@ def own_scales(name="int8.tensor*fp32"):
 def test_every_expert_quantizes_its_rows_with_its_own_static_scale(ops, make, name, form):
     w, parts = make("int4.g8*bf16", (E, N, K), 5), own_scales(name)
     groups = {"pairs": "indexed"}.get(form, form)
-    gemm, grouped = requests(w, name, groups=groups)
+    gemm, grouped = requests(w, name, groups=groups, gemm={"static": (True,)})
     p = ops.prepare(w, grouped, inputs=[Operand.stack(parts, "up")])
     singles = [ops.prepare(QTensor(w.format, w.codes[e], w.scale[e]), gemm, inputs=[parts[e]]) for e in range(E)]
     x = torch.randn(8, K).bfloat16()
@@ -267,10 +267,10 @@ def test_operands_of_weights_may_be_per_expert(ops, make):
 def test_scales_per_expert_are_checked_and_refitted(ops, make):
     w = make("int4.g8*bf16", (E, N, K), 5)
     own = Operand.stack(own_scales(), "up")
-    gemm, grouped = requests(w, "int8.tensor*fp32")
-    with pytest.raises(FormatError, match="static scales of 3 experts do not fit grouped_gemm"):
+    gemm, grouped = requests(w, "int8.tensor*fp32", gemm={"static": (True,)})
+    with pytest.raises(FormatError, match="static scales of 3 experts, the request has 4"):
         ops.prepare(w, grouped, inputs=[own.experts(0, 3)])
-    with pytest.raises(FormatError, match="static scales of 4 experts do not fit gemm"):
+    with pytest.raises(FormatError, match="static scales of 4 experts, the product has no experts"):
         ops.prepare(singles_weight(w, 0), gemm, inputs=[own])
     with pytest.raises(FormatError, match=r"one row per expert; choose one with Operand\.expert"):
         ops.quantize(torch.randn(2, K), own)

@@ -94,7 +94,7 @@ def test_into_keeps_addresses_and_changes_values(ops, make, name, exact):
 def test_into_refuses_and_leaves_everything_as_it_was(ops, make):
     w = make("int4.g8*bf16", (16, 32), 1)
     to = Format.parse("e4m3fn.tensor*fp32")
-    r = GemmRequest(w=w.format, n=16, k=32, x=(to,))
+    r = GemmRequest(w=w.format, n=16, k=32, x=(to,), static=(True,))
 
     def static(value):
         return [Operand(to, scale=torch.tensor([value]))]
@@ -107,8 +107,8 @@ def test_into_refuses_and_leaves_everything_as_it_was(ops, make):
         (other, r, static(0.25), "host number"),
         (make("int4.g4*bf16", (16, 32), 1), r, static(0.5), "the request says"),
         (make("int4.g8*bf16", (8, 32), 1), r, static(0.5), "the request says"),
-        (other, GemmRequest(w=w.format, n=16, k=32, x=(to,), m=(1, 2)), static(0.5), "prepared for"),
-        (other, r, [Operand(to)], "appeared or vanished"),
+        (other, GemmRequest(w=w.format, n=16, k=32, x=(to,), static=(True,), m=(1, 2)), static(0.5), "prepared for"),
+        (other, r, [Operand(to)], "static"),
         (other, r, [], "inputs"),
     ):
         with pytest.raises(FormatError, match=word):

@@ -15,7 +15,7 @@ def backend() -> BackendInfo:
 
     return BackendInfo(
         "cuda",
-        (0, 1),
+        (1, 0),
         order=10,
         probe=probe,
         load=_load,

@@ -14,7 +14,7 @@ def backend() -> BackendInfo:
     from qhal_npu.probe import probe
 
     return BackendInfo(
-        "npu", (0, 1), order=30, probe=probe, load=_load, offline=_offline, archs=("A2", "A3", "A5", "310P")
+        "npu", (1, 0), order=30, probe=probe, load=_load, offline=_offline, archs=("A2", "A3", "A5", "310P")
     )
 
 

@@ -16,7 +16,7 @@ class NpuOps(QuantOps):
     """
 
     name = "npu"
-    interface = (0, 1)
+    interface = (1, 0)
 
     def __init__(self, arch: str, device: str) -> None:
         self._arch = arch

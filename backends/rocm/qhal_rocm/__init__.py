@@ -13,7 +13,7 @@ def backend() -> BackendInfo:
     """The light description that the entry point `qhal.backends` gives."""
     from qhal_rocm.probe import ARCHITECTURES, probe
 
-    return BackendInfo("rocm", (0, 1), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(ARCHITECTURES))
+    return BackendInfo("rocm", (1, 0), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(ARCHITECTURES))
 
 
 def _load(device: Device) -> QuantOps:

@@ -6,7 +6,7 @@ from qhal.selection import Available, BackendInfo, Device, Unavailable
 
 def backend() -> BackendInfo:
     """The entry point of the group `qhal.backends`."""
-    return BackendInfo("acme", interface=(0, 1), order=500, probe=probe, load=load, offline=load, archs=("acme1",))
+    return BackendInfo("acme", interface=(1, 0), order=500, probe=probe, load=load, offline=load, archs=("acme1",))
 
 
 def probe() -> Available | Unavailable:

@@ -28,7 +28,7 @@ class Weight(Prepared):
 class Acme(qhal.QuantOps):
     """Codes and scales are those of the contract, sums are int32, the rest is fp32: class fp32-acc."""
 
-    name, interface = "acme", (0, 1)
+    name, interface = "acme", (1, 0)
     device = property(lambda self: torch.device("cpu"))
 
     def supports(self, request: Any) -> Support:
