@@ -275,6 +275,7 @@ def decoded(ops, w: CodebookTensor) -> torch.Tensor:
 def test_weights_of_aqlm(ops, name):
     stored, expected, config = case(name)
     modules = [k.removesuffix(".codes") for k in stored if k.endswith(".codes")]
+    modules = [m for m in modules if f"{m}.weight" in expected]  # the small case has the answer for some
     assert modules
     for m in modules:
         books = stored[f"{m}.codebooks"]
@@ -298,7 +299,7 @@ def fields(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
 )
 def test_weights_of_vptq(ops, name):
     stored, expected, config = case(name)
-    layers = config["config_for_layers"]
+    layers = {m: c for m, c in config["config_for_layers"].items() if f"{m}.weight" in expected}
     assert layers
     for m, c in layers.items():
         wanted = expected[f"{m}.weight"]
