@@ -1,4 +1,7 @@
-"""Mutated checkpoints: each is refused by one clear error, or decodes to the numbers of the unmutated one."""
+"""Mutated checkpoints: each is refused by one clear error, or decodes to the numbers of the unmutated one.
+
+`pytest tests/test_schemes_fuzz.py` ends with how many inputs were opened (the recorded property "fuzzed").
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from qhal.formats import Format
 from qhal_schemes import Checkpoint, CheckpointWarning, open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
+Record = Callable[[str, object], None]
 SMALL = Path(__file__).parent / "golden"
 TWINS = ("compressed_tensors/moe_qwen3_w4a16_g64_ct013", "gptq/b4_g128_sym_v1")  # differ from others in no key
 CASES = sorted(
@@ -110,7 +114,7 @@ def outcome(folder: Path, modules: list[str], right: Tensors, what: object) -> s
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mutated_configurations(tmp_path: Path, case: str) -> None:
+def test_mutated_configurations(tmp_path: Path, case: str, record_property: Record) -> None:
     folder = copied(case, tmp_path / "c")
     ckpt = open_checkpoint(folder)
     modules = list(ckpt.modules(quantized=True)[:2])
@@ -125,6 +129,7 @@ def test_mutated_configurations(tmp_path: Path, case: str) -> None:
         seen[outcome(folder, modules, right, (file.name, path, value))] += 1
         file.write_text(text)
     assert min(seen["refused"], seen["same"]) > 20 and not seen["another size"], seen
+    record_property("fuzzed", sum(seen.values()))
 
 
 def mutations(file: Path, module: str) -> Iterator[tuple[tuple[Any, ...], int]]:
@@ -168,7 +173,7 @@ def mutated(t: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mutated_tensors(tmp_path: Path, case: str) -> None:
+def test_mutated_tensors(tmp_path: Path, case: str, record_property: Record) -> None:
     folder = copied(case, tmp_path / "c")
     file = weights(folder)
     tensors = load_file(file)
@@ -200,9 +205,10 @@ def test_mutated_tensors(tmp_path: Path, case: str) -> None:
             assert found == "refused" or what == "scalar" or resized or redundant or single, (name, what)
             count += 1
     assert count > 30
+    record_property("fuzzed", count)
 
 
-def test_bit_flips_and_cuts_of_the_header(tmp_path: Path) -> None:
+def test_bit_flips_and_cuts_of_the_header(tmp_path: Path, record_property: Record) -> None:
     folder = copied("compressed_tensors/w4a16_g128_sym", tmp_path / "c")
     file = folder / "model.safetensors"
     raw = file.read_bytes()
@@ -221,6 +227,49 @@ def test_bit_flips_and_cuts_of_the_header(tmp_path: Path) -> None:
     for wrong in (0, 1, length - 1, length + 1, len(raw), 1 << 63, (1 << 64) - 1):
         file.write_bytes(struct.pack("<Q", wrong) + raw[8:])
         assert outcome(folder, modules, right, wrong) == "refused"
+    record_property("fuzzed", 150 + 10 + 7)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("gguf/legacy_quants", "model.gguf"),
+        ("rotations/flatquant_w4a4_mlp", "flat_matrices.pth"),
+        ("rotations/quarot_w4a4_down_proj", "quarot.json"),
+    ],
+)
+def test_bit_flips_and_cuts_of_other_files(tmp_path: Path, case: str, name: str, record_property: Record) -> None:
+    """A flipped bit may make another number, which is read; it never makes a crash or a tensor of another size."""
+    folder = copied(case, tmp_path / "c")
+    path = folder / name if name.endswith(".gguf") else folder
+    raw = (folder / name).read_bytes()
+    ckpt = open_checkpoint(path)
+    modules = list(ckpt.modules(quantized=True)[:1])
+    right = decoded(ckpt, modules)
+    steps = [i * 7919 % len(raw) for i in range(100)] + list(range(0, min(len(raw), 600), 4))
+    for i, at in enumerate(steps):
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << (i % 8)
+        (folder / name).write_bytes(flipped)
+        opened_or_refused(path, right, (name, at))
+    for size in [len(raw) * i // 16 for i in range(16)]:
+        (folder / name).write_bytes(raw[:size])
+        opened_or_refused(path, right, size)
+    record_property("fuzzed", len(steps) + 16)
+
+
+def opened_or_refused(path: Path, right: Tensors, what: object) -> None:
+    """Anything but a clear error, or weights of about the right size, is an escape."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)
+            ckpt = open_checkpoint(path)
+            ckpt.summary()
+            found = decoded(ckpt, [m for m in right if m in ckpt.modules()])
+    except QhalError as bad:
+        assert 20 < len(str(bad)) < 6000, what
+        return
+    assert all(w.numel() <= 2 * right[m].numel() for m, w in found.items()), what
 
 
 # ---------------------------------------------------------------- files
