@@ -16,6 +16,7 @@ PROFILES: dict[str, str] = {
     "rotation": "Hadamard transforms of power-of-two order",
     "kv": "paged quantized caches and attention over them",
     "moe": "products grouped by expert",
+    "vq": "codebook weights of AQLM, VPTQ and QuIP#: decoded, and multiplied",
 }
 """Whole or nothing: a backend has a profile if every required case of it passes."""
 
@@ -24,7 +25,7 @@ PROFILES: dict[str, str] = {
 class Case:
     """One question. `id` is its name and the key of its random inputs.
 
-    operation  gemm | quantize | hadamard | quant_kv | attention | grouped_gemm | contract
+    operation  gemm | quantize | hadamard | quant_kv | attention | grouped_gemm | vq_decode | vq_gemm | contract
     subject    what is asked of: formats, or the name of a rule
     shape      sizes by their letters, in the order of the name
     out        element name of the result (gemm: of a plain x too)

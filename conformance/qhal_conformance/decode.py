@@ -81,7 +81,7 @@ def decode(q: QTensor) -> Decoded:
         offset = _gather(_nested(q.offset, f.offset), f.block, shape, block)
         value = value + offset if f.offset_sign > 0 else value - offset
         magnitude = magnitude + np.abs(offset.astype(np.float64))
-    return Decoded(value.astype(np.float32), magnitude, _significand(centred), block)
+    return Decoded(value.astype(np.float32), magnitude, significand(centred), block)
 
 
 def plain(x: F32) -> Decoded:
@@ -129,7 +129,7 @@ def _gather(plane: F32, block: Block | None, shape: tuple[int, ...], index: I64)
     return np.asarray(flat[index])
 
 
-def _significand(codes: F32) -> I64:
+def significand(codes: F32) -> I64:
     """The mantissa of |code|, so that values of one block that differ by a power of two share it."""
     mantissa, _ = np.frexp(np.nan_to_num(np.abs(codes.astype(np.float64)), posinf=0.0))
     return np.asarray((mantissa * 2.0**24).astype(np.int64))

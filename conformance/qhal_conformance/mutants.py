@@ -18,6 +18,7 @@ from qhal_conformance.cases import Case
 from qhal_conformance.faults_cache import CACHE_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
+from qhal_conformance.faults_vq import VQ_FAULTS
 from qhal_conformance.faults_weight import WEIGHT_FAULTS
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import Status
@@ -56,6 +57,7 @@ _OPERATIONS = {
     "product": ("gemm",),
     "quantize": ("quantize", "contract", "gemm"),
     "cache": ("quant_kv", "hadamard", "grouped_gemm", "attention"),
+    "vq": ("vq_decode", "vq_gemm"),
 }
 
 MUTANTS: tuple[Mutant, ...] = tuple(
@@ -65,6 +67,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("product", PRODUCT_FAULTS),
         ("quantize", QUANTIZE_FAULTS),
         ("cache", CACHE_FAULTS),
+        ("vq", VQ_FAULTS),
     )
     for name, profile, fault, make in faults
 )

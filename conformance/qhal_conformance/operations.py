@@ -20,6 +20,9 @@ from qhal_conformance import (
     kv_check,
     quantize_check,
     quantize_data,
+    vq_cases,
+    vq_check,
+    vq_kinds,
 )
 from qhal_conformance.cases import Case
 from qhal_conformance.outcome import Outcome
@@ -101,6 +104,24 @@ OPERATIONS: dict[str, Operation] = {
             grouped_check.request_of,
             lambda case: grouped_check.build(case).inputs_sha,
             datasets.DATASETS,
+        ),
+        Operation(
+            "vq_decode",
+            "codebook weights to dense rows: every index, exactly where the result's type holds it",
+            vq_cases.decode_cases,
+            vq_check.run_decode,
+            vq_check.decode_request,
+            lambda case: vq_check.build(case).inputs_sha,
+            vq_kinds.VQ_DATA,
+        ),
+        Operation(
+            "vq_gemm",
+            "gemm with codebook weights against float64, with a bound per element",
+            vq_cases.gemm_cases,
+            vq_check.run_gemm,
+            vq_check.gemm_request,
+            lambda case: vq_check.build(case).inputs_sha,
+            vq_kinds.VQ_DATA,
         ),
         Operation(
             "contract",
