@@ -14,7 +14,7 @@ from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.requests import AttentionRequest, KVRequest, NumericsClass
 from qhal.tensors import same_bits
-from qhal_conformance import elements, encode, guards, paged
+from qhal_conformance import elements, encode, guards, mla_cases, paged
 from qhal_conformance.attention_cases import LENS
 from qhal_conformance.attention_reference import Attended, Tree, attend
 from qhal_conformance.cases import Case
@@ -32,6 +32,8 @@ class Problem:
     """Queries, keys, values and where they live; sequences by length.
 
     q, held  as they are given, and as the request's format holds them
+    k, v     the two rows that `quant_kv` writes (MLA: latent and rope)
+    keys, values  what they are worth, [T, G, D]
     static   the static planes of Q and P
     trees    per sequence, None without trees
     """
@@ -44,6 +46,8 @@ class Problem:
     query_lens: tuple[int, ...]
     k: paged.Rows
     v: paged.Rows
+    keys: F32
+    values: F32
     pages: paged.Pages
     sinks: F32 | None
     inputs_sha: str
@@ -52,22 +56,25 @@ class Problem:
         """The reference and its bounds under one class."""
         sequences, at = [], 0
         for count, length, tree in zip(self.query_lens, self.pages.lens, self.trees, strict=True):
-            sequences.append((count, self.k.value[at : at + length], self.v.value[at : at + length], tree))
+            sequences.append((count, self.keys[at : at + length], self.values[at : at + length], tree))
             at += length
         return attend(self.held, sequences, self.request, numerics, out, self.sinks, self.static.get("p.scale"))
 
 
 def request_of(case: Case) -> AttentionRequest:
     """What is asked of `supports`."""
-    d = case.size("d")
-    f = Format.parse(case.subject)
-    kv = KVRequest(kind="mha", k=f, v=f, heads=case.size("g"), k_dim=d, v_dim=d, page=case.size("p"))
+    if mla_cases.is_mla(case):
+        kv, scale = mla_cases.kv_request(case), mla_cases.scale(case)
+    else:
+        d, f = case.size("d"), Format.parse(case.subject)
+        kv = KVRequest(kind="mha", k=f, v=f, heads=case.size("g"), k_dim=d, v_dim=d, page=case.size("p"))
+        scale = d**-0.5
     phase, _ = LENS[case.size("l")]
     declared = dict(option.split("=", 1) for option in case.options if "=" in option)
     return AttentionRequest(
         kv=kv,
         heads=case.size("h"),
-        scale=d**-0.5,
+        scale=scale,
         phase=phase,
         q=Format.parse(declared.get("q", case.out)),
         p=Format.parse("fp32" if case.has("p32") else declared.get("p", case.out)),
@@ -78,6 +85,7 @@ def request_of(case: Case) -> AttentionRequest:
         sinks=case.has("sinks"),
         lse=case.has("lse"),
         tree=case.has("tree"),
+        q_rope=Format.parse(declared["q_rope"]) if "q_rope" in declared else None,
     )
 
 
@@ -90,13 +98,17 @@ def build(case: Case) -> Problem:
     tokens, keys = sum(query_lens), sum(kv_lens)
     kv = request.kv
     data = "positive" if case.data == "positive" else "normal"
-    k = paged.rows(case.id, "k", kv.k, (keys, kv.heads, kv.k_dim), case.out, data)
-    v = paged.rows(case.id, "v", kv.v, (keys, kv.heads, kv.v_dim), case.out, data)
-    q = Stream(case.id, "q").normal((tokens, request.heads, kv.k_dim))
+    first, second = paged.names(kv)
+    k = paged.rows(case.id, first, kv.k, (keys, kv.heads, kv.k_dim), case.out, data)
+    v = paged.rows(case.id, second, kv.v, (keys, kv.heads, kv.v_dim), case.out, data)
+    worth = (k.value, v.value)
+    if kv.kind == "mla":  # keys are both rows together, values the latent ones
+        worth = (np.concatenate([k.value, v.value], axis=-1), k.value)
+    q = Stream(case.id, "q").normal((tokens, request.heads, worth[0].shape[-1]))
     if case.data == "uniform":
         q = np.zeros_like(q)
     elif case.data in ("dominant", "saturated"):
-        q = _dominant(q, query_lens, kv_lens, k.value, request)
+        q = _dominant(q, query_lens, kv_lens, worth[0], request)
     q = round_wide(case.out, q)
     sinks = Stream(case.id, "sinks").normal((request.heads,)) if request.sinks else None
     pages = paged.scatter(case.id, kv_lens, kv.page, width=max(-(-n // kv.page) for n in kv_lens) + 1)
@@ -105,7 +117,7 @@ def build(case: Case) -> Problem:
     trees = tuple(_tree(case, b, n) if request.tree else None for b, n in enumerate(query_lens))
     arrays |= static | {f"tree{b}": tree for b, tree in enumerate(trees) if tree is not None}
     held = _held(q, request, static.get("q.scale"))
-    return Problem(request, q, held, static, trees, query_lens, k, v, pages, sinks, fingerprint(arrays))
+    return Problem(request, q, held, static, trees, query_lens, k, v, *worth, pages, sinks, fingerprint(arrays))
 
 
 def _static(case: Case, request: AttentionRequest) -> dict[str, F32]:
@@ -123,11 +135,18 @@ def _static(case: Case, request: AttentionRequest) -> dict[str, F32]:
 
 def _held(q: F32, request: AttentionRequest, scale: F32 | None) -> F32:
     """Q as the request's format holds it, by the suite's own rule: (token, head) rows."""
-    if request.q.plain:
-        return q
-    flat = q.reshape(-1, q.shape[-1])
+    if request.q_rope is not None:
+        latent = request.kv.k_dim
+        parts = ((q[..., :latent], request.q, scale), (q[..., latent:], request.q_rope, None))
+        return np.concatenate([_rows_held(*part) for part in parts], axis=-1)
+    return _rows_held(q, request.q, scale)
+
+
+def _rows_held(q: F32, f: Format, scale: F32 | None) -> F32:
+    if f.plain:
+        return round_wide(f.element, q)
     static = scale if scale is None or scale.size == 1 else np.tile(scale, q.shape[0])
-    return decode(encode.quantize(flat, request.q, scale=static)).value.reshape(q.shape)
+    return decode(encode.quantize(q.reshape(-1, q.shape[-1]), f, scale=static)).value.reshape(q.shape)
 
 
 def _tree(case: Case, sequence: int, tokens: int) -> Tree:
@@ -184,7 +203,7 @@ def _filled(ops: QuantOps, p: Problem, case: Case) -> KVCache:
     cache = paged.allocate(ops, p.request.kv, p.pages.count, (p.request,))
     paged.poison(cache, np.arange(p.pages.count))
     slots = torch.from_numpy(p.pages.slots).to(device)
-    k, v = (torch.from_numpy(r.x).to(dtype).to(device) for r in (p.k, p.v))
+    k, v = (paged.given(r, p.request.kv, dtype).to(device) for r in (p.k, p.v))
     for name, value in p.static.items():
         cache.set_static(name, torch.from_numpy(value).to(device))
     if slots.numel():
@@ -208,7 +227,7 @@ def _attend(
     tree = torch.cat(trees).to(device) if p.request.tree else None
     batch.plan(lens[0], lens[1], torch.from_numpy(np.ascontiguousarray(table)).to(device), tree=tree)
     guard = guards.place(torch.from_numpy(p.q).to(dtype), case.storage, device)
-    shape = (*p.q.shape[:2], p.request.kv.v_dim)
+    shape = (*p.q.shape[:2], p.values.shape[-1])
     target = guards.poisoned(shape, dtype, "contiguous", device)
     lse = torch.full(shape[:2], float("nan"), device=device) if p.request.lse else None
     sinks = None if p.sinks is None else torch.from_numpy(p.sinks).to(device)

@@ -119,8 +119,11 @@ def _one(
     if keys == 0:
         return Attended(o, o_bound, lse, lse_bound)
     wide = numerics <= NumericsClass.FP32_ACC
+    mla = r.kv.kind == "mla"  # keys are latent and rope together, values the latent rows
+    steps = max(decoding_steps(f) for f in (r.kv.k, *((r.kv.v,) if mla else ())))
+    values = r.kv.k if mla else r.kv.v
     gamma = 2 * dim**0.5 * 2.0**-24 if wide else 2.0**-12
-    gamma_v = (2 * keys**0.5 + decoding_steps(r.kv.v)) * 2.0**-24 if wide else 2.0**-12
+    gamma_v = (2 * keys**0.5 + decoding_steps(values)) * 2.0**-24 if wide else 2.0**-12
     u_p = _UNIT_P[r.p.element] if r.p.plain else 0.0
     for h in range(heads):
         kh, vh = k[:, group[h]], v[:, group[h]]
@@ -142,7 +145,7 @@ def _one(
         p = e / np.where(total > 0, total, 1.0)
         largest = np.where(seen, size, 0.0).max(axis=1)
         reach = np.where(seen, np.abs(s), 0.0).max(axis=1)
-        ds = (gamma + decoding_steps(r.kv.k) * 2.0**-24) * largest + 2.0**-22 * reach
+        ds = (gamma + steps * 2.0**-24) * largest + 2.0**-22 * reach
         if r.softcap is not None:
             ds = ds + (2.0**-22 * r.softcap if wide else 2.0**-11 * reach)
         o[:, h] = np.where(some[:, None], p @ vh, 0.0)

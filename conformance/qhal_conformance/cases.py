@@ -16,6 +16,7 @@ PROFILES: dict[str, str] = {
     "rotation": "Hadamard transforms of power-of-two order",
     "kv": "paged quantized caches and attention over them",
     "moe": "products grouped by expert",
+    "mla": "paged caches of latent and rope rows, and attention of every head over them",
     "vq": "codebook weights of AQLM, VPTQ and QuIP#: decoded, and multiplied",
 }
 """Whole or nothing: a backend has a profile if every required case of it passes."""

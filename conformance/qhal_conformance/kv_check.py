@@ -11,7 +11,7 @@ from qhal.caches import KVCache
 from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.requests import KVRequest, NumericsClass
-from qhal_conformance import guards, paged
+from qhal_conformance import guards, mla_cases, paged
 from qhal_conformance.cases import Case
 from qhal_conformance.decode import to_numpy
 from qhal_conformance.generator import I64, Stream, fingerprint
@@ -70,6 +70,8 @@ def cases(level: int) -> list[Case]:
 
 def request_of(case: Case) -> KVRequest:
     """What is asked of `supports`."""
+    if mla_cases.is_mla(case):
+        return mla_cases.kv_request(case)
     k, _, v = case.subject.partition("~")
     d = case.size("d")
     return KVRequest(
@@ -88,9 +90,9 @@ def build(case: Case) -> Problem:
     """Inputs and expected codes; both follow from the case's id."""
     request = request_of(case)
     tokens, page = case.size("t"), case.size("p")
-    shape = (tokens, request.heads, request.k_dim)
-    k = paged.rows(case.id, "k", request.k, shape, case.out, case.data)
-    v = paged.rows(case.id, "v", request.v, shape, case.out, case.data)
+    first, second = paged.names(request)
+    k = paged.rows(case.id, first, request.k, (tokens, request.heads, request.k_dim), case.out, case.data)
+    v = paged.rows(case.id, second, request.v, (tokens, request.heads, request.v_dim), case.out, case.data)
     pages = -(-tokens // page) + 3
     slots = Stream(case.id, "slots").permutation(pages * page)[:tokens]
     slots = np.where(np.arange(tokens) % 5 == 2, -1, slots)
@@ -111,7 +113,7 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     before = _canonical_planes(ops, cache)
     inputs = []
     for r in (p.k, p.v):
-        x = torch.from_numpy(r.x).to(dtype)
+        x = paged.given(r, p.request, dtype)
         skipped = torch.from_numpy(p.slots < 0)
         x[skipped] = float("nan")
         inputs.append(guards.place(x, case.storage, device))
@@ -124,10 +126,8 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     after = _canonical_planes(ops, cache)
     page = p.request.page
     use = p.slots >= 0
-    wanted = {
-        **paged.expected_planes("k", p.request.k, p.k),
-        **paged.expected_planes("v", p.request.v, p.v),
-    }
+    first, second = paged.names(p.request)
+    wanted = paged.expected_planes(first, p.request.k, p.k) | paged.expected_planes(second, p.request.v, p.v)
     compared = 0
     for name, plane in before.items():
         must = plane.copy()

@@ -16,6 +16,7 @@ import torch
 from qhal.interface import QuantOps
 from qhal_conformance.cases import Case
 from qhal_conformance.faults_cache import CACHE_FAULTS
+from qhal_conformance.faults_mla import MLA_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
 from qhal_conformance.faults_vq import VQ_FAULTS
@@ -57,6 +58,7 @@ _OPERATIONS = {
     "product": ("gemm",),
     "quantize": ("quantize", "contract", "gemm"),
     "cache": ("quant_kv", "hadamard", "grouped_gemm", "attention"),
+    "mla": ("quant_kv", "attention"),
     "vq": ("vq_decode", "vq_gemm"),
 }
 
@@ -67,6 +69,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("product", PRODUCT_FAULTS),
         ("quantize", QUANTIZE_FAULTS),
         ("cache", CACHE_FAULTS),
+        ("mla", MLA_FAULTS),
         ("vq", VQ_FAULTS),
     )
     for name, profile, fault, make in faults

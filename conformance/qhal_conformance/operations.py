@@ -18,6 +18,7 @@ from qhal_conformance import (
     grouped_check,
     hadamard_check,
     kv_check,
+    mla_cases,
     quantize_check,
     quantize_data,
     vq_cases,
@@ -81,7 +82,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "quant_kv",
             "codes into a paged cache, bit for bit, and nothing else",
-            kv_check.cases,
+            lambda level: kv_check.cases(level) + mla_cases.kv_cases(level),
             kv_check.run,
             kv_check.request_of,
             lambda case: kv_check.build(case).inputs_sha,
@@ -90,7 +91,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             "attention",
             "paged attention against float64, with a bound per element",
-            attention_cases.cases,
+            lambda level: attention_cases.cases(level) + mla_cases.attention_cases(level),
             attention_check.run,
             attention_check.request_of,
             lambda case: attention_check.build(case).inputs_sha,

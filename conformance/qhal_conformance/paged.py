@@ -23,11 +23,23 @@ from qhal_conformance.generator import F32, I64, Stream
 
 STATIC_SCALE = 0.0390625
 """5 / 128: what static caches of the suite are scaled with; no power of two, so dropping it shows."""
+_SHARE = {"v": 1.25, "rope": 0.75}
+"""The second of the two rows has another scale than the first, so exchanging them shows."""
+
+
+def static_scale(name: str) -> float:
+    """The static scale of the rows "k", "v", "latent" or "rope"."""
+    return STATIC_SCALE * _SHARE.get(name, 1.0)
+
+
+def names(request: KVRequest) -> tuple[str, str]:
+    """What the two rows of a cache are called in its planes."""
+    return ("latent", "rope") if request.kind == "mla" else ("k", "v")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """K or V of some tokens [T, G, D] as numbers, and what a cache must hold of them."""
+    """One of the two rows of some tokens, [T, G, D], as numbers, and what a cache must hold of them. MLA: G = 1."""
 
     x: F32
     q: QTensor
@@ -42,9 +54,15 @@ def rows(case_id: str, name: str, f: Format, shape: tuple[int, int, int], kind: 
         x = np.abs(x) + np.float32(0.25)
     x = elements.round_wide(kind, x)
     flat = x.reshape(-1, shape[-1])
-    static = np.array([STATIC_SCALE], np.float32) if is_static(f) else None
+    static = np.array([static_scale(name)], np.float32) if is_static(f) else None
     q = encode.quantize(flat, f, scale=static)
     return Rows(x, q, decode(q).value.reshape(shape))
+
+
+def given(r: Rows, request: KVRequest, dtype: torch.dtype) -> torch.Tensor:
+    """The rows as `quant_kv` takes them: [T, G, D], and without the axis of heads for MLA."""
+    x = torch.from_numpy(r.x).to(dtype)
+    return x[:, 0] if request.kind == "mla" else x
 
 
 def is_static(f: Format) -> bool:
@@ -89,9 +107,9 @@ def allocate(ops: QuantOps, request: KVRequest, pages: int, attention: tuple[Att
     """A cache in the backend's own layout, static scales set."""
     layout, planes = ops.kv_planes(request, attention=attention)
     cache = KVCache.allocate(request, pages, ops.device, planes=planes, layout=layout)
-    for name, f in (("k", request.k), ("v", request.v)):
+    for name, f in zip(names(request), (request.k, request.v), strict=True):
         if is_static(f):
-            cache.set_static(f"{name}.scale", torch.tensor([STATIC_SCALE], device=ops.device))
+            cache.set_static(f"{name}.scale", torch.tensor([static_scale(name)], device=ops.device))
     return cache
 
 
