@@ -13,7 +13,7 @@ PROFILES: dict[str, str] = {
     "weight-int4": "4-bit integer weights in groups, symmetric, with zero points and with act-order groups",
     "mx": "microscaling formats: blocks of 32 with power-of-two scales",
     "nvfp4": "4-bit floats in blocks of 16 with two-level scales",
-    "rotation": "Hadamard transforms of power-of-two order",
+    "rotation": "Hadamard transforms of order 2^k, and 12 or 28 times that, with signs; other rotations where claimed",
     "kv": "paged quantized caches and attention over them",
     "moe": "products grouped by expert",
     "mla": "paged caches of latent and rope rows, and attention of every head over them",

@@ -1,7 +1,8 @@
-"""hadamard: impulses and integers exactly, other numbers within a computed bound, H(Hx) = x, quantized in the same
-pass.
+"""hadamard: impulses and integers exactly, other numbers within a computed bound, there and back, quantized in the same
+pass; for every rotation that `rotation_chains` names.
 
-|y - ref| <= 1/2 ulp_out + log2(n) * u * |x|_1 / sqrt n, with u = 2^-24 for sums in fp32 and 2^-8 for looser classes.
+|y - ref| <= 1/2 ulp_out + gamma * u * (|x| |M1| |M2| ...), with u = 2^-24 for sums in fp32 and 2^-8 for looser classes;
+gamma is log2(n) for butterflies, min(2 sqrt k, k) for a table, a block or a factor of order k, 1 for a diagonal.
 Two transforms return x within the second bound plus what the first leaves behind, 6 sigma of its rounding.
 """
 
@@ -15,10 +16,10 @@ import torch
 from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.requests import HadamardRequest, NumericsClass
-from qhal.rotations import Hadamard, kinds
+from qhal.rotations import Hadamard, Permutation, Rotation, kinds
 from qhal.specs import Operand
 from qhal.tensors import QTensor, same_bits
-from qhal_conformance import encode, guards
+from qhal_conformance import encode, guards, rotation_chains
 from qhal_conformance.cases import Case
 from qhal_conformance.decode import numbers
 from qhal_conformance.elements import round_wide
@@ -27,31 +28,74 @@ from qhal_conformance.outcome import FailKind, Outcome
 from qhal_conformance.problem import DTYPES, Fault, claim, outcome, refusal, well_formed
 from qhal_conformance.quantize_check import compare_planes
 from qhal_conformance.remembering import remembered
+from qhal_conformance.rotation_chains import Turn
 from qhal_conformance.tolerance import Verdict, compare, ulp
 
 HADAMARD_DATA: dict[str, str] = {
     "impulse": "rows of the identity: every entry of the matrix, its sign and its order, exactly",
-    "integers": "small integers where sqrt n is a power of two: the result is exact in every class",
-    "normal": "near-normal numbers within the bound, and back by a second transform",
+    "integers": "small integers where no factor is irrational: the result is exact in every class",
+    "normal": "near-normal numbers within the bound, and back by the transposed transform",
     "outlier": "one feature 64 times larger: what rotations are for, and where a narrow sum loses the rest",
     "quantized": "quantized in the same pass: the bits of the two steps one after the other",
 }
 
 
+CHAINS: tuple[tuple[str, int, bool], ...] = (
+    ("quarot-12x4", 96, True),
+    ("quarot-28x4^T", 112, True),
+    ("quarot-12x16^T", 192, True),
+    ("signs+sylvester64", 128, True),
+    ("quarot-20x2+signs", 40, False),
+    ("quarot-52x2^T", 104, False),
+    ("kronecker8x16", 128, False),
+    ("kronecker4x-", 36, False),
+    ("kronecker-x24", 72, False),
+    ("dense32+permutation", 96, False),
+    ("permutation+diagonal", 61, False),
+)
+"""(name, features, whether a backend that has the profile must have it)"""
+_LARGER: tuple[tuple[str, int, bool], ...] = tuple(
+    (name, n, False)
+    for name, n in (
+        ("quarot-36x8", 576),
+        ("quarot-40x4^T", 160),
+        ("spinquant-44x2", 176),
+        ("quarot-60x2^T", 120),
+        ("quarot-108x2", 216),
+        ("quarot-140x2^T", 560),
+        ("quarot-156", 312),
+        ("quarot-172x2^T", 344),
+        ("quip-12x64", 768),
+        ("quip-28x8^T", 224),
+        ("diagonal+quarot-28x2+permutation+dense16", 112),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Problem:
-    """x on the host and its transform in float64."""
+    """x on the host, its transform in float64, and the sum that the transform's error is relative to."""
 
     request: HadamardRequest
-    rotation: Hadamard
+    turns: list[Turn]
     x: F32
     ref: F64
     operand: Operand | None
     inputs_sha: str
 
+    @property
+    def chain(self) -> list[Rotation]:
+        """What the backend is asked to apply."""
+        return [t.rotation for t in self.turns]
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the transpose undoes it."""
+        return all(isinstance(r, Hadamard | Permutation) for r in self.chain)
+
 
 def cases(level: int) -> list[Case]:
-    """Orders 2 to 1024 (level 1: 8192), whole rows and repeated along a longer axis."""
+    """Orders 2 to 1024 (level 1: 8192), whole rows and repeated along a longer axis; tables, signs and matrices."""
     found = []
     orders = [(2, 2), (64, 64), (128, 512), (256, 256), (1024, 1024)] + ([(4096, 4096), (8192, 8192)] * (level > 0))
     for number, (order, n) in enumerate(orders):
@@ -60,29 +104,39 @@ def cases(level: int) -> list[Case]:
                 continue  # sqrt n is no power of two
             kind = ("bf16", "fp16", "fp32")[(i + number) % 3] if data != "quantized" else "bf16"
             rows = min(n, 256) if data == "impulse" else (5, 33)[i % 2]
-            found.append(_case(order, n, rows, kind, data, guards.STORAGES[(i + number) % 3], int(order > 1024)))
-    found.append(_case(128, 128, 0, "bf16", "normal", "contiguous", 0))
-    return found
+            required = kind != "fp32" and data != "quantized" and order >= 64
+            turn = i + number
+            found.append(_case(f"sylvester{order}", n, rows, kind, data, turn, int(order > 1024), required))
+    found.append(_case("sylvester128", 128, 0, "bf16", "normal", 0, 0, True))
+    for number, (subject, n, required) in enumerate(CHAINS):
+        kind = ("bf16", "fp16")[number % 2]
+        found.append(_case(subject, n, min(n, 256), kind, "impulse", number, 0, required))
+        if number % 4 == 0:
+            found.append(_case(subject, n, (1, 17)[number % 2], "bf16", "normal", number + 1, 0, required))
+    for number, (subject, n, required) in enumerate((*CHAINS, *_LARGER) if level else ()):
+        for i, data in enumerate(("integers", "normal", "outlier", "impulse")):
+            if data != "integers" or all(t.exact for t in rotation_chains.chain(subject, "", n)):
+                kind = ("bf16", "fp16", "fp32")[(number + i) % 3]
+                found.append(_case(subject, n, 31, kind, data, number + i, 1, required and kind != "fp32"))
+    return list({case.id: case for case in found}.values())
 
 
-def _case(order: int, n: int, rows: int, kind: str, data: str, storage: str, level: int) -> Case:
-    required = kind != "fp32" and data != "quantized" and order >= 64
-    shape = (("m", rows), ("n", n))
-    return Case("hadamard", f"sylvester{order}", shape, kind, data, 0, storage, (), "rotation", level, required)
+def _case(subject: str, n: int, rows: int, kind: str, data: str, turn: int, level: int, required: bool) -> Case:
+    storage = guards.STORAGES[turn % 3]
+    return Case("hadamard", subject, (("m", rows), ("n", n)), kind, data, 0, storage, (), "rotation", level, required)
 
 
 def request_of(case: Case) -> HadamardRequest:
     """What is asked of `supports`."""
-    rotation = Hadamard(int(case.subject.removeprefix("sylvester")))
+    chain = [t.rotation for t in rotation_chains.chain(case.subject, case.id, case.size("n"))]
     quantize = Format.parse("int8.row*fp32") if case.data == "quantized" else None
-    return HadamardRequest(kinds=kinds([rotation]), n=case.size("n"), x=DTYPES[case.out], quantize=quantize)
+    return HadamardRequest(kinds=kinds(chain), n=case.size("n"), x=DTYPES[case.out], quantize=quantize)
 
 
 @remembered
 def build(case: Case) -> Problem:
     """Inputs and reference; both follow from the case's id."""
-    request = request_of(case)
-    order = int(case.subject.removeprefix("sylvester"))
+    request, turns = request_of(case), rotation_chains.chain(case.subject, case.id, case.size("n"))
     m, n = case.size("m"), case.size("n")
     g = Stream(case.id, "x")
     if case.data == "impulse":
@@ -95,16 +149,11 @@ def build(case: Case) -> Problem:
         if case.data == "outlier":
             x[:, n // 3] *= 64
     x = round_wide(case.out, x)
+    ref = x.astype(np.float64)
+    for t in turns:
+        ref = t.apply(ref)
     operand = None if request.quantize is None else Operand(request.quantize)
-    return Problem(request, Hadamard(order), x, transform(x.astype(np.float64), order), operand, fingerprint({"x": x}))
-
-
-def transform(x: F64, order: int) -> F64:
-    """x [m, n] times the natural-order Sylvester matrix / sqrt(order), on every `order` features; entry (i, j) of the
-    matrix is (-1)^popcount(i & j)."""
-    i = np.arange(order)
-    signs = 1.0 - 2.0 * (np.array([bin(v).count("1") for v in range(order)])[i[:, None] & i[None, :]] % 2)
-    return np.asarray((x.reshape(-1, order) @ signs / order**0.5).reshape(x.shape))
+    return Problem(request, turns, x, ref, operand, fingerprint({"x": x}))
 
 
 def run(case: Case, ops: QuantOps) -> Outcome:
@@ -114,12 +163,12 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     guard = guards.place(torch.from_numpy(p.x).to(dtype), case.storage, device)
     granted = claim(ops, p.request)
     if granted is None:
-        return refusal(ops, p.request, lambda: ops.hadamard(guard.view, [p.rotation], quantize=p.operand))
+        return refusal(ops, p.request, lambda: ops.hadamard(guard.view, p.chain, quantize=p.operand))
     if p.operand is not None:
         return _quantized(case, ops, p, p.operand, guard)
     shape = tuple(guard.view.shape)
-    first = well_formed(ops.hadamard(guard.view, [p.rotation]), "hadamard", shape, dtype, device)
-    prepared = ops.prepare([p.rotation], p.request)
+    first = well_formed(ops.hadamard(guard.view, p.chain), "hadamard", shape, dtype, device)
+    prepared = ops.prepare(p.chain, p.request)
     target = guards.poisoned(shape, dtype, case.storage, device)
     second = well_formed(ops.hadamard(guard.view, prepared, out=target.view), "hadamard(out=)", shape, dtype, device)
     ops.synchronize()
@@ -133,8 +182,9 @@ def run(case: Case, ops: QuantOps) -> Outcome:
         raise Fault(FailKind.NONDETERMINISTIC, "the chain and the prepared chain differ")
     bound = _bound(case, p, granted.numerics, p.x)
     verdict = compare(numbers(second).astype(np.float64), p.ref, bound, case.out)
-    if verdict.kind is None and case.data in ("normal", "outlier"):
-        verdict = _involution(case, ops, p, second, bound, granted.numerics)
+    if verdict.kind is None and case.data in ("normal", "outlier") and p.orthogonal:
+        back = _there_and_back(case, ops, p, second, bound, granted.numerics)
+        verdict = back if back.worst is not None else verdict
     return outcome(verdict, granted.numerics, p.ref.size, granted.support)
 
 
@@ -143,32 +193,37 @@ def _unit(numerics: NumericsClass) -> float:
 
 
 def _bound(case: Case, p: Problem, numerics: NumericsClass, x: F32) -> F64:
-    order = p.rotation.n
     half = 0.5 * ulp(case.out, p.ref) * (1 + 2.0**-7)
-    if case.data == "integers" or (case.data == "impulse" and order.bit_length() % 2):
+    exact = all(t.exact for t in p.turns)
+    if case.data == "integers" or (case.data == "impulse" and exact and len(p.turns) == 1):
         return np.asarray(half)
-    blocks = np.abs(x.astype(np.float64)).reshape(-1, order).sum(axis=1, keepdims=True)
-    stages = max(np.log2(order), 1.0) * _unit(numerics) * blocks / order**0.5
-    return np.asarray(half + np.broadcast_to(stages, (blocks.shape[0], order)).reshape(x.shape))
+    size, gamma = np.abs(x.astype(np.float64)), 0.0
+    for t in p.turns:
+        size, gamma = t.apply(size, np.abs), gamma + t.gamma
+    return np.asarray(half + gamma * _unit(numerics) * size)
 
 
-def _involution(case: Case, ops: QuantOps, p: Problem, y: torch.Tensor, first: F64, n: NumericsClass) -> Verdict:
-    """H(Hx) against x: the error of Hx, spread by the second transform, plus the second transform's own."""
-    back = ops.hadamard(y.contiguous(), [p.rotation])
+def _there_and_back(case: Case, ops: QuantOps, p: Problem, y: torch.Tensor, first: F64, n: NumericsClass) -> Verdict:
+    """x M M^T against x: the error of x M, spread by the second transform, plus the second transform's own."""
+    inverse = [r.inverse() for r in reversed(p.chain)]
+    if not ops.supports(replace(p.request, kinds=kinds(inverse))):
+        return Verdict(None, "", None, 0.0)
+    back = ops.hadamard(y.contiguous(), inverse)
     ops.synchronize()
-    order = p.rotation.n
-    again = replace(p, ref=p.x.astype(np.float64))
-    spread = np.sqrt((first.reshape(-1, order) ** 2).sum(axis=1, keepdims=True) / order)
-    spread = np.broadcast_to(6 * 0.58 * spread, (first.size // order, order)).reshape(first.shape)
-    bound = _bound(case, again, n, numbers(y)) + spread
+    turns = [t.transposed() for t in reversed(p.turns)]
+    again = replace(p, turns=turns, ref=p.x.astype(np.float64))
+    spread = first**2
+    for t in turns:
+        spread = t.apply(spread, np.square)
+    bound = _bound(case, again, n, numbers(y)) + 6 * 0.58 * np.sqrt(spread)
     got = well_formed(back, "hadamard", tuple(y.shape), y.dtype, ops.device)
     return compare(numbers(got).astype(np.float64), again.ref, bound, case.out)
 
 
 def _quantized(case: Case, ops: QuantOps, p: Problem, to: Operand, guard: guards.Guarded) -> Outcome:
     """One pass against the two steps: rotate and round, then quantize by the suite's own rule."""
-    y = ops.hadamard(guard.view, [p.rotation])
-    q = ops.hadamard(guard.view, [p.rotation], quantize=to)
+    y = ops.hadamard(guard.view, p.chain)
+    q = ops.hadamard(guard.view, p.chain, quantize=to)
     ops.synchronize()
     if not isinstance(q, QTensor) or not isinstance(y, torch.Tensor):
         raise Fault(FailKind.RETURN, f"hadamard(quantize=) returned {type(q).__name__}, must be a QTensor")

@@ -19,6 +19,7 @@ from qhal_conformance.faults_cache import CACHE_FAULTS
 from qhal_conformance.faults_mla import MLA_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
+from qhal_conformance.faults_rotation import ROTATION_FAULTS
 from qhal_conformance.faults_vq import VQ_FAULTS
 from qhal_conformance.faults_weight import WEIGHT_FAULTS
 from qhal_conformance.operations import catalogue
@@ -58,6 +59,7 @@ _OPERATIONS = {
     "product": ("gemm",),
     "quantize": ("quantize", "contract", "gemm"),
     "cache": ("quant_kv", "hadamard", "grouped_gemm", "attention"),
+    "rotation": ("hadamard",),
     "mla": ("quant_kv", "attention"),
     "vq": ("vq_decode", "vq_gemm"),
 }
@@ -69,6 +71,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("product", PRODUCT_FAULTS),
         ("quantize", QUANTIZE_FAULTS),
         ("cache", CACHE_FAULTS),
+        ("rotation", ROTATION_FAULTS),
         ("mla", MLA_FAULTS),
         ("vq", VQ_FAULTS),
     )

@@ -72,7 +72,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "hadamard",
-            "rotations of power-of-two order: exact probes, bound, and back",
+            "rotations alone and in chains: exact probes, bound, and back",
             hadamard_check.cases,
             hadamard_check.run,
             hadamard_check.request_of,
