@@ -14,7 +14,7 @@ class Status(str, Enum):
     FAIL = "fail"
     """Executed, or claimed, and something did not hold; the kind says what."""
     ERROR = "error"
-    """The suite could not finish the case: the backend raised an exception of its own."""
+    """The suite could not finish the case: the backend raised an exception of its own, crashed or did not end."""
     UNSUPPORTED = "unsupported"
     """The backend said beforehand that it does not execute this. Data, never a pass."""
     SKIP = "skip"
@@ -53,7 +53,9 @@ class FailKind(str, Enum):
     CLAIM = "claim"
     """`supports` claims it and the call raises UnsupportedError, or the declared class is not the one asked for."""
     RETURN = "return"
-    """The call returned something that is no tensor."""
+    """The call returned something of another type than the contract's."""
+    GLOBAL_STATE = "global_state"
+    """A setting that the whole process shares (default dtype, threads, random state, ...) was changed."""
 
 
 @dataclass(frozen=True)
