@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 import qhal
 from qhal.errors import QhalError
 from qhal.interface import QuantOps
-from qhal_conformance import describe, report, table
+from qhal_conformance import describe, isolated, report, table
 from qhal_conformance.cases import Case, find
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.runner import Record, run_case, run_cases
@@ -67,13 +68,19 @@ def run(
     level: Level = 0,
     out: Annotated[Path | None, typer.Option("--out", help="folder for report.json and report.md")] = None,
     only: Filter = "",
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0.1, help="seconds that one case may take; 60 at level 0, 300 above by default"),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="for debuggers: no process of its own, no timeout, output where it is")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the cases of a level and judge the backend.
+    """Run the cases of a level and judge the backend, in a process that it may crash, hang or fill.
 
     Example: `qhal conformance run --backend cpu_reference --level 0 --out results`
     """
-    ops = _select(backend)
     cases = _chosen(level, only)
     console = Console(stderr=as_json)
     start = time.perf_counter()
@@ -89,8 +96,8 @@ def run(
         def seen(record: Record) -> None:
             bar.update(task, advance=1, description=f"{backend} {record.case.operation}")
 
-        records = run_cases(ops, cases, seen)
-    found = report.build(ops, backend, records, level, only, time.perf_counter() - start)
+        about, records = _ran(backend, cases, timeout, in_process, seen)
+    found = report.build(about, backend, records, level, only, time.perf_counter() - start)
     if out is not None:
         try:
             written = report.save(found, out, table.markdown(found))
@@ -104,6 +111,25 @@ def run(
             console.print(f"written: {written[0]} {written[1]}", highlight=False, soft_wrap=True)
     bad = found["counts"]["fail"] + found["counts"]["error"]
     raise typer.Exit(1 if found["verdict"] in ("fail", "error") or bad else 0)
+
+
+def _ran(
+    backend: str, cases: list[Case], timeout: float | None, in_process: bool, seen: Callable[[Record], None]
+) -> tuple[QuantOps | dict[str, Any], list[Record]]:
+    """What the report says of the backend, and the records of its cases."""
+    if in_process:
+        ops = _select(backend)
+        return ops, run_cases(ops, cases, seen)
+    records = []
+    try:
+        session = isolated.Session(backend, timeout=timeout)
+    except QhalError as error:
+        raise _usage(str(error)) from None
+    with session:
+        for case in cases:
+            records.append(session.run(case))
+            seen(records[-1])
+    return session.about, records
 
 
 @app.command("list")

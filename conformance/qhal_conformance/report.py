@@ -25,12 +25,9 @@ SCHEMA = 1
 """Version of the report's fields; `verify` refuses others."""
 
 
-def build(ops: QuantOps, spec: str, records: Sequence[Record], level: int, only: str, seconds: float) -> dict[str, Any]:
-    """The report of one run. only: the filter of a partial run, "" for a whole one; a partial run has no verdict."""
-    cases = [case_entry(record, spec) for record in records]
-    found: dict[str, Any] = {
-        "schema": SCHEMA,
-        "suite": {"version": SUITE_VERSION, "mustpass": mustpass.sha(level)},
+def about(ops: QuantOps, spec: str) -> dict[str, Any]:
+    """What a report says of a backend, its device and where it ran; made in the process in which it was asked."""
+    return {
         "interface": list(INTERFACE_VERSION),
         "backend": _backend(ops, spec),
         "device": _device(ops, spec),
@@ -41,6 +38,21 @@ def build(ops: QuantOps, spec: str, records: Sequence[Record], level: int, only:
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
         },
+    }
+
+
+def build(
+    backend: QuantOps | dict[str, Any], spec: str, records: Sequence[Record], level: int, only: str, seconds: float
+) -> dict[str, Any]:
+    """The report of one run. only: the filter of a partial run, "" for a whole one; a partial run has no verdict.
+
+    backend: the backend, or what `about` said of it in another process
+    """
+    cases = [case_entry(record, spec) for record in records]
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "suite": {"version": SUITE_VERSION, "mustpass": mustpass.sha(level)},
+        **(about(backend, spec) if isinstance(backend, QuantOps) else backend),
         "evidence": "L3 device",
         "level": level,
         "filter": only,
@@ -155,7 +167,9 @@ def _device(ops: QuantOps, spec: str) -> dict[str, Any]:
     if isinstance(state, Available):
         for device in state.devices:
             if not index or str(device.index) == index:
-                found.update(arch=device.arch, count=len(state.devices), facts=dict(device.facts))
+                found.update(
+                    arch=device.arch, count=len(state.devices), facts={str(k): str(v) for k, v in device.facts.items()}
+                )
                 break
     return found
 
