@@ -35,6 +35,7 @@ lint: dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	MYPYPATH=conformance/qhal_conformance/kit/template $(BIN)/mypy --config-file= --strict --untyped-calls-exclude torch -p qhal_acme
 	PYTHONPATH= $(BIN)/lint-imports
 
 format: dev

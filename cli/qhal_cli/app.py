@@ -10,6 +10,7 @@ import typer
 import qhal
 from qhal_cli import checkpoints, inspecting, machine, text
 from qhal_cli.convert import convert
+from qhal_cli.new_backend import new_backend
 from qhal_conformance.commands import app as conformance
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app.command()(checkpoints.dequantize)
 app.command()(checkpoints.quantize)
 app.command()(convert)
 app.command()(text.generate)
+app.command()(new_backend)
 app.add_typer(conformance, name="conformance")
 
 for _point in entry_points(group="qhal.cli"):
