@@ -11,6 +11,7 @@ import qhal
 from qhal_cli import checkpoints, inspecting, machine, text
 from qhal_cli.convert import convert
 from qhal_cli.new_backend import new_backend
+from qhal_cli.selftest import selftest
 from qhal_conformance.commands import app as conformance
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command()(checkpoints.dequantize)
 app.command()(checkpoints.quantize)
 app.command()(convert)
 app.command()(text.generate)
+app.command()(selftest)
 app.command()(new_backend)
 app.add_typer(conformance, name="conformance")
 

@@ -1,0 +1,192 @@
+"""Which cases show that a request of an engine is executed rightly: those of the catalogue, and some made for it.
+
+A case covers a request if `supports` is asked the same for both, sizes aside (`form`). So a new operation or format of
+the catalogue covers requests by itself; what has no case is said, never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from qhal.elements import dtype_name
+from qhal.errors import QhalError
+from qhal.formats import Format
+from qhal.requests import (
+    AttentionRequest,
+    GemmRequest,
+    GroupedRequest,
+    HadamardRequest,
+    KVRequest,
+    QuantizeRequest,
+    Request,
+)
+from qhal_conformance.cases import Case
+from qhal_conformance.operations import OPERATIONS, catalogue
+
+MULTIPLY_ADDS = 1 << 24
+"""The most that a case may cost; n is cut to it, K never: the sum is what is tested."""
+_WEIGHT = 1 << 21
+_DATA = ("onehot", "codes", "outlier", "normal")
+_ROWS = (16, 1, 17, 64)
+PROFILE = "selftest"
+
+
+@dataclass(frozen=True)
+class Need:
+    """One request that an engine will make. static: its x has a given scale (a request does not say)."""
+
+    request: Request
+    static: bool = False
+
+    @property
+    def form(self) -> Need:
+        """The same without sizes: needs of one form are executed by the same kernels."""
+        return Need(form(self.request), self.static)
+
+    def __str__(self) -> str:
+        return f"{self.request}{' static input' if self.static else ''}"
+
+
+def form(request: Request) -> Request:
+    """The request with every size, and every number that is only an argument, replaced by one value."""
+    if isinstance(request, GemmRequest):
+        w = request.w.storage if isinstance(request.w, Format) else request.w
+        return replace(
+            request, w=w, n=1, k=1, m=(1, 1), out=None, bias=False, graph=False, batch_invariant=False, numerics=None
+        )
+    if isinstance(request, GroupedRequest):
+        gemm = form(request.gemm)
+        assert isinstance(gemm, GemmRequest)
+        return replace(request, gemm=gemm, experts=1, top_k=1)
+    if isinstance(request, KVRequest):
+        same = request.k_dim == request.v_dim
+        dims = (1, 1) if same else (request.k_dim, request.v_dim)
+        return replace(request, heads=1, k_dim=dims[0], v_dim=dims[1], page=1)
+    if isinstance(request, AttentionRequest):
+        kv = form(request.kv)
+        assert isinstance(kv, KVRequest)
+        window, cap = (None if v is None else 1 for v in (request.window, request.softcap))
+        found = replace(request, kv=kv, heads=1, scale=1.0, window=window, softcap=cap)
+        return replace(found, lse=False, graph=False, batch_invariant=False)
+    if isinstance(request, HadamardRequest):
+        return replace(request, n=1)
+    return request
+
+
+def cases_for(need: Need) -> list[Case]:
+    """Cases that cover a need, the most telling first: made for its sizes and of the catalogue in turns; [] if none."""
+    made = [case for case in _made(need) if covers(case, need)]
+    listed = [case for case in catalogue(0) if case.required and covers(case, need)]
+    listed.sort(key=lambda case: _DATA.index(case.data) if case.data in _DATA else len(_DATA))
+    found = []
+    for i in range(max(len(made), len(listed))):
+        found += made[i : i + 1] + listed[i : i + 1]
+    return list({case.id: case for case in found}.values())
+
+
+def covers(case: Case, need: Need) -> bool:
+    """Whether a case asks for the same kernels."""
+    try:
+        asked = OPERATIONS[case.operation].request(case)
+    except (QhalError, ValueError):  # the suite has no word for such a format
+        return False
+    return asked is not None and Need(asked, case.has("static")).form == need.form
+
+
+def _made(need: Need) -> Iterator[Case]:
+    """Cases for this very request at its own sizes; `covers` judges whether they are what was asked."""
+    request = need.request
+    if isinstance(request, GemmRequest):
+        yield from _gemm(request, need.static)
+    elif isinstance(request, GroupedRequest) and not need.static:
+        yield from _grouped(request)
+    elif isinstance(request, QuantizeRequest):
+        options = ("static",) * need.static
+        for data in ("grid", "codes", "zero", "ties"):
+            shape = (("m", 17), ("k", 256))
+            yield _case("quantize", str(request.format), shape, request.x, data, options)
+    elif isinstance(request, HadamardRequest) and request.kinds and isinstance(request.kinds[0][1], int):
+        for data in ("normal", "impulse", "outlier"):
+            yield _case("hadamard", f"sylvester{request.kinds[0][1]}", (("m", 5), ("n", request.n)), request.x, data)
+    elif isinstance(request, KVRequest) and _paged(request):
+        subject = str(request.k) if request.k == request.v else f"{request.k}~{request.v}"
+        sizes = (("t", 37), ("g", request.heads), ("d", request.k_dim), ("p", request.page))
+        for data in ("scattered", "positive"):
+            yield _case("quant_kv", subject, sizes, torch.bfloat16, data)
+    elif isinstance(request, AttentionRequest) and _paged(request.kv):
+        yield from _attention(request)
+
+
+def _gemm(r: GemmRequest, static: bool) -> Iterator[Case]:
+    x = r.x[0]
+    subject = str(r.w) if x.plain else f"{r.w}~{x}"
+    out = x.element if x.plain else "bf16" if r.out is None else dtype_name(r.out)
+    options = ("gidx",) * r.group_index + ("static",) * static + ("bias",) * r.bias
+    for data, rows in zip(_DATA, _ROWS, strict=True):
+        shape = (("m", rows), ("n", _rows_of(r.n, r.k, rows)), ("k", r.k))
+        yield Case("gemm", subject, shape, out, data, 0, "contiguous", options, PROFILE, 1, False)
+
+
+def _grouped(r: GroupedRequest) -> Iterator[Case]:
+    gemm = r.gemm
+    x = gemm.x[0]
+    subject = str(gemm.w) if x.plain else f"{gemm.w}~{x}"
+    out = x.element if x.plain else "bf16"
+    acted = ("silu",) if r.activation is not None else ()
+    shape = (("e", 5), ("n", _rows_of(gemm.n, gemm.k, 66)), ("k", gemm.k))
+    for data, counts in (("onehot", "uneven"), ("codes", "one"), ("normal", "uneven")):
+        options = (r.groups, *("bias",) * gemm.bias, *acted, counts)
+        yield Case("grouped_gemm", subject, shape, out, data, 0, "contiguous", options, PROFILE, 1, False)
+
+
+def _attention(r: AttentionRequest) -> Iterator[Case]:
+    out = dtype_name(r.out)
+    plain = Format(out)
+    batch = {"decode": 0, "prefill": 1, "mixed": 2}[r.phase]
+    options = tuple(
+        word
+        for word, wanted in (
+            ("full", not r.causal),
+            ("window", r.window is not None),
+            ("softcap", r.softcap is not None),
+            ("sinks", r.sinks),
+            ("tree", r.tree),
+            (f"q={r.q}", r.q != plain),
+            (f"p={r.p}", r.p != plain),
+        )
+        if wanted
+    )
+    sizes = (("l", batch), ("h", r.heads), ("g", r.kv.heads), ("d", r.kv.k_dim), ("p", r.kv.page))
+    for data in ("uniform", "normal", "positive"):
+        yield _case("attention", str(r.kv.k), sizes, r.out, data, options)
+
+
+def _paged(r: KVRequest) -> bool:
+    """Whether the suite can fill such a cache: plain scales, computed per row or group or one for all; no zero points.
+
+    Where it does not know how a scale is given, its expectation would be the one that is wrong.
+    """
+    kinds = {f.block.kind for f in (r.k, r.v) if f.block is not None}
+    plain = all(f.zero is None and f.offset is None and (f.scale is None or f.scale.plain) for f in (r.k, r.v))
+    return plain and kinds <= {"tensor", "row", "group"}
+
+
+def _case(
+    operation: str,
+    subject: str,
+    shape: tuple[tuple[str, int], ...],
+    dtype: torch.dtype,
+    data: str,
+    options: tuple[str, ...] = (),
+) -> Case:
+    # level 1: its inputs are not kept beside those of the small cases
+    return Case(operation, subject, shape, dtype_name(dtype), data, 0, "contiguous", options, PROFILE, 1, False)
+
+
+def _rows_of(n: int, k: int, rows: int) -> int:
+    """n, or the largest part of it in steps of 16 that stays within the cost of a case."""
+    most = max(min(MULTIPLY_ADDS // (rows * k), _WEIGHT // k), 16)
+    return n if n <= most else most // 16 * 16
