@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qhal_schemes import packing
+from qhal_schemes import lanes, packing
 from qhal_schemes.gptq import _WORD
 
 BITS = st.integers(1, 8)
@@ -66,7 +66,7 @@ def test_widths_that_divide_a_word_have_one_packing(bits: int) -> None:
 @given(BITS, st.integers(0, 1000))
 def test_signed_is_the_offset_and_comes_back(bits: int, seed: int) -> None:
     fields = random_codes(seed, bits, 4, 9)
-    codes = packing.signed(fields.clone(), bits)
+    codes = packing.unpack(packing.pack(fields, bits), bits, 9, negative=True)
     assert torch.equal(codes.long(), fields.long() - (1 << (bits - 1)))
     assert torch.equal(packing.unsigned(codes, bits), fields)
 
@@ -128,10 +128,10 @@ def test_a_few_rows_at_a_time_change_nothing(bits: int, aligned: bool, part: int
     codes = random_codes(bits, bits, 2, 9, 70)
     packed = packing.pack(codes, bits, aligned=aligned)
     before = packed.clone()
-    with mock.patch.object(packing, "PART", part):
-        fields = packing.unpack(packed, bits, 70, aligned=aligned)
-        assert torch.equal(fields, codes)
-        packing.signed(fields, bits)
+    with mock.patch.object(lanes, "STEP", part):
+        assert torch.equal(packing.unpack(packed, bits, 70, aligned=aligned), codes)
+        negative = packing.unpack(packed, bits, 70, aligned=aligned, negative=True)
+        assert negative.dtype == torch.int8 and torch.equal(packing.unsigned(negative, bits), codes)
         words = packing.pack_awq(random_codes(1, 4, 24, 11))
         assert torch.equal(packing.unpack_awq(words), random_codes(1, 4, 24, 11))
     assert torch.equal(packed, before), "the file's own bytes stay as they are"

@@ -16,7 +16,8 @@ import qhal
 from qhal.errors import CheckpointError
 from qhal.groups import Offsets
 from qhal_schemes import Checkpoint, CheckpointWarning, open_checkpoint
-from qhal_schemes.packing import pack, pack_nibbles, pack_order, unpack_order, unpack_six
+from qhal_schemes.lanes import unpack_order
+from qhal_schemes.packing import pack, pack_nibbles, pack_order, unpack_six
 
 Write = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

@@ -11,6 +11,13 @@ from torch import Tensor
 from qhal.parts import PART
 from qhal_schemes.source import TensorIndex
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INFINITE = {
+    torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float16: 0x7C00, torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000,
+}  # fmt: skip
+"""The bits of the smallest magnitude that is no finite number."""
+
 
 def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = False, positive: bool = False) -> None:
     """Scales must be finite and, unless a format rounds small ones to zero, not zero. E8M0 bytes: 255 is NaN.
@@ -18,8 +25,9 @@ def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = Fal
     Scales of weights may be negative (some tools use the code -8 for the largest value), those of inputs may not.
     """
     if values.dtype == torch.uint8 or values.dtype == torch.float8_e8m0fnu:
-        nan = int((values.view(torch.uint8) == 255).sum())
-        if nan:
+        exponents = values.view(torch.uint8)
+        if exponents.numel() and int(exponents.amax()) == 255:
+            nan = int((exponents == 255).sum())
             raise index.bad(name, "exponents below 255 (NaN)", f"{nan} of {values.numel()} are 255")
         return
     if zero_ok and values.dtype == torch.float8_e4m3fn and not positive:
@@ -29,16 +37,24 @@ def scales(index: TensorIndex, name: str, values: Tensor, *, zero_ok: bool = Fal
                 name, "finite scales", f"{nan} NaN, 0 Inf, {int((values.float() == 0).sum())} zero of {values.numel()}"
             )
         return
-    numbers = values.float() if values.dtype.itemsize == 1 else values
-    good = (numbers > 0).all() if positive else (numbers != 0).all()
-    if bool(torch.isfinite(numbers).all()) and (zero_ok or bool(good)):
+    if _sound(values, zero_ok, positive):
         return
+    numbers = values.float() if values.dtype.itemsize == 1 else values
     if positive and bool((numbers < 0).any()):
         raise index.bad(name, "positive scales", f"{int((numbers < 0).sum())} negative of {numbers.numel()}")
     nan, inf = int(torch.isnan(numbers).sum()), int(torch.isinf(numbers).sum())
     zero = int((numbers == 0).sum())
     expected = "finite scales" if zero_ok else "finite scales that are not zero"
     raise index.bad(name, expected, f"{nan} NaN, {inf} Inf, {zero} zero of {numbers.numel()}")
+
+
+def _sound(values: Tensor, zero_ok: bool, positive: bool) -> bool:
+    """Whether floats are finite and, unless zero_ok, not zero (positive: above it), from their bits in two passes."""
+    if not values.numel():
+        return True
+    bits = values.contiguous().view(_BITS[values.dtype.itemsize])
+    least, most = (int(v) for v in torch.aminmax(bits & torch.iinfo(bits.dtype).max))
+    return most < _INFINITE[values.dtype] and (zero_ok or (int(bits.amin()) if positive else least) > 0)
 
 
 def finite(index: TensorIndex, name: str, values: Tensor) -> None:

@@ -18,7 +18,7 @@ from qhal.formats import Format
 from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.ct_config import FLOAT, INT, MXFP4, MXFP6, MXFP8, NAIVE, NVFP4, PACKED, Group, weight_format
-from qhal_schemes.packing import signed, unpack, unpack_bits, unpack_nibbles, unpack_six, words
+from qhal_schemes.packing import unpack, unpack_bits, unpack_nibbles, unpack_six, words
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.source import WIDE, TensorIndex
 
@@ -93,10 +93,10 @@ def _codes(index: TensorIndex, module: str, group: Group, stored: Stored, t: dic
     if fmt == PACKED and "compressed" not in t:
         packed, k = t["weight_packed"], stored.k
         capacity = packed.shape[1] * (32 // a.bits) if stored.aligned else packed.shape[1] * 32 // a.bits
-        fields = unpack(packed, a.bits, capacity, aligned=stored.aligned)
-        if bool(fields[:, k:].any()):  # where no grid says K, a wrong weight_shape shows only here
+        codes = unpack(packed, a.bits, capacity, aligned=stored.aligned, negative=True)
+        if bool((codes[:, k:] != -(1 << (a.bits - 1))).any()):  # where no grid says K, a wrong shape shows only here
             raise index.bad(f"{module}.weight_packed", f"zeros behind the {k} columns of weight_shape", "other codes")
-        return signed(fields[:, :k].contiguous(), a.bits)
+        return codes[:, :k].contiguous()
     if fmt in (NVFP4, MXFP4):
         return unpack_nibbles(t["weight_packed"])
     if fmt == MXFP6:
@@ -122,8 +122,7 @@ def _zero(
             raise index.bad(name, "zeros, as symmetric is true", "other values")
         return None
     if zero.dtype == torch.int32:
-        packed = unpack(zero.t().contiguous(), a.bits, stored.n, aligned=stored.aligned)
-        return signed(packed, a.bits).t().contiguous()
+        return unpack(zero.t(), a.bits, stored.n, aligned=stored.aligned, negative=True).t().contiguous()
     checks.code_range(index, name, zero, a.bits)
     return zero.reshape(grid)
 

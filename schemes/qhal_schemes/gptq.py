@@ -27,6 +27,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig, integer
 from qhal_schemes.evidence import Family
+from qhal_schemes.lanes import transpose
 from qhal_schemes.matching import PathPatterns, compile_pattern
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack, words, wrap
@@ -140,7 +141,7 @@ class GPTQMapping(SchemeMapping):
             checks.finite(self.index, f"{module}.bias", bias)
         weight = QTensor(
             format=f.weight,
-            codes=unpack(t[f"{module}.qweight"].t().contiguous(), s.bits, f.k),
+            codes=unpack(transpose(t[f"{module}.qweight"]), s.bits, f.k),
             scale=scale.t().contiguous(),
             zero=self._zeros(module, t[f"{module}.qzeros"], s, f.n).t().contiguous(),
             group_index=g_idx.contiguous() if g_idx is not None and f.group_index else None,

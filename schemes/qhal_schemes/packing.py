@@ -1,18 +1,16 @@
 """Packing: small codes inside larger words, as files hold them, to one code per byte and back. Exact both ways.
 
-Every packing is little endian: code 0 sits in the lowest bits. Nothing here knows a format. Codes are spread inside
-wide integers, several at a time and some rows at a time: the temporaries of a few rows stay in the cache.
+Every packing is little endian: code 0 sits in the lowest bits. Nothing here knows a format; `lanes` moves the bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from qhal.parts import PART
+from qhal_schemes.lanes import empty, spread_bytes, unpack_columns, unpack_fields, unpack_stream
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ's gemm order: logical column j of a run of eight sits in nibble AWQ_NIBBLES[j] (AutoAWQ, WQLinear_GEMM)."""
@@ -23,33 +21,25 @@ def words(count: int, bits: int, *, aligned: bool = False) -> int:
     return -(-count // (32 // bits)) if aligned else -(-count * bits // 32)
 
 
-def unpack(packed: Tensor, bits: int, count: int, *, aligned: bool = False) -> Tensor:
-    """Codes uint8 [..., count] from int32 [..., words(count, bits)]; 1 to 8 bits, of 8 a view where that is possible.
+def unpack(packed: Tensor, bits: int, count: int, *, aligned: bool = False, negative: bool = False) -> Tensor:
+    """Codes [..., count] from int32 [..., words(count, bits)]; 1 to 8 bits, of 8 a view where that is possible.
 
-    dense    one bit stream, codes straddle words (3, 5, 6, 7 bits: 32 codes in `bits` words)
-    aligned  32 // bits codes in every word, the top bits unused
+    dense     one bit stream, codes straddle words (3, 5, 6, 7 bits: 32 codes in `bits` words)
+    aligned   32 // bits codes in every word, the top bits unused
+    negative  int8 code = field - 2^(bits-1), else uint8
     """
-    per_run, run = _run(bits, aligned)
+    _, run = _run(bits, aligned)
+    minus = 1 << (bits - 1) if negative else 0
     if bits == 8:
-        return _bytes(packed)[..., :count]
+        codes = _bytes(packed)[..., :count]
+        return codes.bitwise_xor(0x80).view(torch.int8) if negative else codes
     if 32 % bits == 0:
-        return _spread_bytes(_bytes(packed), bits)[..., :count].contiguous()
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % run))
-    codes = torch.empty(*packed.shape[:-1], packed.shape[-1] // run * per_run, dtype=torch.uint8, device=packed.device)
-    for source, target in _rows(packed, codes):
-        if aligned:
-            for j in range(per_run):
-                target[:, j::per_run] = (source >> (j * bits)) & ((1 << bits) - 1)
-            continue
-        words64 = source.unflatten(-1, (-1, run)).long() & 0xFFFFFFFF
-        eights = target.view(torch.int64).unflatten(-1, (-1, per_run // 8))
-        for i in range(per_run // 8):  # eight codes are `bits` bytes, from one to three words
-            word, shift = divmod(8 * bits * i, 32)
-            value = words64[..., word] >> shift
-            for j in range(1, -(-(shift + 8 * bits) // 32)):
-                value |= words64[..., word + j] << (32 * j - shift)
-            eights[..., i] = value
-        _spread(target.view(torch.int64), 8, bits)
+        codes = spread_bytes(_bytes(packed), bits, minus=minus)
+    elif aligned:
+        codes = unpack_fields(packed, bits, minus)
+    else:
+        short = -packed.shape[-1] % run
+        codes = unpack_stream(torch.nn.functional.pad(packed, (0, short)) if short else packed, bits, minus)
     return codes[..., :count].contiguous()
 
 
@@ -94,21 +84,14 @@ def wrap(values: Tensor) -> Tensor:
     return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32).contiguous()
 
 
-def signed(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes from fields stored with an offset of 2^(bits-1): field - 2^(bits-1). May change its argument."""
-    if bits == 8:  # these fields may be the file's own bytes
-        return codes.bitwise_xor(0x80).view(torch.int8)
-    return codes.view(torch.int8).sub_(1 << (bits - 1))
-
-
 def unsigned(codes: Tensor, bits: int) -> Tensor:
-    """uint8 fields code + 2^(bits-1) from int8 codes; the inverse of `signed`."""
+    """uint8 fields code + 2^(bits-1) from int8 codes; the inverse of `unpack(negative=True)` field by field."""
     return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
 
 def unpack_nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:
     """uint8 [..., 2n] from uint8 [..., n], even positions in the low nibble, or (high_first) in the high one."""
-    return _spread_bytes(((packed << 4) | (packed >> 4)) if high_first else packed.contiguous(), 4)
+    return spread_bytes(packed, 4, high_first=high_first)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -118,12 +101,14 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, dim: int) -> Tensor:
     """int8 codes -8..7 from int8 or uint8 pairs along `dim`: even positions in the low nibble, two's complement."""
-    fields, dim = packed.view(torch.uint8), dim % packed.dim()
-    shape = [n * 2 if axis == dim else n for axis, n in enumerate(packed.shape)]
-    codes = torch.empty(shape, dtype=torch.int8, device=packed.device)
+    dim = dim % packed.dim()
+    if dim == packed.dim() - 1:
+        return spread_bytes(packed.view(torch.uint8), 4, flip=8, minus=8)
+    signed = packed.contiguous().view(torch.int8)
+    codes = empty([n * 2 if axis == dim else n for axis, n in enumerate(packed.shape)], torch.int8, packed.device)
     even, odd = torch.unbind(codes.unflatten(dim, (-1, 2)), dim + 1)
-    torch.bitwise_right_shift((fields << 4).view(torch.int8), 4, out=even)  # an arithmetic shift copies the sign
-    torch.bitwise_right_shift(fields.view(torch.int8), 4, out=odd)
+    torch.bitwise_left_shift(signed, 4, out=even).bitwise_right_shift_(4)  # an arithmetic shift copies the sign
+    torch.bitwise_right_shift(signed, 4, out=odd)
     return codes
 
 
@@ -135,25 +120,11 @@ def pack_int4(codes: Tensor, dim: int) -> Tensor:
 
 def unpack_awq(packed: Tensor) -> Tensor:
     """uint8 codes [N, K] from AWQ's int32 [K, N/8], nibbles in the order of AWQ_NIBBLES."""
-    columns, rows = packed.shape
-    codes = torch.empty(rows, 8, columns, dtype=torch.uint8, device=packed.device)
-    for source, target in _rows(packed.t().contiguous(), codes.flatten(1), 8 * PART):
-        for j, nibble in enumerate(AWQ_NIBBLES):
-            target[:, j * columns : (j + 1) * columns] = source >> (4 * nibble)
-        target &= 15
-    return codes.view(rows * 8, columns)
-
-
-def unpack_order(packed: Tensor) -> Tensor:
-    """uint8 codes [..., 8n] from int32 [..., n] in the order of AWQ_NIBBLES, along the axis that was packed."""
-    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
-    for j, nibble in enumerate(AWQ_NIBBLES):
-        codes[..., j] = (packed >> (4 * nibble)) & 15
-    return codes.flatten(-2)
+    return unpack_columns(packed, paired=True)
 
 
 def pack_order(codes: Tensor) -> Tensor:
-    """int32 [..., n] from codes [..., 8n]; the inverse of `unpack_order`."""
+    """int32 [..., n] from codes [..., 8n]; the inverse of `lanes.unpack_order`."""
     runs = codes.unflatten(-1, (-1, 8)).long() & 15
     packed = torch.zeros(runs.shape[:-1], dtype=torch.int64, device=codes.device)
     for j, nibble in enumerate(AWQ_NIBBLES):
@@ -184,47 +155,12 @@ def pack_six(codes: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """bool [..., count] from uint8 [..., ceil(count / 8)], bit i of byte j is position 8j + i."""
-    return _spread_bytes(packed.contiguous(), 1).view(torch.bool)[..., :count]
+    return spread_bytes(packed, 1).view(torch.bool)[..., :count]
 
 
 def _bytes(words: Tensor) -> Tensor:
     """uint8 [..., 4n] of int32 [..., n]. Flat between: an axis of one word counts as contiguous with any stride."""
     return words.contiguous().view(-1).view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
-
-
-def _spread_bytes(packed: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [..., 8n / bits] from uint8 [..., n], of 1, 2 or 4 bits."""
-    fields = 8 // bits
-    lane = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fields]
-    codes = torch.empty(*packed.shape, dtype=lane, device=packed.device)
-    for source, target in _rows(packed, codes, 2 * PART):
-        target.copy_(source)
-        _spread(target, fields, bits)
-    return codes.view(torch.uint8)
-
-
-def _spread(lanes: Tensor, fields: int, bits: int) -> None:
-    """In place: the `fields` fields of `bits` bits at the bottom of each integer become its bytes, in halving runs.
-
-    What lies above the fields may be anything, but above fields that fill one byte there must be zeros.
-    """
-    half = fields // 2
-    if fields * bits == 8:  # x = low + upper * 2^b becomes low + upper * 2^8h: one shift and one addition, no mask
-        lanes.add_(lanes >> (half * bits), alpha=(1 << 8 * half) - (1 << half * bits))
-        half //= 2
-    while half:
-        low = sum(((1 << half * bits) - 1) << at for at in range(0, 8 * fields, 16 * half))
-        upper = lanes << (half * (8 - bits))
-        lanes.bitwise_and_(low).bitwise_or_(upper.bitwise_and_(low << 8 * half))
-        half //= 2
-
-
-def _rows(packed: Tensor, codes: Tensor, size: int = PART) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same rows of two contiguous tensors, `size` bytes of codes for each thread at a time."""
-    packed, codes = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (packed, codes))
-    width = max(codes.shape[-1] * codes.element_size(), 1)
-    step = max(size * torch.get_num_threads() // width, 1)
-    yield from zip(packed.split(step), codes.split(step), strict=True)
 
 
 def _run(bits: int, aligned: bool) -> tuple[int, int]:

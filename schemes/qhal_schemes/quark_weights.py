@@ -24,7 +24,8 @@ from qhal.errors import CheckpointError
 from qhal.formats import Format
 from qhal.tensors import QTensor
 from qhal_schemes import checks
-from qhal_schemes.packing import unpack, unpack_nibbles, unpack_order, unpack_six
+from qhal_schemes.lanes import transpose_bytes, unpack_columns, unpack_order
+from qhal_schemes.packing import unpack, unpack_int4, unpack_nibbles, unpack_six
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.quark_config import INTEGERS, MX, Record, TensorSpec
 from qhal_schemes.source import WIDE, TensorIndex
@@ -185,29 +186,29 @@ def _expect_zero(index: TensorIndex, spec: TensorSpec, name: str, n: int, k: int
 def _codes(index: TensorIndex, stored: Stored, weight: Tensor, reorder: bool) -> Tensor:
     s, name = stored.spec, stored.names["weight"]
     if stored.nibbles:
-        across = stored.n if stored.transposed else stored.k
-        codes = _nibbles(index, name, weight, across, s.dtype == "int4", reorder)
-        return codes.t().contiguous() if stored.transposed else codes
+        return _nibbles(index, stored, name, weight, s.dtype == "int4", reorder)
     if s.dtype == "fp4":
         return unpack_nibbles(weight)
     if s.dtype in MX:
         return unpack_six(weight)
     if s.dtype == "fp8_e4m3":
         checks.float8_codes(index, name, weight)
-    return weight.t().contiguous() if stored.transposed else weight
+    return transpose_bytes(weight) if stored.transposed else weight
 
 
-def _nibbles(index: TensorIndex, name: str, packed: Tensor, count: int, negative: bool, reorder: bool) -> Tensor:
-    """Codes [..., count] of 4 bits; the positions behind them are padding and must be zero."""
-    width = packed.shape[-1] * 8
-    codes = unpack_order(packed) if reorder else unpack(packed, 4, width)
-    if bool(codes[..., count:].any()):
+def _nibbles(index: TensorIndex, stored: Stored, name: str, packed: Tensor, negative: bool, reorder: bool) -> Tensor:
+    """Codes of 4 bits from [K or G, N/8] that are transposed, else [N, K/8] or [N/8]; what pads them must be zero."""
+    count = stored.n if stored.transposed or packed.dim() == 1 else stored.k
+    axis = 0 if stored.transposed else packed.dim() - 1
+    if stored.transposed:
+        codes = unpack_columns(packed, paired=reorder, negative=negative)
+    elif reorder:
+        codes = unpack_order(packed, negative=negative)
+    else:
+        codes = unpack_int4(packed.view(torch.uint8), -1) if negative else unpack(packed, 4, packed.shape[-1] * 8)
+    if bool(codes.narrow(axis, count, codes.shape[axis] - count).any()):
         raise index.bad(name, f"zeros behind the {count} codes of a row", "other codes")
-    codes = codes[..., :count].contiguous()
-    if not negative:
-        return codes
-    signed = codes.view(torch.int8)
-    return signed.bitwise_xor_(8).sub_(8)  # two's complement: 8..15 are -8..-1
+    return codes.narrow(axis, 0, count).contiguous()
 
 
 def _zero(index: TensorIndex, stored: Stored, zero: Tensor, grid: tuple[int, int], reorder: bool) -> Tensor:
@@ -218,8 +219,8 @@ def _zero(index: TensorIndex, stored: Stored, zero: Tensor, grid: tuple[int, int
             raise index.bad(name, "zeros, as symmetric is true", f"{int(zero.ne(0).sum())} other values")
         return zero
     if stored.nibbles and zero.dim() and zero.dtype == torch.int32 and s.qscheme != "per_tensor":
-        zero = _nibbles(index, name, zero, stored.n, s.dtype == "int4", reorder)
-    elif zero.dtype == torch.int32:
+        return _nibbles(index, stored, name, zero, s.dtype == "int4", reorder).reshape(grid)
+    if zero.dtype == torch.int32:
         low, high = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}[s.dtype]
         if bool(((zero < low) | (zero > high)).any()):
             raise index.bad(name, f"zero points {low}..{high}", f"{int(zero.min())}..{int(zero.max())}")

@@ -31,7 +31,7 @@ from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family
 from qhal_schemes.matching import EMBEDDING, PathPatterns, module_class
 from qhal_schemes.modules import ModuleTable
-from qhal_schemes.packing import unpack_nibbles
+from qhal_schemes.packing import unpack_int4
 from qhal_schemes.plain import ELEMENT_OF, BlockRules
 from qhal_schemes.source import WIDE, TensorIndex
 from qhal_schemes.strict_json import parse_json
@@ -150,8 +150,7 @@ class TorchAOMapping(SchemeMapping):
         if m.kind != "Int4Tensor":
             return QTensor(m.format, part["qdata"], part["scale"], part.get("zero_point"))
         checks.finite(self.index, _name(module, "zero_point"), part["zero_point"])
-        fields = unpack_nibbles(part["qdata"].view(torch.uint8))
-        codes = torch.bitwise_right_shift((fields << 4).view(torch.int8), 4)
+        codes = unpack_int4(part["qdata"], 1)
         scale, offset = (part[name].t().contiguous() for name in ("scale", "zero_point"))
         return QTensor(m.format, codes, scale, offset=offset)
 
