@@ -16,6 +16,7 @@ PROFILES: dict[str, str] = {
     "rotation": "Hadamard transforms of order 2^k, and 12 or 28 times that, with signs; other rotations where claimed",
     "kv": "paged quantized caches and attention over them",
     "moe": "products grouped by expert",
+    "comm": "quantized collectives of one and two ranks (level 1: four): sums in rank order, parts moved to the bit",
     "mla": "paged caches of latent and rope rows, and attention of every head over them",
     "vq": "codebook weights of AQLM, VPTQ and QuIP#: decoded, and multiplied",
 }
@@ -26,7 +27,8 @@ PROFILES: dict[str, str] = {
 class Case:
     """One question. `id` is its name and the key of its random inputs.
 
-    operation  gemm | quantize | hadamard | quant_kv | attention | grouped_gemm | vq_decode | vq_gemm | contract
+    operation  gemm | quantize | hadamard | quant_kv | attention | grouped_gemm | vq_decode | vq_gemm | comm_quant |
+               contract
     subject    what is asked of: formats, or the name of a rule
     shape      sizes by their letters, in the order of the name
     out        element name of the result (gemm: of a plain x too)

@@ -16,6 +16,7 @@ import torch
 from qhal.interface import QuantOps
 from qhal_conformance.cases import Case
 from qhal_conformance.faults_cache import CACHE_FAULTS
+from qhal_conformance.faults_comm import COMM_FAULTS
 from qhal_conformance.faults_mla import MLA_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
@@ -61,6 +62,7 @@ _OPERATIONS = {
     "cache": ("quant_kv", "hadamard", "grouped_gemm", "attention"),
     "rotation": ("hadamard",),
     "mla": ("quant_kv", "attention"),
+    "comm": ("comm_quant",),
     "vq": ("vq_decode", "vq_gemm"),
 }
 
@@ -73,6 +75,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("cache", CACHE_FAULTS),
         ("rotation", ROTATION_FAULTS),
         ("mla", MLA_FAULTS),
+        ("comm", COMM_FAULTS),
         ("vq", VQ_FAULTS),
     )
     for name, profile, fault, make in faults

@@ -11,6 +11,8 @@ from qhal.requests import Request
 from qhal_conformance import (
     attention_cases,
     attention_check,
+    comm_cases,
+    comm_check,
     contract_check,
     datasets,
     gemm_cases,
@@ -123,6 +125,15 @@ OPERATIONS: dict[str, Operation] = {
             vq_check.gemm_request,
             lambda case: vq_check.build(case).inputs_sha,
             vq_kinds.VQ_DATA,
+        ),
+        Operation(
+            "comm_quant",
+            "quantized collectives over ranks in processes of their own: bits, bounds, agreement",
+            comm_cases.cases,
+            comm_check.run,
+            comm_check.request_of,
+            lambda case: comm_check.build(case).inputs_sha,
+            comm_cases.COMM_DATA,
         ),
         Operation(
             "contract",

@@ -142,7 +142,9 @@ class Wrapped(QuantOps):
         async_op: bool = False,
     ) -> Any:
         """Hand over."""
-        return self._inner.comm_quant(x, collective, codec, group, splits=splits, decode=decode, out=out)
+        return self._inner.comm_quant(
+            x, collective, codec, group, splits=splits, decode=decode, out=out, async_op=async_op
+        )
 
     def kv_planes(
         self, request: KVRequest, *, attention: Sequence[AttentionRequest] = ()

@@ -1,0 +1,155 @@
+"""The ranks of a collective: processes that stay alive between cases, one group over them, one message per line.
+
+A rank makes the backend again by its name (`qhal.select`), on an accelerator the device of the rank's number, and joins
+the group that torch has for that device (gloo on a processor). Planted faults are wrapped around it by the name of
+their class. A rank that dies or hangs ends the case, not the run: all ranks are ended and started again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qhal.interface import QuantOps
+from qhal_conformance.cases import Case
+from qhal_conformance.outcome import Outcome, Status
+from qhal_conformance.wrapping import Wrapped
+
+START_S = 120.0
+ANSWER_S = 60.0
+"""How long ranks may take to start and to answer; the group's own timeout is shorter (`comm_worker.py`)."""
+
+Answer = dict[str, Any]
+
+
+class Lost(Exception):  # noqa: N818 - a rank is lost
+    """A rank died or did not answer."""
+
+
+class Ranks:
+    """`world` processes; close() ends them."""
+
+    def __init__(self, world: int, device: str) -> None:
+        self.world, self.device = world, device
+        self._folder = tempfile.TemporaryDirectory(prefix="qhal-ranks-")
+        command = [sys.executable, "-m", "qhal_conformance.comm_worker"]
+        store = Path(self._folder.name) / "store"
+        self._errors = [Path(self._folder.name) / f"rank{r}.txt" for r in range(world)]
+        self._processes, self._lines = [], []
+        for r in range(world):
+            with self._errors[r].open("wb") as errors:
+                process = subprocess.Popen(
+                    [*command, str(r), str(world), str(store), device],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                )  # fmt: skip
+            lines: queue.Queue[str] = queue.Queue()
+            threading.Thread(target=_pump, args=(process, lines), daemon=True).start()
+            self._processes.append(process)
+            self._lines.append(lines)
+        self._collect(world, START_S)
+
+    def ask(self, world: int, message: Answer) -> list[Answer]:
+        """The same message to the first `world` ranks, and their answers. Lost if one is missing."""
+        for process in self._processes[:world]:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(message) + "\n")
+                process.stdin.flush()
+            except OSError:
+                continue  # it died: its answer is missing
+        return self._collect(world, ANSWER_S)
+
+    def _collect(self, world: int, seconds: float) -> list[Answer]:
+        found: list[Answer] = []
+        for rank in range(world):
+            try:
+                line = self._lines[rank].get(timeout=seconds)
+            except queue.Empty:
+                raise Lost(f"rank {rank} of {world} did not answer within {seconds:.0f} s") from None
+            if not line:
+                code = self._processes[rank].wait()
+                said = self._errors[rank].read_text(errors="replace").strip().splitlines()
+                raise Lost(f"rank {rank} of {world} ended with code {code}" + (f": {said[-1][:200]}" if said else ""))
+            found.append(json.loads(line))
+        return found
+
+    def close(self) -> None:
+        """End every rank."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):  # a rank that died leaves an unread line
+                        stream.close()
+        self._folder.cleanup()
+
+
+def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            lines.put(line)
+    except ValueError:
+        pass  # closed under us: the ranks are being ended
+    lines.put("")
+
+
+_running: list[Ranks] = []
+
+
+def _ranks(world: int, device: str) -> Ranks:
+    """The running ranks, if they are enough; else new ones."""
+    if _running and (_running[0].world < world or _running[0].device != device):
+        end()
+    if not _running:
+        _running.append(Ranks(world, device))
+    return _running[0]
+
+
+@atexit.register
+def end() -> None:
+    """End the ranks, if there are any."""
+    while _running:
+        _running.pop().close()
+
+
+def recipe(ops: QuantOps) -> dict[str, Any]:
+    """How a rank makes these operations again. A wrapper that leaves comm_quant alone is left out."""
+    wraps = []
+    while isinstance(ops, Wrapped):
+        kind = type(ops)
+        if kind.comm_quant is not Wrapped.comm_quant:
+            wraps.append(f"{kind.__module__}:{kind.__qualname__}")
+        ops = ops._inner
+    return {"backend": ops.name, "wraps": wraps[::-1]}
+
+
+def ask(ops: QuantOps, case: Case) -> list[Answer] | Outcome:
+    """What every rank answers to a case; an outcome where it could not be asked."""
+    world = case.size("w")
+    try:
+        ranks = _ranks(max(world, 2), ops.device.type)
+        made = ranks.ask(world, {"make": recipe(ops)})
+        missing = [(r, a["missing"]) for r, a in enumerate(made) if "missing" in a]
+        if missing:
+            rank, why = missing[0]
+            if rank and "missing" not in made[0]:
+                return Outcome(Status.SKIP, reason=f"{world} ranks need {world} devices; rank {rank}: {why}")
+            return Outcome(Status.ERROR, reason=f"rank {rank} cannot make the backend: {why}")
+        answers = ranks.ask(world, {"run": asdict(case)})
+    except Lost as lost:
+        end()
+        return Outcome(Status.ERROR, reason=str(lost))
+    if any("error" in a for a in answers):
+        end()  # ranks that were left in the middle of a collective are of no more use
+    return answers
