@@ -25,9 +25,9 @@ class CpuBatch(AttentionBatch):
 
     def __init__(self, request: AttentionRequest, limits: Limits) -> None:
         self.request, self.limits, self.sequences = request, limits, 0
-        self.query_lens = torch.zeros(limits.batch, dtype=torch.int32)
-        self.kv_bounds = torch.zeros(limits.batch, dtype=torch.int32)
-        self.page_table = torch.zeros(limits.batch, limits.pages, dtype=torch.int64)
+        self.query_lens = torch.zeros(limits.batch, dtype=torch.int32, device="cpu")
+        self.kv_bounds = torch.zeros(limits.batch, dtype=torch.int32, device="cpu")
+        self.page_table = torch.zeros(limits.batch, limits.pages, dtype=torch.int64, device="cpu")
         self._device_lens: Tensor | None = None
         self._trees: list[Tensor | None] = []
 
@@ -173,12 +173,12 @@ def visible(t: int, length: int, request: AttentionRequest, tree: Tensor | None 
 
     tree  bool [t, t] in place of the causal mask among the last t keys
     """
-    position = torch.arange(length - t, length)[:, None]
-    key = torch.arange(length)[None, :]
+    position = torch.arange(length - t, length, device="cpu")[:, None]
+    key = torch.arange(length, device="cpu")[None, :]
     if tree is not None:
         new = min(t, length)  # keys of new tokens that are in the cache
-        return torch.cat([torch.ones(t, length - new, dtype=torch.bool), tree[:, t - new :]], 1)
-    seen = key <= position if request.causal else torch.ones(t, length, dtype=torch.bool)
+        return torch.cat([torch.ones(t, length - new, dtype=torch.bool, device="cpu"), tree[:, t - new :]], 1)
+    seen = key <= position if request.causal else torch.ones(t, length, dtype=torch.bool, device="cpu")
     return seen if request.window is None else seen & (key > position - request.window)
 
 
@@ -245,7 +245,7 @@ def _check(q: Tensor, request: AttentionRequest, sinks: Tensor | None, tokens: i
 
 def _buffer(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
     if given is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if (tuple(given.shape), given.dtype) != (shape, dtype):
         raise FormatError(f"attention: {name} is {given.dtype} {tuple(given.shape)}, must be {dtype} {shape}")
     return given

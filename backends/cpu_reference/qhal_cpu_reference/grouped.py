@@ -114,7 +114,7 @@ def _offsets(
         raise BatchError(
             f"offsets {shown} must be {request.experts + 1} numbers that grow from 0 to at most {total} rows"
         )
-    y = torch.zeros(total, width(request), dtype=torch.float64)
+    y = torch.zeros(total, width(request), dtype=torch.float64, device=rows.value.device)
     for e in range(request.experts):
         run = slice(ends[e], ends[e + 1])
         if run.stop > run.start:
@@ -132,11 +132,11 @@ def _masked(
     experts, most = x.shape[0], x.shape[1]
     if len(counts) != request.experts or experts != request.experts or any(not 0 <= c <= most for c in counts):
         raise BatchError(f"counts {counts[:8]} must be {request.experts} numbers from 0 to {most}; x is {x.shape}")
-    inside = torch.arange(most)[None, :, None] < groups.counts.reshape(-1, 1, 1)
+    inside = torch.arange(most, device=groups.counts.device)[None, :, None] < groups.counts.reshape(-1, 1, 1)
     if isinstance(x, Tensor):
-        x = torch.where(inside, x, torch.zeros((), dtype=x.dtype))
+        x = torch.where(inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
     rows = Rows(x, p, request, axes=3)
-    y = torch.zeros(experts, most, width(request), dtype=torch.float64)
+    y = torch.zeros(experts, most, width(request), dtype=torch.float64, device=rows.value.device)
     for e, count in enumerate(counts):
         if count:
             y[e, :count] = one_expert(rows.of(e, (e, slice(count))), p, request, e)
@@ -156,7 +156,7 @@ def _indexed(
     if rows.value.shape[0] != expected:
         raise BatchError(f"x has {rows.value.shape[0]} rows, ids {tuple(ids.shape)} need {expected}")
     flat = ids.reshape(-1)
-    y = torch.zeros(tokens * top_k, width(request), dtype=torch.float64)
+    y = torch.zeros(tokens * top_k, width(request), dtype=torch.float64, device=rows.value.device)
     for e in sorted(set(flat.tolist()) - {-1}):
         pairs = (flat == e).nonzero().reshape(-1)
         y[pairs] = one_expert(rows.of(e, pairs if groups.pairs else pairs // top_k), p, request, e)

@@ -86,7 +86,7 @@ def build_weight(
     copy = None
     if copy_dtype is not None:
         same = isinstance(stored, Tensor) and stored.dtype == copy_dtype
-        copy = stored if same else decode_into(multiplied, torch.empty(w.shape, dtype=copy_dtype))
+        copy = stored if same else decode_into(multiplied, torch.empty(w.shape, dtype=copy_dtype, device="cpu"))
     own = None if bias is None else bias.detach().to(torch.float32, copy=True)
     return PreparedWeight(
         NAME,
