@@ -181,7 +181,7 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     limits = Limits(len(p.query_lens), sum(p.query_lens), p.pages.table.shape[1])
     if granted is None:
         return refusal(ops, p.request, lambda: ops.attention_batch(p.request, limits))
-    cache = _filled(ops, p, case)
+    cache = filled(ops, p, case)
     got, lse = _attend(case, ops, p, cache, p.pages.table, limits)
     expected = p.expected(granted.numerics, case.out)
     verdict = compare(numbers(got).astype(np.float64), expected.o, expected.o_bound, case.out)
@@ -197,7 +197,7 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     return outcome(verdict, granted.numerics, expected.o.size, granted.support)
 
 
-def _filled(ops: QuantOps, p: Problem, case: Case) -> KVCache:
+def filled(ops: QuantOps, p: Problem, case: Case) -> KVCache:
     """A cache that holds the sequences and is poisoned everywhere else."""
     device, dtype = ops.device, DTYPES[case.out]
     cache = paged.allocate(ops, p.request.kv, p.pages.count, (p.request,))

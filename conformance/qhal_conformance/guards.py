@@ -7,7 +7,7 @@ a row ends in a NaN, and writing there changes the canary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -89,3 +89,16 @@ def planes(q: QTensor | Tensor | None, name: str) -> dict[str, Tensor]:
     if isinstance(q, QTensor):
         return {f"{name}.{part}": t for part, t in q.planes().items()}
     return {name: q}
+
+
+def poisoned_like(q: QTensor) -> QTensor:
+    """The same planes with other contents: an `out` that must be written whole."""
+
+    def poison(t: Tensor) -> Tensor:
+        t = t.contiguous()
+        spoiled = torch.full_like(t.view(torch.uint8), 0x55) if t.element_size() == 1 else torch.zeros_like(t) + 7
+        return spoiled.view(t.dtype)
+
+    scale = poisoned_like(q.scale) if isinstance(q.scale, QTensor) else None if q.scale is None else poison(q.scale)
+    zero = poison(q.zero) if isinstance(q.zero, Tensor) else q.zero
+    return replace(q, codes=poison(q.codes), scale=scale, zero=zero)

@@ -54,6 +54,8 @@ class FailKind(str, Enum):
     """`supports` claims it and the call raises UnsupportedError, or the declared class is not the one asked for."""
     RETURN = "return"
     """The call returned something of another type than the contract's."""
+    LEAK = "leak"
+    """Memory of results that nobody holds stays in use."""
     GLOBAL_STATE = "global_state"
     """A setting that the whole process shares (default dtype, threads, random state, ...) was changed."""
 

@@ -128,7 +128,7 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     ops.synchronize()
     verdict = compare_planes(_canonical(ops, first), expected)
     if verdict is None and first.layout == "canonical":
-        target = _poisoned_like(first)
+        target = guards.poisoned_like(first)
         second = ops.quantize(guard.view, operand, out=target)
         ops.synchronize()
         if second.codes.data_ptr() != target.codes.data_ptr():
@@ -154,23 +154,6 @@ def _canonical(ops: QuantOps, q: object) -> QTensor:
     if not isinstance(back, QTensor):
         raise Fault(FailKind.RETURN, f"restore returned {type(back).__name__}, must be a QTensor")
     return back
-
-
-def _poisoned_like(q: QTensor) -> QTensor:
-    """The same planes with other contents."""
-
-    def poison(t: torch.Tensor) -> torch.Tensor:
-        return (torch.full_like(t.view(torch.uint8), 0x55) if t.element_size() == 1 else torch.zeros_like(t) + 7).view(
-            t.dtype
-        )
-
-    scale = q.scale
-    if isinstance(scale, QTensor):
-        scale = _poisoned_like(scale)
-    elif scale is not None:
-        scale = poison(scale.contiguous())
-    zero = poison(q.zero.contiguous()) if isinstance(q.zero, torch.Tensor) else q.zero
-    return replace(q, codes=poison(q.codes.contiguous()), scale=scale, zero=zero)
 
 
 def compare_planes(got: QTensor, expected: QTensor) -> Outcome | None:
