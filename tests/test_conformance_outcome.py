@@ -25,6 +25,9 @@ WORST = Worst((0,), 1.0, 1.0, 0.0, 1.0)
         {"status": Status.PASS, "elements": 4, "headroom": float("nan")},
         {"status": Status.UNSUPPORTED, "reason": "no", "elements": 4},
         {"status": Status.SKIP, "reason": "memory", "worst": WORST},
+        {"status": Status.PASS, "elements": 4, "histogram": (2, 2)},
+        {"status": Status.PASS, "elements": 4, "histogram": (5,) + (0,) * 11},
+        {"status": Status.PASS, "elements": 4, "histogram": (0,) * 11 + (4,)},
     ],
 )
 def test_impossible_outcomes(fields: dict[str, object]) -> None:

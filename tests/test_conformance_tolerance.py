@@ -7,8 +7,8 @@ import pytest
 
 from qhal.requests import NumericsClass
 from qhal_conformance.generator import Stream
-from qhal_conformance.outcome import FailKind
-from qhal_conformance.tolerance import Expected, error_bound, judge, ulp
+from qhal_conformance.outcome import HISTOGRAM_EDGES, FailKind
+from qhal_conformance.tolerance import Expected, error_bound, histogram, judge, ulp
 
 CLASSES = list(NumericsClass)
 
@@ -117,3 +117,16 @@ def test_statistics() -> None:
 def test_empty_results_pass() -> None:
     nothing = np.zeros((0, 4))
     assert judge(nothing, Expected(nothing, nothing, nothing, nothing, 4), NumericsClass.EXACT, "bf16").kind is None
+
+
+def test_a_histogram_counts_every_element_once() -> None:
+    assert len(HISTOGRAM_EDGES) == 11 and HISTOGRAM_EDGES[-1] == 1.0
+    for place, edge in enumerate(HISTOGRAM_EDGES):
+        below, above = histogram(np.array([edge])), histogram(np.array([np.nextafter(edge, 2)]))
+        assert below.index(1) == place and above.index(1) == place + 1
+    assert histogram(np.array([np.inf, np.nan, 1.5]))[-1] == 3
+    ref = np.array([[1.0, 2.0, 4.0]])
+    e = Expected(ref, ref, ref, ref, 1)
+    verdict = judge(ref + np.array([[0.0, 0.003, 1.0]]), e, NumericsClass.EXACT, "bf16")
+    assert verdict.histogram is not None and sum(verdict.histogram) == 3
+    assert verdict.histogram[0] == 1 and verdict.histogram[-1] == 1 and verdict.histogram[9] == 1

@@ -60,6 +60,10 @@ class FailKind(str, Enum):
     """A setting that the whole process shares (default dtype, threads, random state, ...) was changed."""
 
 
+HISTOGRAM_EDGES = (0.0, *(2.0**e for e in range(-9, 1)))
+"""Upper edges of the bins of |error| / bound: exactly 0, powers of two up to 1, and one more bin for what is above."""
+
+
 @dataclass(frozen=True)
 class Worst:
     """The element with the largest error relative to its bound."""
@@ -81,6 +85,7 @@ class Outcome:
     headroom  largest |error| / bound: 0.02 is comfortable, 0.9 is close, above 1 is a failure
     rms, bias the two statistics, None where there were none
     elements  how many numbers were compared; a pass has compared something
+    histogram how many elements lie in each bin of |error| / bound, see HISTOGRAM_EDGES; None where bits were compared
     """
 
     status: Status
@@ -93,6 +98,7 @@ class Outcome:
     bias: float | None = None
     elements: int = 0
     notes: tuple[str, ...] = field(default=())
+    histogram: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.kind is not None) != (self.status == Status.FAIL):
@@ -105,6 +111,11 @@ class Outcome:
             raise ValueError("a pass must have compared something (or say that the case is empty)")
         if self.status == Status.PASS and self.headroom is not None and not self.headroom <= 1.0:
             raise ValueError(f"a pass with headroom {self.headroom}: an error above its bound is a failure")
+        if self.histogram is not None:
+            if len(self.histogram) != len(HISTOGRAM_EDGES) + 1 or sum(self.histogram) > self.elements:
+                raise ValueError(f"a histogram of {sum(self.histogram)} elements where {self.elements} were compared")
+            if self.status == Status.PASS and self.histogram[-1]:
+                raise ValueError("a pass with elements above their bound")
         if self.status in (Status.UNSUPPORTED, Status.SKIP) and (self.worst is not None or self.elements):
             raise ValueError(f"status {self.status.value} with compared elements: nothing was run")
 

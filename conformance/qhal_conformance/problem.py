@@ -103,6 +103,7 @@ def outcome(v: Verdict, numerics: NumericsClass, elements: int, support: Support
         v.bias,
         elements,
         notes,
+        v.histogram,
     )
 
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from qhal.requests import NumericsClass
 from qhal_conformance.generator import F64
-from qhal_conformance.outcome import FailKind, Worst
+from qhal_conformance.outcome import HISTOGRAM_EDGES, FailKind, Worst
 
 UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """Unit roundoff (half a unit in the last place of 1) of the result types."""
@@ -88,7 +88,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found: None for `kind` is a pass. headroom = the largest |error| / bound."""
+    """What a comparison found: None for `kind` is a pass. headroom = the largest |error| / bound; histogram: of all."""
 
     kind: FailKind | None
     detail: str
@@ -96,6 +96,7 @@ class Verdict:
     headroom: float
     rms: float | None = None
     bias: float | None = None
+    histogram: tuple[int, ...] | None = None
 
 
 def error_bound(e: Expected, numerics: NumericsClass, out: str) -> F64:
@@ -172,6 +173,7 @@ def compare(
     place = tuple(int(i) for i in np.unravel_index(index, ref.shape))
     worst = Worst(place, float(got[place]), float(ref[place]), float(error[place]), float(bound[place]))
     headroom = float(ratio[place])
+    bins = histogram(ratio)
     rms, bias, complaint = statistics if statistics is not None else (None, None, "")
     if not good.all():
         wrong_special = np.isfinite(ref) & ~np.isfinite(got) & ~good
@@ -179,10 +181,16 @@ def compare(
         bad = int((~good).sum())
         detail = f"{bad} of {ref.size} elements outside their bound; worst at {place}: got {worst.got:.9g}, "
         detail += f"reference {worst.ref:.9g}, error {worst.error:.3g}, bound {worst.bound:.3g}"
-        return Verdict(kind, detail, worst, headroom, rms, bias)
+        return Verdict(kind, detail, worst, headroom, rms, bias, bins)
     if complaint:
-        return Verdict(FailKind.STATS, complaint, worst, headroom, rms, bias)
-    return Verdict(None, "", worst, headroom, rms, bias)
+        return Verdict(FailKind.STATS, complaint, worst, headroom, rms, bias, bins)
+    return Verdict(None, "", worst, headroom, rms, bias, bins)
+
+
+def histogram(ratio: F64) -> tuple[int, ...]:
+    """How many of |error| / bound lie in each bin of HISTOGRAM_EDGES; NaN counts as above 1."""
+    places = np.searchsorted(np.array(HISTOGRAM_EDGES), ratio.reshape(-1), side="left")
+    return tuple(int(n) for n in np.bincount(places, minlength=len(HISTOGRAM_EDGES) + 1))
 
 
 def _statistics(got: F64, e: Expected, numerics: NumericsClass, out: str) -> tuple[float | None, float | None, str]:
