@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Literal
 
 from qhal.errors import BackendError, InterfaceError, NoBackendError, QhalError
 from qhal.interface import INTERFACE_VERSION, QuantOps
@@ -27,12 +28,17 @@ REFERENCE = "cpu_reference"
 
 @dataclass(frozen=True)
 class Device:
-    """One device that a probe found. facts: library versions and what each adds, for people."""
+    """One device that a probe found.
+
+    facts     library versions and what each adds, for people
+    evidence  what a result on it proves: "L3" the device itself, "L2" an emulator or interpreter of it
+    """
 
     index: int
     arch: str
     memory: int = 0
     facts: Mapping[str, str] = field(default_factory=dict)
+    evidence: Literal["L2", "L3"] = "L3"
 
 
 @dataclass(frozen=True)
