@@ -42,7 +42,7 @@ def test_the_reference_passes_level_zero(whole: tuple[Path, dict[str, Any]]) -> 
     assert found["counts"]["pass"] == len(catalogue(0)) and found["counts"]["fail"] == found["counts"]["error"] == 0
     assert found["device"]["arch"] and found["backend"]["distribution"] == "qhal-cpu-reference"
     assert "| gemm | exact |" in (out / "report.md").read_text()
-    assert sorted(p.name for p in out.iterdir()) == ["report.json", "report.md"]
+    assert sorted(p.name for p in out.iterdir()) == ["junit.xml", "report.html", "report.json", "report.md"]
 
 
 def test_verify_accepts_it(whole: tuple[Path, dict[str, Any]]) -> None:

@@ -1,12 +1,14 @@
-"""`qhal conformance`: run, list, show, repro, support, verify, mutants. Exit codes: 0 ok, 1 it failed, 2 wrong use."""
+"""`qhal conformance`: run, list, show, repro, support, mutants; `report_commands.py` has the others.
+
+Exit codes: 0 it is so, 1 what was asked failed, 2 wrong use.
+"""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -15,14 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import qhal
 from qhal.errors import QhalError
 from qhal.interface import QuantOps
-from qhal_conformance import describe, isolated, report, table
+from qhal_conformance import describe, isolated, rendering, report, report_commands, table
+from qhal_conformance import support as claims
 from qhal_conformance.cases import Case, find
-from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.operations import catalogue
+from qhal_conformance.options import AsJson, Backend, Filter, Level, chosen, dump, selected, usage
 from qhal_conformance.runner import Record, run_case, run_cases
-from qhal_conformance.verify import verify as check_report
 
 app = typer.Typer(
     name="conformance",
@@ -31,42 +33,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Backend = Annotated[str, typer.Option("--backend", "-b", help="a backend's name, or name:index")]
-Level = Annotated[int, typer.Option("--level", min=0, max=1, help="0: under a minute on two cores; 1: larger and more")]
-Filter = Annotated[
-    str, typer.Option("--filter", help="only cases whose id contains this text; such a run has no verdict")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
-
-
-def _usage(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
-    return typer.Exit(2)
-
-
-def _select(spec: str) -> QuantOps:
-    try:
-        return qhal.select(spec)
-    except QhalError as error:
-        raise _usage(str(error)) from None
-
-
-def _chosen(level: int, only: str) -> list[Case]:
-    chosen = [case for case in catalogue(level) if only in case.id]
-    if not chosen:
-        raise _usage(f"no case of level {level} contains {only!r}; `qhal conformance list` shows all")
-    return chosen
-
-
-def _dump(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1))
-
 
 @app.command()
 def run(
     backend: Backend = "cpu_reference",
     level: Level = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="folder for report.json and report.md")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder for report.json, report.md, report.html and junit.xml")
+    ] = None,
     only: Filter = "",
     timeout: Annotated[
         float | None,
@@ -81,7 +55,7 @@ def run(
 
     Example: `qhal conformance run --backend cpu_reference --level 0 --out results`
     """
-    cases = _chosen(level, only)
+    cases = chosen(level, only)
     console = Console(stderr=as_json)
     start = time.perf_counter()
     with Progress(
@@ -100,15 +74,15 @@ def run(
     found = report.build(about, backend, records, level, only, time.perf_counter() - start)
     if out is not None:
         try:
-            written = report.save(found, out, table.markdown(found))
+            written = rendering.save(found, out)
         except OSError as error:
-            raise _usage(f"cannot write to {out}: {error}") from None
+            raise usage(f"cannot write to {out}: {error}") from None
     if as_json:
-        _dump(found)
+        dump(found)
     else:
         table.show(found, console)
         if out is not None:
-            console.print(f"written: {written[0]} {written[1]}", highlight=False, soft_wrap=True)
+            console.print(f"written: {' '.join(str(path) for path in written)}", highlight=False, soft_wrap=True)
     bad = found["counts"]["fail"] + found["counts"]["error"]
     raise typer.Exit(1 if found["verdict"] in ("fail", "error") or bad else 0)
 
@@ -118,18 +92,19 @@ def _ran(
 ) -> tuple[QuantOps | dict[str, Any], list[Record]]:
     """What the report says of the backend, and the records of its cases."""
     if in_process:
-        ops = _select(backend)
+        ops = selected(backend)
         return ops, run_cases(ops, cases, seen)
     records = []
     try:
         session = isolated.Session(backend, timeout=timeout)
     except QhalError as error:
-        raise _usage(str(error)) from None
+        raise usage(str(error)) from None
     with session:
+        about = session.about | {"support": session.claims(cases)}
         for case in cases:
             records.append(session.run(case))
             seen(records[-1])
-    return session.about, records
+    return about, records
 
 
 @app.command("list")
@@ -138,13 +113,13 @@ def list_cases(level: Level = 0, only: Filter = "", as_json: AsJson = False) -> 
 
     Example: `qhal conformance list --filter onehot`
     """
-    chosen = _chosen(level, only)
+    cases = chosen(level, only)
     if as_json:
-        _dump([{"id": c.id, "profile": c.profile, "required": c.required, "level": c.level} for c in chosen])
+        dump([{"id": c.id, "profile": c.profile, "required": c.required, "level": c.level} for c in cases])
         return
-    for case in chosen:
+    for case in cases:
         typer.echo(f"{case.profile:12} {'required' if case.required else 'optional'} {case.id}")
-    typer.echo(f"{len(chosen)} cases")
+    typer.echo(f"{len(cases)} cases")
 
 
 @app.command()
@@ -155,7 +130,7 @@ def show(case_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson 
     """
     found = describe.describe(_find(case_id))
     if as_json:
-        _dump(found)
+        dump(found)
         return
     for key, value in found.items():
         typer.echo(f"{key:10} {value}")
@@ -170,11 +145,11 @@ def repro(
     Example: `qhal conformance repro 'gemm/int4.g32*bf16/m256_n96_k256/bf16/onehot/0' --backend cpu_reference`
     """
     case = _find(case_id)
-    ops = _select(backend)
+    ops = selected(backend)
     record = run_case(case, ops)
     found = report.case_entry(record, backend)
     if as_json:
-        _dump(found)
+        dump(found)
     else:
         for key, value in {**describe.describe(case), **found}.items():
             typer.echo(f"{key:10} {value}")
@@ -187,10 +162,10 @@ def support(backend: Backend = "cpu_reference", level: Level = 0, as_json: AsJso
 
     Example: `qhal conformance support --backend cpu_reference --json`
     """
-    ops = _select(backend)
-    rows = support_rows(ops, level)
+    ops = selected(backend)
+    rows = claims.rows(ops, catalogue(level))
     if as_json:
-        _dump(rows)
+        dump(rows)
         return
     shown = Table(box=box.SIMPLE_HEAD)
     for name in ("operation", "subject", "support", "class", "what runs, or why not"):
@@ -200,52 +175,8 @@ def support(backend: Backend = "cpu_reference", level: Level = 0, as_json: AsJso
     Console().print(shown)
 
 
-def support_rows(ops: QuantOps, level: int) -> list[dict[str, Any]]:
-    """One row per operation and subject: the weakest answer to any of its requests."""
-    order = ("full", "conditional", "not_implemented", "unsupported")
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for case in catalogue(level):
-        request = OPERATIONS[case.operation].request(case)
-        if request is None or case.has("exact"):
-            continue
-        answer = ops.supports(request)
-        row = {
-            "operation": case.operation,
-            "subject": case.subject,
-            "level": answer.level,
-            "class": "-" if answer.numerics is None else answer.numerics.label,
-            "detail": answer.executes if answer else answer.reason,
-        }
-        key = (case.operation, case.subject)
-        if key not in found or order.index(answer.level) > order.index(found[key]["level"]):
-            found[key] = row
-    return list(found.values())
-
-
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="REPORT")],
-    inputs: Annotated[
-        bool, typer.Option("--inputs", help="also generate every input again and compare its hash")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Check that a report holds together and was not edited. Needs no device.
-
-    Example: `qhal conformance verify results/report.json`
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _usage(f"cannot read {path}: {error}") from None
-    complaints = check_report(found, inputs=inputs)
-    if as_json:
-        _dump({"report": str(path), "ok": not complaints, "complaints": complaints})
-    else:
-        for text in complaints[:50]:
-            typer.echo(text)
-        typer.echo(f"{path}: {'holds together' if not complaints else f'{len(complaints)} complaints'}")
-    raise typer.Exit(1 if complaints else 0)
+for _command in (report_commands.verify, report_commands.render, report_commands.diff):
+    app.command()(_command)
 
 
 @app.command()
@@ -261,10 +192,10 @@ def mutants(
     """
     from qhal_conformance.mutants import MUTANTS, Fate, hunt
 
-    ops = _select(backend)
+    ops = selected(backend)
     chosen = [m for m in MUTANTS if only in m.name or only in m.group or only in m.profile]
     if not chosen:
-        raise _usage(f"no mutant's name, group or profile contains {only!r}")
+        raise usage(f"no mutant's name, group or profile contains {only!r}")
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_stderr()
     ) as bar:
@@ -275,7 +206,7 @@ def mutants(
 
         found = hunt(ops, chosen, level, seen)
     if as_json:
-        _dump(found)
+        dump(found)
     else:
         shown = Table(box=box.SIMPLE_HEAD)
         for name in ("mutant", "profile", "fault", "killed by"):
@@ -298,4 +229,4 @@ def _find(case_id: str) -> Case:
     try:
         return find(catalogue(1), case_id)
     except QhalError as error:
-        raise _usage(str(error)) from None
+        raise usage(str(error)) from None

@@ -115,6 +115,18 @@ class Session:
             self.close()
         return replace(record, outcome=replace(record.outcome, notes=(*record.outcome.notes, *printed)))
 
+    def claims(self, cases: Iterable[Case]) -> list[dict[str, Any]]:
+        """What the backend claims of them (`support.rows`); nothing is run. Empty if it did not survive the question."""
+        if self._worker is None:
+            return []
+        try:
+            asked = {"claims": [messages.case_to(case) for case in cases]}
+            rows: list[dict[str, Any]] = self._worker.ask(asked, self.timeout or LOADING)["rows"]
+        except _Lost:
+            self.close()
+            return []
+        return rows
+
     def _start(self) -> dict[str, Any]:
         self._worker = worker = _Worker()
         try:

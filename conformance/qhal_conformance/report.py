@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import Distribution, entry_points
-from pathlib import Path
+from datetime import datetime, timezone
+from math import isfinite
 from typing import Any
 
-import numpy as np
-import torch
-
 from qhal.interface import INTERFACE_VERSION, QuantOps
-from qhal.selection import GROUP, Available, backends, probe
-from qhal_conformance import SUITE_VERSION, mustpass
+from qhal_conformance import mustpass, provenance, support
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import Record
 
-SCHEMA = 1
-"""Version of the report's fields; `verify` refuses others."""
+SCHEMA = 2
+"""Version of the report's fields, which `report.schema.json` describes; `verify` refuses others."""
 
 
 def about(ops: QuantOps, spec: str) -> dict[str, Any]:
     """What a report says of a backend, its device and where it ran; made in the process in which it was asked."""
+    spec = provenance.resolved(ops, spec)
     return {
         "interface": list(INTERFACE_VERSION),
-        "backend": _backend(ops, spec),
-        "device": _device(ops, spec),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-        },
+        "backend": provenance.backend(ops, spec),
+        "device": provenance.device(ops, spec),
+        "environment": provenance.environment(),
     }
 
 
@@ -46,14 +36,18 @@ def build(
 ) -> dict[str, Any]:
     """The report of one run. only: the filter of a partial run, "" for a whole one; a partial run has no verdict.
 
-    backend: the backend, or what `about` said of it in another process
+    backend: the backend, or what `about` said of it in another process, and what it claims under "support"
     """
+    if isinstance(backend, QuantOps):
+        backend = about(backend, spec) | {"support": support.rows(backend, [record.case for record in records])}
+    spec = backend["backend"]["spec"]
     cases = [case_entry(record, spec) for record in records]
     found: dict[str, Any] = {
         "schema": SCHEMA,
-        "suite": {"version": SUITE_VERSION, "mustpass": mustpass.sha(level)},
-        **(about(backend, spec) if isinstance(backend, QuantOps) else backend),
-        "evidence": "L3 device",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "suite": provenance.suite(level),
+        **backend,
+        "evidence": evidence(cases, backend["device"]),
         "level": level,
         "filter": only,
         "profiles": profiles(cases, level, only),
@@ -64,6 +58,17 @@ def build(
     }
     found["digest"] = digest(found)
     return found
+
+
+def evidence(cases: Sequence[dict[str, Any]], device: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """By operation and architecture, what was proven by name: one device, so one level, or "not run"."""
+    found: dict[str, str] = {}
+    for case in cases:
+        operation = case["id"].partition("/")[0]
+        ran = case["status"] in (Status.PASS.value, Status.FAIL.value)
+        if ran or operation not in found:
+            found[operation] = device["evidence"] if ran else provenance.NOT_RUN
+    return {operation: {device["arch"] or device["type"]: level} for operation, level in sorted(found.items())}
 
 
 def counts(cases: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -126,61 +131,25 @@ def case_entry(record: Record, spec: str) -> dict[str, Any]:
         "rms": _number(outcome.rms),
         "bias": _number(outcome.bias),
         "n": outcome.elements,
+        "histogram": None if outcome.histogram is None else list(outcome.histogram),
         "notes": list(outcome.notes),
         "seconds": round(record.seconds, 4),
         "input_sha": record.inputs_sha,
-        "repro": f"qhal conformance repro '{case.id}' --backend {spec}",
+        "repro": repro(case.id, spec),
     }
+
+
+def repro(case_id: str, spec: str) -> str:
+    """The command that runs one case again."""
+    return f"qhal conformance repro '{case_id}' --backend {spec}"
 
 
 def _number(value: float | None) -> float | str | None:
     """JSON has no NaN and no Inf: they become text."""
-    return value if value is None or np.isfinite(value) else str(value)
+    return value if value is None or isfinite(value) else str(value)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {
         k: _number(v) if isinstance(v, float) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
     }
-
-
-def _backend(ops: QuantOps, spec: str) -> dict[str, Any]:
-    name = spec.partition(":")[0]
-    found: dict[str, Any] = {"name": ops.name or name, "spec": spec, "interface": list(type(ops).interface)}
-    for point in entry_points(group=GROUP):
-        if point.name == name and point.dist is not None:
-            found.update(distribution=point.dist.name, version=point.dist.version, files=_files_sha(point.dist))
-    return found
-
-
-def _files_sha(dist: Distribution) -> str:
-    """sha256 over the hashes that the installer recorded; "" for an editable installation."""
-    recorded = sorted(f"{f} {f.hash.value}" for f in dist.files or [] if f.hash is not None and f.suffix == ".py")
-    return hashlib.sha256("\n".join(recorded).encode()).hexdigest() if recorded else ""
-
-
-def _device(ops: QuantOps, spec: str) -> dict[str, Any]:
-    name, _, index = spec.partition(":")
-    found: dict[str, Any] = {"type": ops.device.type, "memory": ops.memory_stats().total}
-    info = backends().get(name)
-    state = None if info is None else probe(info)
-    if isinstance(state, Available):
-        for device in state.devices:
-            if not index or str(device.index) == index:
-                found.update(
-                    arch=device.arch, count=len(state.devices), facts={str(k): str(v) for k, v in device.facts.items()}
-                )
-                break
-    return found
-
-
-def save(report: dict[str, Any], folder: Path, markdown: str) -> tuple[Path, Path]:
-    """Write report.json and report.md; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", markdown)):
-        target, part = folder / name, folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-        written.append(target)
-    return written[0], written[1]

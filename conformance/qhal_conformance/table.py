@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,17 +34,23 @@ def show(report: dict[str, Any], console: Console) -> None:
 def markdown(report: dict[str, Any]) -> str:
     """The same tables as GitHub-flavoured Markdown."""
     device = report["device"].get("arch") or report["device"]["type"]
-    lines = [f"### {report['backend']['name']} on {device}", "", _last_line(report), ""]
+    lines = [f"### {_cell(report['backend']['name'])} on {_cell(device)}", "", _last_line(report), ""]
     for header, rows in (_profiles(report), _operations(report)):
         lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
         lines.append("")
     bad = [case for case in report["cases"] if case["status"] in _BAD]
     if bad:
         lines += ["| case | ended as | why |", "| --- | --- | --- |"]
-        lines += [f"| `{c['id']}` | {c['kind'] or c['status']} | {c['reason'].replace('|', '/')} |" for c in bad[:100]]
+        lines += [f"| `{c['id']}` | {c['kind'] or c['status']} | {_cell(c['reason'])} |" for c in bad[:100]]
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text of the backend as one cell: one line that starts no markup."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_\[\]|<>&#@])", lambda m: f"&#{ord(m[1])};", line)
 
 
 def _profiles(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -89,8 +96,9 @@ def _last_line(report: dict[str, Any], *, colour: bool = False) -> str:
     shown = f"[{_COLOURS[word]}]{word}[/{_COLOURS[word]}]" if colour else f"**{word}**"
     if word == "none":
         shown = f"no verdict (filtered by {report['filter']!r})"
+    suite, evidence = report["suite"]["version"], report["device"]["evidence"]
     return (
-        f"qhal-conformance {report['suite']['version']}, level {report['level']}, {report['evidence']}: {shown} "
+        f"qhal-conformance {suite}, level {report['level']}, {evidence}: {shown} "
         f"({c['pass']} pass, {c['fail']} fail, {c['error']} error, {c['unsupported']} unsupported, {c['skip']} skip "
         f"in {report['seconds']:.1f} s)"
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import qhal
 from qhal.interface import QuantOps
-from qhal_conformance import messages, report
+from qhal_conformance import messages, report, support
 from qhal_conformance.cases import Case
 from qhal_conformance.isolated import CLOSED
 from qhal_conformance.operations import OPERATIONS
@@ -40,6 +40,8 @@ def main(descriptor: int) -> None:
         asked = pipe.receive()
         if ops is None:
             ops, answer = _load(asked["spec"])
+        elif "claims" in asked:
+            answer = {"rows": support.rows(ops, map(messages.case_from, asked["claims"]))}
         else:
             answer = _answer(messages.case_from(asked["case"]), ops)
         output.settle()
