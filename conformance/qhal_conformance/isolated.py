@@ -116,7 +116,7 @@ class Session:
         return replace(record, outcome=replace(record.outcome, notes=(*record.outcome.notes, *printed)))
 
     def claims(self, cases: Iterable[Case]) -> list[dict[str, Any]]:
-        """What the backend claims of them (`support.rows`); nothing is run. Empty if it did not survive the question."""
+        """What the backend claims of them (`support.rows`); nothing is run. Empty if it did not survive that."""
         if self._worker is None:
             return []
         try:

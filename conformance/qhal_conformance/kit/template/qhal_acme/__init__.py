@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from qhal.interface import QuantOps
     from qhal.selection import BackendInfo, Device
 
-INTERFACE = (0, 1)
+INTERFACE = (1, 0)
 """The interface version that this backend was written against: another qhal says so instead of failing in a call."""
 
 
