@@ -47,7 +47,7 @@ def test_bounds_by_hand() -> None:
     one = np.array([[1.0]])
     e = Expected(one, one * 8, one * 2, one * 2, terms=100, decoding=2)
     half = 0.5 * 2.0**-7 * (1 + 2.0**-7)
-    assert error_bound(e, NumericsClass.EXACT, "bf16")[0, 0] == half
+    assert error_bound(e, NumericsClass.EXACT, "bf16")[0, 0] == 2.0**-8 + 100 * 2.0**-52 * 8
     assert error_bound(e, NumericsClass.FP32_ACC, "bf16")[0, 0] == half + (20 + 2) * 2.0**-24 * 8
     assert error_bound(e, NumericsClass.DEQUANT_16, "bf16")[0, 0] == pytest.approx(
         half + 6 * 0.42 * 2.0**-8 * 2 + 2 * 2.0**-24 * 8, rel=1e-12
@@ -84,6 +84,27 @@ def test_special_values() -> None:
     wanted = Expected(ref, e.s, e.r, e.rounded, e.terms)
     assert judge(ref, wanted, NumericsClass.EXACT, "bf16").kind is None
     assert judge(e.ref, wanted, NumericsClass.EXACT, "bf16").kind == FailKind.NUMERIC
+
+
+def test_one_exact_product_is_rounded_half_to_even() -> None:
+    """Both neighbours of a tie are within half a unit; only one is right. Without `settled` both pass."""
+    tie = np.array([[1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8]])
+    even, odd = np.array([[1.0, 1.0 + 2.0**-6]]), np.array([[1.0 + 2.0**-7, 1.0 + 2.0**-7]])
+    for settled, kind in ((np.ones_like(tie, dtype=bool), FailKind.NUMERIC), (None, None)):
+        e = Expected(tie, tie, tie, tie, 1, settled=settled)
+        assert judge(even, e, NumericsClass.FP32_ACC, "bf16").kind is None
+        assert judge(odd, e, NumericsClass.FP32_ACC, "bf16").kind == kind
+
+
+def test_an_infinite_term_asks_for_that_infinity_or_nan() -> None:
+    ref = np.array([[np.inf, -np.inf, np.nan, 1.0]])
+    size = np.array([[np.inf, np.inf, np.nan, 1.0]])
+    e = Expected(ref, size, size, size, 4)
+    assert judge(ref, e, NumericsClass.REDUCED_ACC, "bf16", statistics=False).kind is None
+    for place, value, passes in ((0, np.nan, True), (0, -np.inf, False), (1, -3e38, False), (2, np.inf, False)):
+        got = ref.copy()
+        got[0, place] = value
+        assert (judge(got, e, NumericsClass.REDUCED_ACC, "bf16", statistics=False).kind is None) == passes, place
 
 
 def test_overflow_is_infinite_of_the_right_sign() -> None:

@@ -22,15 +22,19 @@ Phase = Literal["prefill", "decode", "mixed"]
 LENS: dict[int, tuple[Phase, tuple[tuple[int, int], ...]]] = {
     0: ("decode", ((1, 16), (1, 1), (1, 37), (1, 15), (1, 17))),
     1: ("prefill", ((7, 7), (16, 16), (17, 33))),
-    2: ("mixed", ((1, 31), (5, 5), (3, 0), (1, 48), (9, 40))),
+    2: ("mixed", ((1, 31), (5, 5), (3, 0), (1, 48), (9, 40), (4, 2))),
     3: ("decode", ((1, 700), (1, 513))),
     4: ("prefill", ((129, 129), (64, 300))),
+    5: ("mixed", ((1, 1100), (140, 141))),
 }
-"""Batches by number: (query tokens, keys) of every sequence. Lengths 0, 1, a page, a page more and less."""
+"""Batches by number: (query tokens, keys) of every sequence. Lengths 0, 1, a page, a page more and less, many pages;
+more new tokens than keys; more queries than a tile."""
 
 FORMATS = ("bf16", "e4m3fn.tensor*fp32", "e4m3fn.row*fp32", "int8.row*fp32")
-_OPTIONS: tuple[tuple[str, ...], ...] = (("lse",), (), ("window",), ("softcap",), ("sinks",), ("full", "lse"), ("p32",))
-_REQUIRED = {"lse", "window", "full"}
+_OPTIONS: tuple[tuple[str, ...], ...] = (
+    ("lse",), (), ("window",), ("softcap",), ("sinks", "lse"), ("full", "lse"), ("p32",), ("window", "full"),
+)  # fmt: skip
+_REQUIRED = {"lse", "window", "full", "scale=0.1875", "devlens"}
 """Options that a backend of the profile must have; others may be refused."""
 
 _TREES: tuple[tuple[str, str, int], ...] = (
@@ -63,6 +67,8 @@ def cases(level: int) -> list[Case]:
             )
         for i, options in enumerate(_OPTIONS):
             found.append(_case(subject, "normal", (i + number + 1) % 3, options, i, 0))
+        for i, options in enumerate((("lse",), ("scale=0.1875", "devlens"))):
+            found.append(_case(subject, "normal", 5 if (i + number) % 2 else 2, options, i + number, 0))
         if level >= 1:
             for i, data in enumerate(usual):
                 for batch in LENS:

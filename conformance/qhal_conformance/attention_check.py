@@ -74,7 +74,7 @@ def request_of(case: Case) -> AttentionRequest:
     return AttentionRequest(
         kv=kv,
         heads=case.size("h"),
-        scale=scale,
+        scale=float(declared.get("scale", scale)),
         phase=phase,
         q=Format.parse(declared.get("q", case.out)),
         p=Format.parse("fp32" if case.has("p32") else declared.get("p", case.out)),
@@ -225,7 +225,11 @@ def _attend(
     lens = [torch.tensor(n, dtype=torch.int32) for n in (p.query_lens, p.pages.lens)]
     trees = [torch.from_numpy(tree.reshape(-1)) for tree in p.trees if tree is not None]
     tree = torch.cat(trees).to(device) if p.request.tree else None
-    batch.plan(lens[0], lens[1], torch.from_numpy(np.ascontiguousarray(table)).to(device), tree=tree)
+    pages = torch.from_numpy(np.ascontiguousarray(table)).to(device)
+    exact = None
+    if case.has("devlens"):  # the host knows upper bounds only: the lengths that count stand on the device
+        exact, lens[1] = lens[1].to(device), torch.full_like(lens[1], table.shape[1] * p.request.kv.page)
+    batch.plan(lens[0], lens[1], pages, kv_lens_device=exact, tree=tree)
     guard = guards.place(torch.from_numpy(p.q).to(dtype), case.storage, device)
     shape = (*p.q.shape[:2], p.values.shape[-1])
     target = guards.poisoned(shape, dtype, "contiguous", device)

@@ -17,12 +17,14 @@ from qhal_conformance.contract_calls import FORMATS, weight
 from qhal_conformance.decode import to_numpy
 from qhal_conformance.generator import fingerprint
 from qhal_conformance.outcome import Outcome, Status
+from qhal_conformance.steady_check import STEADY_RULES
 
 RULES: dict[str, Callable[[Case, QuantOps], int]] = {
     **contract_claims.RULES,
     **contract_results.RULES,
     **contract_weights.RULES,
     **contract_graphs.RULES,
+    **STEADY_RULES,
 }
 OPTIONAL = {"memory-comes-back"}
 """A backend that does not count its memory cannot be asked."""

@@ -29,8 +29,12 @@ DATASETS: dict[str, str] = {
     "tiny_columns": "some outputs 2^-13 as large as the others: faults there vanish in any norm over the whole result",
     "positive": "nothing cancels, |ref| = S: sums that lose their low bits, and lost terms, err to one side",
     "small_onto_large": "one large product first, then many small ones: running sums kept in too few bits",
+    "limits": "rows of x over the range of their type, fp16 subnormals and results that overflow included: a detour "
+    "through a narrower type, a running sum that overflows, an overflow that saturates",
+    "wide": "scales of very different size and of both signs: exponents that are clamped, scales taken as magnitudes",
+    "special": "NaN and Inf in some rows of x: they reach every result that depends on them, and no other",
 }
-_NO_STATISTICS = {"onehot", "zero"}
+_NO_STATISTICS = {"onehot", "zero", "special"}
 
 
 def has_statistics(data: str) -> bool:
@@ -45,7 +49,7 @@ def activation(case_id: str, m: int, k: int, data: str, kind: str) -> F32:
     rows, cols = np.arange(m)[:, None], np.arange(k)[None, :]
     if data == "onehot":
         hot = _positions(m, k, Stream(case_id, "x.hot"))
-        value = np.ldexp(g.signs((m,)), g.integers(0, 4, (m,)).astype(np.int32))
+        value = g.signs((m,)) * (2 * g.integers(0, 4, (m,)) + 1)  # 3, 5 and 7 make ties of 8-bit significands
         x = np.zeros((m, k), dtype=np.float32)
         x[np.arange(m), hot] = value
     elif data == "zero":
@@ -59,6 +63,13 @@ def activation(case_id: str, m: int, k: int, data: str, kind: str) -> F32:
         x = np.abs(x) + np.float32(2.0**-4)
     elif data == "small_onto_large":
         x = np.where(cols == 0, 64 + 16 * g.mantissas(7, (m, 1)), x * np.float32(2.0**-6))
+    elif data == "limits":
+        low, high = (-22, 14) if kind == "fp16" else (-60, 61)
+        x = np.ldexp(x, g.integers(low, high, (m, 1)).astype(np.int32))
+    elif data == "special":
+        hot = g.integers(0, max(k, 1), (m,))
+        value = np.array([0.0, np.nan, np.inf, -np.inf], dtype=np.float32)[np.arange(m) % 4]
+        x = np.where((cols == hot[:, None]) & (rows % 4 > 0), value[:, None], x)
     return elements.round_wide(kind, x.astype(np.float32))
 
 
@@ -114,6 +125,8 @@ def _plain_values(g: Stream, n: int, k: int, data: str) -> F32:
         w = np.where((np.arange(n) % 5 == 3)[:, None], w * np.float32(2.0**-13), w)
     if data == "zero":
         w = np.where(g.integers(0, 3, (n, k)) == 0, np.float32(0), w)
+    if data == "wide":
+        w = np.ldexp(w, g.integers(-40, 41, (n, 1)).astype(np.int32))
     return np.asarray(w, dtype=np.float32)
 
 
@@ -176,11 +189,20 @@ def _gains(f: Format, grid: tuple[int, int], n: int, data: str, g: Stream) -> F6
         gains = np.ldexp(gains, g.integers(-4, 5, grid).astype(np.int32))
     if data == "tiny_columns" and _row_local(f):
         gains = np.where((np.arange(grid[0]) % 5 == 3)[:, None], gains * 2.0**-13, gains)
+    if data == "wide" and f.scale is not None:
+        low, high = _REACH.get(f.scale.element, (-8, 9))
+        gains = np.ldexp(gains, g.integers(low, high, (grid[0], 1)).astype(np.int32))
+        if f.scale.plain and f.scale.element in WIDE:
+            gains = gains * g.signs(grid)
     return gains
 
 
+_REACH = {"e8m0": (-100, 101), "fp32": (-40, 41), "bf16": (-40, 41), "fp16": (-14, 11)}
+"""Powers of two of `wide` scales: of fp16 down to subnormal ones."""
+
+
 def _plane(case_id: str, name: str, f: Format, grid: tuple[int, int], target: F64) -> torch.Tensor | QTensor:
-    """Positive values near `target`, all different where the type allows it: a wrong index is then a wrong number."""
+    """Values near `target`, all different where the type allows it: a wrong index is then a wrong number."""
     g = Stream(case_id, name)
     target = np.broadcast_to(target, grid)
     spread = np.ldexp(g.mantissas(23, grid).astype(np.float64), g.integers(-1, 1, grid).astype(np.int32))

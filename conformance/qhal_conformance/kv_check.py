@@ -24,6 +24,7 @@ KV_DATA: dict[str, str] = {
     "scattered": "distinct slots in random pages, several skipped: page arithmetic, neighbours, slot -1",
     "positive": "one sign: a lost sign bit or zero point cannot cancel",
     "skipped": "every slot is -1 and the rows are NaN: nothing may change",
+    "single": "one token, which is the largest part of what a cache sees",
 }
 
 FORMATS: tuple[tuple[str, str], ...] = (
@@ -51,11 +52,13 @@ class Problem:
 
 def cases(level: int) -> list[Case]:
     """Every cache format with every data set; level 1 adds sizes."""
-    sizes = [(19, 2, 64, 16)] + ([(257, 8, 128, 16), (64, 1, 96, 64), (130, 4, 80, 32)] * (level > 0))
+    more = [(257, 8, 128, 16), (64, 1, 96, 64), (130, 4, 80, 32)] * (level > 0)
+    first = {"scattered": (19, 2, 64, 16), "positive": (520, 8, 32, 64)}
+    first |= {"skipped": (19, 2, 64, 16), "single": (1, 1, 128, 32)}
     found = []
     for number, (k, v) in enumerate(FORMATS):
         for i, data in enumerate(KV_DATA):
-            for j, (tokens, heads, dim, page) in enumerate(sizes):
+            for j, (tokens, heads, dim, page) in enumerate([first[data], *(more if data != "single" else [])]):
                 shape = (("t", tokens), ("g", heads), ("d", dim), ("p", page))
                 kind = ("bf16", "fp16")[(i + number + j) % 2] if k != "bf16" else "bf16"
                 required = k == v and k in _REQUIRED

@@ -16,7 +16,7 @@ QUANTIZE_DATA: dict[str, str] = {
     "ties": "scales that are powers of two and values in the middle of neighbouring codes: half away for half to even",
     "codes": "values that are codes times a power of two: every code must come back, extremes and subnormals included",
     "zero": "all-zero blocks, minus zero and blocks with one nonzero: the empty scale, the sign of zero",
-    "range": "blocks from 2^-60 to 2^60: narrow exponents and clamped power-of-two scales",
+    "range": "blocks from 2^-110 to 2^120: narrow exponents, least scales, clamped power-of-two scales",
     "special": "NaN and Inf in some blocks: they must propagate, and stay in their block",
 }
 
@@ -29,8 +29,8 @@ def numbers_for(case_id: str, f: Format, m: int, k: int, data: str, kind: str) -
     if data in ("ties", "codes"):
         x = _code_grid(f, g, block, m, k, ties=data == "ties", kind=kind)
     elif data == "range":
-        top = 60 if kind != "fp16" else 7
-        power = g.integers(-top, top + 1, (int(block.max(initial=0)) + 1,))
+        low, high = (-110, 121) if kind != "fp16" else (-20, 13)
+        power = g.integers(low, high, (int(block.max(initial=0)) + 1,))
         x = np.ldexp(x, power[block].astype(np.int32))
     elif data == "zero":
         empty = block % 3 == 1

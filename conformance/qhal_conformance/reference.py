@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from qhal.formats import Format
 from qhal.requests import NumericsClass
@@ -90,8 +91,34 @@ class Product:
         spread = 0.42 * np.sqrt(square)
         return one_sided, np.minimum(spread, np.maximum(every - one_sided, 0.0) / 6.0)
 
+    def settled(self, numerics: NumericsClass) -> npt.NDArray[np.bool_]:
+        """Where one product is all there is and is exact in a class: in float32, in 14 bits if those are aligned.
+
+        Only with exact decoding (powers of two as scales, or none); a class that rounds operands must have nothing to
+        round.
+        """
+        ref = self.ref
+        if self.bias is not None or self.decoding:
+            return np.zeros(ref.shape, dtype=np.bool_)
+        x, w = self.x.value != 0, self.w.value != 0
+        one = x.astype(np.float32) @ w.astype(np.float32).T == 1
+        bits = 14 if numerics == NumericsClass.REDUCED_ACC else 24
+        significand = np.ldexp(np.frexp(np.where(np.isfinite(ref), ref, 0.5))[0], bits)
+        one &= np.isfinite(ref) & (significand == np.round(significand)) & (np.abs(ref) > 2.0**-120)
+        if numerics == NumericsClass.DEQUANT_16:
+            changed = (round_wide(self.kind16, self.w.value) != self.w.value).astype(np.float32)
+            one &= x.astype(np.float32) @ changed.T == 0
+            if not self.x_plain:
+                moved = (round_wide(self.kind16, self.x.value) != self.x.value).astype(np.float32)
+                one &= moved @ w.astype(np.float32).T == 0
+        return np.asarray(one)
+
     def expected(self, numerics: NumericsClass) -> Expected:
         """What `tolerance.judge` needs; the costly parts only for the class that uses them."""
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf in the inputs
+            return self._expected(numerics)
+
+    def _expected(self, numerics: NumericsClass) -> Expected:
         sixteen = numerics == NumericsClass.DEQUANT_16
         reduced = numerics == NumericsClass.REDUCED_ACC
         fp16 = self.kind16 == "fp16"
@@ -111,6 +138,7 @@ class Product:
             tiny=np.broadcast_to(subnormal, self.ref.shape) if fp16 else 0.0,
             rounding=self.rounding if sixteen else 0.0,
             tiny_spread=np.broadcast_to(deviation, self.ref.shape) if fp16 else 0.0,
+            settled=self.settled(numerics),
         )
 
 

@@ -4,7 +4,7 @@ With ref = op(x, w), S = op(|x|, |w|) and R = sqrt(op(x^2, w^2)) a result of cla
 
     |y - ref| <= 1/2 ulp_out(ref) * (1 + 2^-7) + gamma_c * S + 6 * rho_c * R
 
-    exact        gamma = 0,                                    rho = 0
+    exact        gamma = K * 2^-52, no 2^-7,                   rho = 0
     fp32-acc     gamma = (min(2 sqrt K, K) + d) * 2^-24,       rho = 0
     reduced-acc  gamma = 2^-12,                                rho = 0, + what alignment may lose
     dequant-16   gamma = d * 2^-24,                            rho = 0.42 * u * sqrt(operands rounded)
@@ -19,6 +19,9 @@ R of a class that rounds operands counts an element's rounding error once: value
 err together, so their products are summed before they are squared (for random data this is the plain R). Six deviations
 never exceed the worst case, every rounding at its limit, u * S: that is what holds for one term.
 
+Where one product is all there is and every order of the same class gives its exact value (`Expected.settled`), the
+result must be that value rounded half to even, to the bit: the bound alone would accept either side of a tie.
+
 Over T >= 1000 elements two statistics see what a bound per element cannot, an error that is small and everywhere:
 mean (e / sigma)^2 <= 1.5 and |mean (e / sigma * sign ref)| <= 0.1 + 6 / sqrt T, with sigma^2 = ulp_out^2 / 12 +
 (rho_s R)^2. The second is not asked of reduced-acc: matrix instructions truncate. The bias that rounding the weights to
@@ -30,8 +33,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from qhal.requests import NumericsClass
+from qhal_conformance.elements import round_wide
 from qhal_conformance.generator import F64
 from qhal_conformance.outcome import HISTOGRAM_EDGES, FailKind, Worst
 
@@ -69,6 +74,7 @@ class Expected:
     one_sided what aligned products lose towards zero; spread: the deviation of the rest
     tiny_spread  deviation of the errors behind `tiny`
     rounding  the error that rounding the operands to 16 bits makes, known from the inputs
+    settled   where the result is one exact product, rounded once
     """
 
     ref: F64
@@ -84,6 +90,7 @@ class Expected:
     spread: F64 | float = 0.0
     rounding: F64 | float = 0.0
     tiny_spread: F64 | float = 0.0
+    settled: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,12 @@ class Verdict:
 
 
 def error_bound(e: Expected, numerics: NumericsClass, out: str) -> F64:
-    """The bound per element; 0 where every term is 0: there the result must be 0."""
+    """The bound per element; 0 where every term is 0 (the result must be 0) or one is infinite."""
     half = 0.5 * ulp(out, e.ref) * _SLACK
     k = max(e.terms, 1)
     decode = e.decoding * 2.0**-24
     if numerics == NumericsClass.EXACT:
-        room = np.zeros_like(half)
+        half, room = half / _SLACK, k * 2.0**-52 * e.s
     elif numerics == NumericsClass.FP32_ACC:
         room = (min(2.0 * k**0.5, float(k)) * 2.0**-24 + decode) * e.s
     elif numerics == NumericsClass.REDUCED_ACC:
@@ -114,7 +121,7 @@ def error_bound(e: Expected, numerics: NumericsClass, out: str) -> F64:
         rho = 0.42 * e.unit16 * max(e.operands, 1) ** 0.5
         worst = (e.unit16 * max(e.operands, 1) + min(2.0 * k**0.5, float(k)) * 2.0**-24) * e.s
         room = decode * e.s + np.minimum(6.0 * rho * np.maximum(e.r, e.rounded), worst) + e.tiny
-    return np.where(e.s == 0, 0.0, half + room)
+    return np.where((e.s == 0) | np.isinf(e.s), 0.0, half + room)
 
 
 def _sigma(e: Expected, numerics: NumericsClass, out: str) -> F64:
@@ -148,14 +155,25 @@ def _excess(error: F64, variance: F64) -> float:
 
 def judge(got: F64, e: Expected, numerics: NumericsClass, out: str, *, statistics: bool = True) -> Verdict:
     """Compare a result (its numbers as float64) with the reference under one numerics class."""
-    bound = error_bound(e, numerics, out)
-    return compare(got, e.ref, bound, out, _statistics(got, e, numerics, out) if statistics else None)
+    with np.errstate(invalid="ignore"):  # NaN and Inf in the inputs
+        bound = error_bound(e, numerics, out)
+    found = _statistics(got, e, numerics, out) if statistics else None
+    return compare(got, e.ref, bound, out, found, e.settled)
 
 
 def compare(
-    got: F64, ref: F64, bound: F64, out: str, statistics: tuple[float | None, float | None, str] | None = None
+    got: F64,
+    ref: F64,
+    bound: F64,
+    out: str,
+    statistics: tuple[float | None, float | None, str] | None = None,
+    settled: npt.NDArray[np.bool_] | None = None,
 ) -> Verdict:
-    """Bound per element first, then special values, then the statistics that were computed beside it."""
+    """Bound per element first, then special values, then the statistics that were computed beside it.
+
+    An infinite reference (a term is infinite) asks for that infinity, or for NaN: sums that a kernel splits may meet
+    infinities of both signs.
+    """
     if ref.size == 0:
         return Verdict(None, "", None, 0.0)
     top = _LARGEST[out]
@@ -164,11 +182,14 @@ def compare(
         room = np.maximum(bound - 0.5 * ulp(out, ref), 0.0)  # what is left of the bound before the result is rounded
         may_overflow = np.abs(ref) + room >= top + 0.5 * float(ulp(out, np.array(top)))
         same_infinity = np.isinf(got) & (np.sign(got) == np.sign(ref)) & may_overflow
+        same_infinity |= np.isinf(ref) & np.isnan(got)
         good = np.where(np.isnan(ref), np.isnan(got), (error <= bound) | same_infinity | (got == ref))
+        if settled is not None:
+            good &= ~settled | (got == round_wide(out, ref.astype(np.float32)))
     positive = np.where(bound > 0, bound, np.finfo(np.float64).tiny)
     with np.errstate(over="ignore", invalid="ignore"):
         share = np.where(np.isfinite(error), error / positive, np.inf)
-    ratio = np.where(good, np.where(np.isfinite(error), np.minimum(share, 1.0), 0.0), share)
+    ratio = np.where(good, np.where(np.isfinite(error), np.minimum(share, 1.0), 0.0), np.maximum(share, 1.0))
     index = int(np.argmax(ratio.reshape(-1)))
     place = tuple(int(i) for i in np.unravel_index(index, ref.shape))
     worst = Worst(place, float(got[place]), float(ref[place]), float(error[place]), float(bound[place]))
