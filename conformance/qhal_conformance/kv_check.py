@@ -24,6 +24,8 @@ KV_DATA: dict[str, str] = {
     "scattered": "distinct slots in random pages, several skipped: page arithmetic, neighbours, slot -1",
     "positive": "one sign: a lost sign bit or zero point cannot cancel",
     "skipped": "every slot is -1 and the rows are NaN: nothing may change",
+    "limits": "rows of zeros and over the range of their type, written in two calls: empty scales, saturation, a detour "
+    "through a narrower type",
     "single": "one token, which is the largest part of what a cache sees",
 }
 
@@ -54,7 +56,7 @@ def cases(level: int) -> list[Case]:
     """Every cache format with every data set; level 1 adds sizes."""
     more = [(257, 8, 128, 16), (64, 1, 96, 64), (130, 4, 80, 32)] * (level > 0)
     first = {"scattered": (19, 2, 64, 16), "positive": (520, 8, 32, 64)}
-    first |= {"skipped": (19, 2, 64, 16), "single": (1, 1, 128, 32)}
+    first |= {"skipped": (19, 2, 64, 16), "single": (1, 1, 128, 32), "limits": (21, 2, 64, 16)}
     found = []
     for number, (k, v) in enumerate(FORMATS):
         for i, data in enumerate(KV_DATA):
@@ -122,7 +124,10 @@ def run(case: Case, ops: QuantOps) -> Outcome:
         inputs.append(guards.place(x, case.storage, device))
     slots = torch.from_numpy(p.slots).to(torch.int32 if case.seed % 2 == 0 else torch.int64).to(device)
     kept = slots.clone()
-    ops.quant_kv(inputs[0].view, inputs[1].view, cache, slots)
+    half = case.size("t") // 2 if case.data == "limits" else 0
+    for part in (slice(0, half), slice(half, None)):
+        if slots[part].numel():
+            ops.quant_kv(inputs[0].view[part], inputs[1].view[part], cache, slots[part])
     ops.synchronize()
     if any(g.changed() for g in inputs) or not torch.equal(slots, kept):
         raise Fault(FailKind.INPUT_MUTATED, "quant_kv changed k, v or slots, or memory beside them")

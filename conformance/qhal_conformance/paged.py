@@ -37,6 +37,11 @@ def names(request: KVRequest) -> tuple[str, str]:
     return ("latent", "rope") if request.kind == "mla" else ("k", "v")
 
 
+def static_scale(name: str) -> float:
+    """K and V have different static scales: one in the other's place shows."""
+    return STATIC_SCALE * (1.375 if name == "v" else 1.0)
+
+
 @dataclass(frozen=True)
 class Rows:
     """One of the two rows of some tokens, [T, G, D], as numbers, and what a cache must hold of them. MLA: G = 1."""
@@ -52,6 +57,10 @@ def rows(case_id: str, name: str, f: Format, shape: tuple[int, int, int], kind: 
     x = g.normal(shape)
     if data == "positive":
         x = np.abs(x) + np.float32(0.25)
+    if data == "limits":
+        reach = 8 if kind == "fp16" or (f.scale is not None and f.scale.element == "fp16") else 60
+        x = np.ldexp(x, g.integers(-reach, reach + 1, (shape[0], shape[1], 1)).astype(np.int32))
+        x[::5] = 0
     x = elements.round_wide(kind, x)
     flat = x.reshape(-1, shape[-1])
     static = np.array([static_scale(name)], np.float32) if is_static(f) else None

@@ -135,7 +135,11 @@ def run(case: Case, ops: QuantOps) -> Outcome:
         expected = encode.quantize(p.x, ruled, scale=None if p.operand.scale is None else p.operand.scale.numpy())
     first = ops.quantize(x, to)
     ops.synchronize()
+    kept = guards.snapshot(guards.planes(_canonical(ops, first), "q"))
     ops.quantize(x.flip(0).neg().contiguous(), to)
+    ops.synchronize()
+    if guards.differing(kept, guards.planes(_canonical(ops, first), "q")):
+        raise Fault(FailKind.INPUT_MUTATED, "a later call changed the result of an earlier one")
     results = [first, ops.quantize(x, to)]
     if isinstance(first, QTensor) and first.layout == "canonical":
         target = guards.poisoned_like(first)
