@@ -21,8 +21,9 @@ from qhal.wire import encode_part, wire_bytes
 from qhal_conformance import comm_ranks
 from qhal_conformance.cases import Case
 from qhal_conformance.comm_check import build, request_of
-from qhal_conformance.comm_reference import encoded, shares
+from qhal_conformance.comm_reference import encoded, received, reduced, shares
 from qhal_conformance.decode import numbers, to_numpy
+from qhal_conformance.elements import round_wide
 from qhal_conformance.generator import F32
 from qhal_conformance.mutants import MUTANTS, hunt
 from qhal_conformance.operations import catalogue
@@ -33,6 +34,7 @@ from qhal_conformance.tolerance import compare
 from qhal_conformance.wrapping import Wrapped
 
 CASES = [c for c in catalogue(0) if c.profile == "comm"]
+ALL = [c for c in catalogue(1) if c.profile == "comm"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +55,7 @@ def _simulated(case: Case) -> list[torch.Tensor]:
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("case", [c for c in catalogue(1) if c.profile == "comm"], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", ALL, ids=lambda c: c.id)
 def test_the_reference_is_the_contracts_to_the_bit(case: Case) -> None:
     for rank, y in enumerate(_simulated(case)):
         e = build(case).expected(rank, case.out)
@@ -84,6 +86,25 @@ def test_the_bound_from_both_sides(case: Case) -> None:
         if e.ref.size:
             for share, wrong in ((0.99, None), (1.01, FailKind.NUMERIC)):
                 assert compare(e.ref + share * e.bound, e.ref, e.bound, case.out).kind == wrong
+
+
+def test_sums_in_another_order_are_within_the_bound() -> None:
+    """Honest kernels: four ranks in reverse order and in float64, quantized again; exact sums to the bit."""
+    ranked = [c for c in ALL if c.size("w") == 4 and c.options[0] in ("all_reduce", "reduce_scatter")]
+    for case in [c.reseeded(seed) for c in ranked if not c.has("acc=fp16") for seed in range(3)]:
+        p, codec = build(case), request_of(case).codec
+        owners = range(4) if p.request.collective == "all_reduce" else (1,)
+        for owner in owners:
+            parts = [received(x, codec) for x in p.parts(owner)]
+            back = p.request.collective == "all_reduce"
+            e = reduced(p.parts(owner), owner, codec, case.out, back=back)
+            backwards = parts[3] + parts[2] + parts[1] + parts[0]
+            wide = np.sum([x.astype(np.float64) for x in parts], axis=0).astype(np.float32)
+            for total in (backwards, wide):
+                value = round_wide(case.out, received(total, codec) if back else total)
+                found = compare(value.astype(np.float64), e.ref, e.bound, case.out)
+                assert found.kind is None, (case.id, found.detail)
+                assert case.data != "integers" or np.array_equal(value, e.value)
 
 
 def _wire(x: F32, codec: Codec) -> bytes:
@@ -117,7 +138,7 @@ def test_every_collective_codec_option_and_world_is_asked() -> None:
     assert {c.options[0] for c in CASES} == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all"}
     assert {o for c in CASES for o in c.options[1:]} >= {"own", "once", "codes", "async", "uneven", "parity", "deep"}
     assert {c.size("w") for c in CASES} == {1, 2}
-    assert {c.size("w") for c in catalogue(1) if c.profile == "comm"} == {1, 2, 4}
+    assert {c.size("w") for c in ALL} == {1, 2, 4}
     assert any(c.size("t") % 2 for c in CASES) and any(c.size("t") == 0 for c in CASES)
     assert shares(5, 2) == [3, 2] and shares(1, 2) == [1, 0] and shares(0, 2) == [0, 0]
 

@@ -15,6 +15,7 @@ from qhal_conformance.cases import Case
 from qhal_conformance.mutants import MUTANTS, hunt
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import FailKind
+from qhal_conformance.problem import DTYPES
 from qhal_conformance.tolerance import compare
 
 CASES = [c for c in catalogue(0) if c.profile == "mla"]
@@ -48,6 +49,28 @@ def test_the_bound_from_both_sides(case: Case) -> None:
     e = build(case).expected(NumericsClass.FP32_ACC, case.out)
     for share, wrong in ((0.99, None), (1.01, FailKind.NUMERIC)):
         assert compare(e.o + share * e.o_bound, e.o, e.o_bound, case.out).kind == wrong
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_float32_with_p_in_its_own_type_is_within_the_bound(seed: int) -> None:
+    """Honest kernels: scores of both parts added in float32, P rounded, no alarm."""
+    for case in [c.reseeded(seed) for c in ATTENTION]:
+        p = build(case)
+        e = p.expected(NumericsClass.FP32_ACC, case.out)
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[p.request.p.element]
+        q, at, key, r = torch.from_numpy(p.held), 0, 0, p.request
+        for t, n in zip(p.query_lens, p.pages.lens, strict=True):
+            latent, rope = (torch.from_numpy(x.value[key : key + n, 0]) for x in (p.k, p.v))
+            now, width = q[at : at + t], latent.shape[1]
+            s = (now[..., :width] @ latent.T + now[..., width:] @ rope.T) * r.scale
+            s = s if r.softcap is None else r.softcap * torch.tanh(s / r.softcap)
+            s = s.masked_fill(~torch.from_numpy(visible(t, n, r))[:, None], -torch.inf)
+            w = torch.exp(s - s.amax(-1, keepdim=True)) if n else s
+            y = (w.to(kind).float() @ latent) / w.sum(-1, keepdim=True) if n else torch.zeros(*now.shape[:2], width)
+            y = y.to(DTYPES[case.out]).double().numpy()
+            found = compare(y, e.o[at : at + t], e.o_bound[at : at + t], case.out)
+            assert found.kind is None, (case.id, found.detail)
+            at, key = at + t, key + n
 
 
 def test_formats_phases_and_families_are_asked() -> None:

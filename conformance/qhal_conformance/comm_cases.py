@@ -24,7 +24,7 @@ _CHOSEN: tuple[tuple[str, str, int, int, int, str, tuple[str, ...]], ...] = (
     (INT8, "reduce_scatter", 2, 5, 130, "ranks", ()),
     (INT8, "all_gather", 2, 3, 130, "ranks", ("uneven",)),
     (INT8, "all_to_all", 2, 5, 130, "normal", ("uneven",)),
-    (FP8, "all_reduce", 2, 4, 256, "normal", ("async",)),
+    (FP8, "all_reduce", 2, 4, 256, "normal", ()),
     (FP8, "reduce_scatter", 1, 2, 128, "normal", ()),
     (FP8, "all_gather", 2, 3, 130, "normal", ("codes",)),
     (FP8, "all_to_all", 2, 5, 130, "ranks", ("codes", "uneven")),
@@ -32,7 +32,7 @@ _CHOSEN: tuple[tuple[str, str, int, int, int, str, tuple[str, ...]], ...] = (
     (MX, "reduce_scatter", 2, 1, 64, "positive", ()),
     (INT6, "all_reduce", 2, 3, 130, "integers", _SPLIT),
     (INT6, "all_gather", 2, 3, 130, "normal", _SPLIT),
-    (NVFP4, "all_reduce", 2, 4, 64, "ranks", ()),
+    (NVFP4, "all_reduce", 2, 4, 64, "ranks", ("async",)),
     (NVFP4, "all_to_all", 2, 5, 48, "normal", ()),
     (INT4, "reduce_scatter", 2, 5, 96, "positive", ("own", "uneven")),
     (INT4, "all_reduce", 1, 5, 96, "normal", ()),
@@ -72,8 +72,9 @@ def _case(
     turn: int,
     level: int,
 ) -> Case:
-    kind = ("bf16", "fp16", "fp32")[turn % 3] if data != "integers" else ("bf16", "fp32")[turn % 2]
-    required = subject in (INT8, FP8) and kind != "fp32" and not {"own", "async", "codes"} & set(options)
+    required = subject in (INT8, FP8) and not {"own", "async", "codes"} & set(options)
+    kinds = ("bf16", "fp16") if required else ("bf16", "fp16", "fp32")
+    kind = kinds[turn % len(kinds)] if data != "integers" else "bf16"  # which holds every largest code
     shape = (("w", world), ("t", rows), ("k", k))
     storage = STORAGES[turn % 3]
     return Case("comm_quant", subject, shape, kind, data, 0, storage, (collective, *options), "comm", level, required)
