@@ -95,5 +95,12 @@ PUBLISHED = {
     "attention/bf16/l1_h6_g1_d64_p16/bf16/uniform+offset+window/0": "569910e2d5446dcd",
     "grouped_gemm/int4.g32*bf16/e5_n64_k256/bf16/normal+offsets+bias+uneven/0": "bfce07d351a57667",
     "grouped_gemm/int4.g32*bf16/e5_n96_k256/bf16/codes+offset+offsets+silu+one/0": "8e5cb18d424337c5",
+    "hadamard/quarot-12x4/m96_n96/bf16/impulse/0": "168f2ee89e4fa366",
+    "quant_kv/mla:bf16/t19_r64_d16_p16/bf16/scattered/0": "b6c23f0a47fd800e",
+    "attention/mla:bf16/l0_h4_r64_d16_p16/bf16/normal+lse/0": "11971cdb4ff9957d",
+    "vq_decode/aqlm-1x16/n512_k1024/fp16/identity/0": "04019d109477a91a",
+    "vq_gemm/aqlm-1x16/m17_n48_k64/fp16/onehot/0": "c1d641994808af9c",
+    "comm_quant/int8.g128*fp16/w2_t5_k130/bf16/integers+all_reduce/0": "4e1fc2fd558ab862",
+    "comm_quant/int8.g128*fp16/w2_t3_k130/fp16/ranks+all_gather+uneven/0": "6814b2f0496380b2",
     "contract/supports-is-total/m16_n64_k256/bf16/normal/0": "0fa17dfb0b60ae32",
 }

@@ -24,7 +24,7 @@ VQ_DATA: dict[str, str] = {
     "lost high bit, another book or a transposed vector is another number",
     "codes": "every index occurs, near-normal entries: additive books and residuals, lattice signs and shifts",
     "ends": "the first and the last entry of every table alternate: clamped and masked indices",
-    "scales": "row and column scales over thirty-two binades: a neighbour's scale, a scale in the wrong step",
+    "scales": "row and column scales over sixteen binades each: a neighbour's scale, a scale in the wrong step",
     "zero": "entries, rows and columns that must be exactly 0",
     "normal": "near-normal entries; small errors that are everywhere",
     "onehot": "one nonzero per row of x: every result is one weight",
