@@ -9,6 +9,7 @@ import pytest
 
 import qhal
 from qhal.requests import NumericsClass
+from qhal_conformance import contract_check
 from qhal_conformance.cases import find
 from qhal_conformance.gemm_cases import cases
 from qhal_conformance.generator import Stream
@@ -17,6 +18,7 @@ from qhal_conformance.mutants import MUTANTS, cases_of, hunt, judge
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import FailKind, Status
 from qhal_conformance.reference import Product
+from qhal_conformance.replaying import Replaying
 from qhal_conformance.runner import run_case
 from qhal_conformance.tolerance import Expected, error_bound
 from qhal_conformance.wrapping import Recomputed, Wrapped
@@ -27,7 +29,7 @@ def test_there_are_many_and_each_has_cases() -> None:
     assert all(cases_of(m, 0) and m.fault for m in MUTANTS)
 
 
-@pytest.mark.parametrize("group", ["weight", "product", "quantize", "cache"])
+@pytest.mark.parametrize("group", ["weight", "product", "quantize", "cache", "contract"])
 def test_every_planted_fault_is_killed(group: str) -> None:
     found = hunt(qhal.select("cpu_reference"), [m for m in MUTANTS if m.group == group], 0)
     assert [m["name"] for m in found["mutants"] if not m["killed"]] == []
@@ -44,6 +46,14 @@ def test_a_wrapper_that_changes_nothing_survives(name: str) -> None:
                 type(mutant)(name, mutant.group, mutant.profile, "none", kind), qhal.select("cpu_reference"), 0
             )
             assert not fate.killed, fate
+
+
+def test_graphs_that_replay_rightly_pass() -> None:
+    """The backend around which faults of graphs are planted: every rule of the contract holds, and graphs are asked."""
+    ops = Replaying(qhal.select("cpu_reference"))
+    outcomes = {case.subject: run_case(case, ops).outcome for case in contract_check.cases(0)}
+    assert {o.status for o in outcomes.values()} == {Status.PASS}, outcomes
+    assert outcomes["graphs-replay"].elements > 20 and outcomes["graphs-see-refits"].elements > 10
 
 
 def test_honest_variants_raise_no_alarm() -> None:

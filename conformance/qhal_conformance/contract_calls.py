@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_conformance import attention_check, datasets
 from qhal_conformance.cases import Case
-from qhal_conformance.generator import Stream
+from qhal_conformance.generator import F32, Stream
 from qhal_conformance.outcome import FailKind
 from qhal_conformance.problem import Fault, first_line
 
@@ -63,8 +64,20 @@ class Call:
 
 
 def weight(case: Case, name: str, tag: str = "w") -> QTensor:
-    """A weight [n, k] of a format; other tags are other numbers."""
-    return datasets.weight(case.id, f"{name}.{tag}", Format.parse(name), case.size("n"), case.size("k"), "normal")
+    """A weight [n, k] of a format, in memory of its own; other tags are other numbers. All rules share them."""
+    return _fresh(_weight(case.seed, name, case.size("n"), case.size("k"), tag))
+
+
+@lru_cache(maxsize=256)
+def _weight(seed: int, name: str, n: int, k: int, tag: str) -> QTensor:
+    return datasets.weight(f"contract/{seed}", f"{name}.{tag}", Format.parse(name), n, k, "normal")
+
+
+def _fresh(q: QTensor) -> QTensor:
+    names = ("codes", "scale", "zero", "offset", "table", "group_index")
+    found = {name: plane for name in names if (plane := getattr(q, name)) is not None}
+    copies: dict[str, Any] = {n: _fresh(p) if isinstance(p, QTensor) else p.clone() for n, p in found.items()}
+    return replace(q, **copies)
 
 
 def gemm_request(case: Case, name: str, **changes: object) -> GemmRequest:
@@ -75,8 +88,12 @@ def gemm_request(case: Case, name: str, **changes: object) -> GemmRequest:
 
 def activation(case: Case, ops: QuantOps, rows: int = ROWS, tag: str = "") -> Tensor:
     """bf16 [rows, k]; other tags are other numbers."""
-    x = datasets.activation(case.id + tag, rows, case.size("k"), "normal", "bf16")
-    return torch.from_numpy(x).bfloat16().to(ops.device)
+    return torch.from_numpy(_activation(case.seed, rows, case.size("k"), tag)).bfloat16().to(ops.device)
+
+
+@lru_cache(maxsize=16)
+def _activation(seed: int, rows: int, k: int, tag: str) -> F32:
+    return datasets.activation(f"contract/{seed}/{tag}", rows, k, "normal", "bf16")
 
 
 def calls(case: Case, ops: QuantOps, *, graph: bool = False, batch_invariant: bool = False) -> Iterator[Call]:
@@ -241,6 +258,13 @@ def parts(y: Any) -> dict[str, Tensor]:
 def copied(y: Any) -> dict[str, Tensor]:
     """The bits of a result, in memory of their own."""
     return {name: t.clone() for name, t in parts(y).items()}
+
+
+def answer(call: Call, ops: QuantOps, x: Tensor) -> dict[str, Tensor]:
+    """The bits of one result, waited for."""
+    y = call.run(x, None)
+    ops.synchronize()
+    return copied(y)
 
 
 def bound(fn: Callable[..., object], *args: object) -> Callable[[], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _gemms(case: Case, ops: QuantOps) -> Iterator[Asked]:
     requests = [gemm_request(case, name) for name in _ODD]
     requests += [replace(plain, graph=True), replace(plain, k=31, n=1), replace(plain, out=torch.int32)]
     for request in requests:
-        w = _weight(case, request.w, request.n, request.k).to(ops.device)
+        w = odd_weight(str(request.w), request.n, request.k).to(ops.device)
         yield request, bound(ops.prepare, w, request)
 
 
@@ -80,7 +81,7 @@ def _groupeds(case: Case, ops: QuantOps) -> Iterator[Asked]:
     for name, form, changes in odd:
         gemm = gemm_request(case, name)
         request = GroupedRequest(gemm=gemm, experts=2, groups=form, **changes)
-        stack = QTensor.stack([_weight(case, gemm.w, gemm.n, gemm.k, f"odd{e}") for e in range(2)]).to(ops.device)
+        stack = QTensor.stack([odd_weight(name, gemm.n, gemm.k, f"odd{e}") for e in range(2)]).to(ops.device)
         yield request, bound(ops.prepare, stack, request)
 
 
@@ -119,8 +120,10 @@ def _others(case: Case, ops: QuantOps) -> Iterator[Asked]:
         yield CommRequest(collective="all_reduce", codec=codec, world=8, x=x, numel=7), None
 
 
-def _weight(case: Case, f: Any, n: int, k: int, tag: str = "odd") -> QTensor:
-    return datasets.weight(case.id, tag, f, n, k, "normal")
+@lru_cache(maxsize=64)
+def odd_weight(name: str, n: int, k: int, tag: str = "odd") -> QTensor:
+    """A weight of a format that few backends know."""
+    return datasets.weight("contract", tag, Format.parse(name), n, k, "normal")
 
 
 def _attention(subject: str) -> AttentionRequest:

@@ -13,7 +13,18 @@ from qhal.interface import QuantOps
 from qhal.tensors import QTensor, same_bits
 from qhal_conformance import guards
 from qhal_conformance.cases import Case
-from qhal_conformance.contract_calls import ROWS, Call, bound, calls, copied, gemm_request, must_raise, parts, weight
+from qhal_conformance.contract_calls import (
+    ROWS,
+    Call,
+    answer,
+    bound,
+    calls,
+    copied,
+    gemm_request,
+    must_raise,
+    parts,
+    weight,
+)
 from qhal_conformance.outcome import FailKind
 from qhal_conformance.problem import Fault, well_formed
 
@@ -97,7 +108,7 @@ def results_are_kept(case: Case, ops: QuantOps) -> int:
         if any(_same_memory(t, parts(later)[name]) and t.data_ptr() == parts(later)[name].data_ptr()
                for name, t in parts(y).items()):  # fmt: skip
             raise Fault(FailKind.INPUT_MUTATED, f"two results of {call.name} share their memory")
-        _same(call, kept, copied(call.run(call.x, None)), "after other weights were prepared", FailKind.EXACT)
+        _same(call, kept, answer(call, ops, call.x), "after other weights were prepared", FailKind.EXACT)
         checked += 1
     return checked
 
@@ -111,7 +122,7 @@ def surroundings(case: Case, ops: QuantOps) -> int:
         ("with float64 as the default dtype", _Float64),
     )
     for call in calls(case, ops):
-        kept = copied(call.run(call.x, None))
+        kept = answer(call, ops, call.x)
         for what, enter in settings:
             with enter():
                 y = call.run(call.x, None)
@@ -138,8 +149,7 @@ def other_threads(case: Case, ops: QuantOps) -> int:
     checked = 0
     for call in calls(case, ops):
         inputs = (call.x, call.other)
-        kept = [copied(call.run(x, None)) for x in inputs]
-        ops.synchronize()
+        kept = [answer(call, ops, x) for x in inputs]
         for number in (1, 4) if call.support.concurrent else (1,):
             for i, got in enumerate(_from_threads(call, ops, inputs, number)):
                 what = "from another thread" if number == 1 else "from four threads at once"
@@ -177,8 +187,7 @@ def in_order(case: Case, ops: QuantOps) -> int:
     """Torch reads a result, and writes over an input, right after the call and without waiting: the order holds."""
     checked = 0
     for call in calls(case, ops):
-        kept = copied(call.run(call.x, None))
-        ops.synchronize()
+        kept = answer(call, ops, call.x)
         x = call.x.clone() if call.reads_x else call.x
         y = call.run(x, None)
         read = copied(y)
@@ -197,9 +206,9 @@ def batch_invariance(case: Case, ops: QuantOps) -> int:
     for call in calls(case, ops, batch_invariant=True):
         if not call.support.batch_invariant or not call.row:
             continue
-        whole = copied(call.run(call.x, None))
+        whole = answer(call, ops, call.x)
         for row in (0, 7, ROWS - 1):
-            alone = copied(call.run(call.x[row : row + 1], None))
+            alone = answer(call, ops, call.x[row : row + 1])
             if _differ({name: t[row : row + 1] for name, t in whole.items() if t.shape[:1] == (ROWS,)}, alone):
                 raise Fault(FailKind.EXACT, f"{call.name}: row {row} alone has other bits than in a batch of {ROWS}")
             checked += 1

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from qhal.interface import QuantOps
 from qhal_conformance.cases import Case
 from qhal_conformance.faults_cache import CACHE_FAULTS
 from qhal_conformance.faults_comm import COMM_FAULTS
 from qhal_conformance.faults_mla import MLA_FAULTS
+from qhal_conformance.faults_contract import CONTRACT_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
 from qhal_conformance.faults_rotation import ROTATION_FAULTS
@@ -59,6 +58,7 @@ _OPERATIONS = {
     "weight": ("gemm",),
     "product": ("gemm",),
     "quantize": ("quantize", "contract", "gemm"),
+    "contract": ("contract",),
     "cache": ("quant_kv", "hadamard", "grouped_gemm", "attention"),
     "rotation": ("hadamard",),
     "mla": ("quant_kv", "attention"),
@@ -77,6 +77,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("mla", MLA_FAULTS),
         ("comm", COMM_FAULTS),
         ("vq", VQ_FAULTS),
+        ("contract", CONTRACT_FAULTS),
     )
     for name, profile, fault, make in faults
 )
@@ -92,16 +93,12 @@ def cases_of(mutant: Mutant, level: int) -> list[Case]:
 def judge(mutant: Mutant, ops: QuantOps, level: int) -> Fate:
     """Run a mutant's cases until one fails."""
     start, seen = time.perf_counter(), 0
-    precision = torch.get_float32_matmul_precision()
-    try:
-        for case in cases_of(mutant, level):
-            outcome = run_case(case, mutant.make(ops)).outcome
-            seen += 1
-            if outcome.status in (Status.FAIL, Status.ERROR):
-                how = outcome.status.value if outcome.kind is None else outcome.kind.value
-                return _fate(mutant, True, case.id, how, outcome.reason, seen, start)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    for case in cases_of(mutant, level):
+        outcome = run_case(case, mutant.make(ops)).outcome
+        seen += 1
+        if outcome.status in (Status.FAIL, Status.ERROR):
+            how = outcome.status.value if outcome.kind is None else outcome.kind.value
+            return _fate(mutant, True, case.id, how, outcome.reason, seen, start)
     return _fate(mutant, False, "", "", "", seen, start)
 
 
