@@ -1,6 +1,7 @@
 # make demo   the main job: quantize a real model, run it, compare      make test   lint, types, tests, conformance
 # make dev    just the environment in .venv                             make lint   style, types, import rules
 # make docs   the documentation site in build/site                      make bench  speed and memory bars
+# make test-browser   the conformance page in headless Chromium, at phone and desktop width
 PYTHON ?= python3
 VENV ?= .venv
 # pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
@@ -10,9 +11,9 @@ DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/roc
 SOURCES := qhal schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
-.PHONY: help dev demo kv-quality test lint format conformance docs docs-update bench clean
+.PHONY: help dev chromium demo kv-quality test test-browser lint format conformance docs docs-update docs-picture bench clean
 help:
-	@head -3 Makefile | sed 's/^# //'
+	@head -4 Makefile | sed 's/^# //'
 
 dev: $(VENV)/.installed
 # one command line for all of ours: none of them is fetched from the index
@@ -47,6 +48,21 @@ conformance: dev
 
 test: lint docs conformance
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+# Chromium comes from the system's packages: installed here if that needs no password, else the line to run is printed
+chromium:
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; \
+	  else echo "Chromium is not installed; run: sudo apt-get install -y chromium" >&2; exit 1; fi; }
+
+# pictures of the pages end in build/browser
+test-browser: dev chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser/report_page.py
+
+# the picture of docs/conformance.md: a run that fails, so that there is something to see
+docs-picture: dev chromium
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m browser.picture docs/pictures/conformance-report.png
 
 # broken links, anchors, file includes and docstring references are errors (under --quiet they would pass unseen)
 docs: dev
