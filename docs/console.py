@@ -7,7 +7,8 @@
     ```
 
 `qhal` runs in this process (one import of torch for all of them), everything else in a shell; pip fetches nothing.
-Commands start in the root of the project; $TMP is a folder of the page's own.
+Commands start in the root of the project; $TMP is a folder of the page's own. A page that says
+`<!-- fresh environment -->` has a Python of its own too: what it installs is seen by it alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +38,8 @@ QUIET = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_ROOT_USER_ACTION": "ignore",
 }
+FRESH = "<!-- fresh environment -->"
+OURS = Path(sys.executable).parent
 _CODE = re.compile(r"\s+# exit code (\d+)\s*$")
 
 
@@ -85,8 +89,9 @@ def steps(block: str) -> Iterator[Step]:
 class Session:
     """The commands of one page: `export NAME=VALUE` holds until its end."""
 
-    def __init__(self, temporary: Path) -> None:
+    def __init__(self, temporary: Path, page: str = "") -> None:
         self.temporary = temporary
+        self.bin = fresh(temporary / "environment") if FRESH in page else OURS
         self.exported: dict[str, str] = {}
 
     def run(self, step: Step) -> tuple[str, int]:
@@ -96,15 +101,32 @@ class Session:
         if words[0] == "export":
             self.exported |= dict(word.split("=", 1) for word in words[1:])
             return "", 0
-        if words[0] == "qhal" and not self.exported and not any(w in ("|", ">", "&&") for w in words):
+        if (
+            words[0] == "qhal"
+            and self.bin == OURS
+            and not self.exported
+            and not any(w in ("|", ">", "&&") for w in words)
+        ):
             printed, code = _inside(words)
         else:
-            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            path = os.pathsep.join([str(self.bin), os.environ["PATH"]])
             environment = {**os.environ, **QUIET, **self.exported, "PATH": path}
             done = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
             printed, code = done.stdout + done.stderr, done.returncode
         printed = "\n".join(line.rstrip() for line in printed.splitlines())
         return printed.replace(str(self.temporary), "$TMP").replace(f"{ROOT}/", ""), code
+
+
+def fresh(folder: Path) -> Path:
+    """The programs of a new environment that sees the packages of ours, this project among them; nothing is fetched."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    bin_folder, (packages,) = folder / "bin", folder.glob("lib/python*/site-packages")
+    ours = sysconfig.get_paths()["purelib"]
+    (packages / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    script = bin_folder / "qhal"
+    script.write_text(f"#!{bin_folder / 'python'}\nfrom qhal_cli.entry import main\n\nmain()\n")
+    script.chmod(0o755)
+    return bin_folder
 
 
 def _inside(words: list[str]) -> tuple[str, int]:
@@ -138,7 +160,7 @@ _BLOCK = re.compile(r"(?P<open>^```console\n)(?P<body>.*?)(?P<close>^```$)", re.
 
 def refreshed(page: str, temporary: Path) -> str:
     """The page with the output of every command that no longer matches replaced by what it prints now."""
-    session = Session(temporary)
+    session = Session(temporary, page)
 
     def block(match: re.Match[str]) -> str:
         body = match["body"]

@@ -49,7 +49,7 @@ def name_of(page: Path) -> str:
 def test_what_a_page_shows_happens(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks run in the page's order in one namespace, from the project's root (the README in a folder of its own)."""
     console = module("console")
-    session = console.Session(tmp_path)
+    session = console.Session(tmp_path, page.read_text())
 
     def shell(example: Example) -> str:
         return "\n".join(
@@ -94,7 +94,7 @@ def test_no_block_hides_from_the_tests(page: Path) -> None:
     """A misspelt language would make a block that looks run and is not."""
     found = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.S | re.M)
     for language, body in found:
-        whole = re.fullmatch(r' \{\.(python|toml) title="(.*)"\}', language)
+        whole = re.fullmatch(r' \{\.(python|toml|diff) title="(.*)"\}', language)
         assert language in SHOWN or (whole and body == f'--8<-- "{whole[2]}"\n'), language
 
 

@@ -25,17 +25,22 @@ def gemm(x: Tensor | QTensor, w: AcmeWeight, index: int, out: Tensor | None) -> 
     y = product(value, w.canonical().dequantize())
     if w.bias is not None:
         y += w.bias
-    y = y.to(dtype)
-    if out is None:
-        return y
-    if (out.shape, out.dtype) != (y.shape, y.dtype):
-        raise FormatError(f"out is {out.dtype} {tuple(out.shape)}, the result is {y.dtype} {tuple(y.shape)}")
-    return out.copy_(y)
+    return write(y.to(dtype), out)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """fp32 [T, K] times fp32 [N, K] -> [T, N]. Your kernels go here, each with a line in support.py."""
     return x @ w.T
+
+
+def write(y: Tensor, out: Tensor | QTensor | None) -> Tensor:
+    """A result, into `out` if it was given; FormatError if it does not fit there."""
+    if out is None:
+        return y
+    if not isinstance(out, Tensor) or (out.shape, out.dtype) != (y.shape, y.dtype):
+        found = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise FormatError(f"out is {found}, the result is {y.dtype} {tuple(y.shape)}")
+    return out.copy_(y)
 
 
 def _operand(x: Tensor | QTensor, w: AcmeWeight, request: GemmRequest, index: int) -> tuple[Tensor, torch.dtype]:

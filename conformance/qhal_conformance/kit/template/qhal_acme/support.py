@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 from qhal.elements import WIDE
 from qhal.formats import Format
-from qhal.requests import Arithmetic, GemmRequest, NumericsClass, QuantizeRequest, Request, Support, minimum_class
+from qhal.requests import (
+    Arithmetic,
+    GemmRequest,
+    NumericsClass,
+    QuantizeRequest,
+    Request,
+    Support,
+    minimum_class,
+)
 
 FLOATS = tuple(Format(name) for name in WIDE)
 QUANTIZED = tuple(
