@@ -78,13 +78,11 @@ def form(request: Request) -> Request:
 
 def cases_for(need: Need) -> list[Case]:
     """Cases that cover a need, the most telling first: made for its sizes and of the catalogue in turns; [] if none."""
-    made = [case for case in _made(need) if covers(case, need)]
     listed = [case for case in catalogue(0) if case.required and covers(case, need)]
+    known = {case.id for case in listed}
+    made = [case for case in _made(need) if case.id not in known and covers(case, need)]
     listed.sort(key=lambda case: _DATA.index(case.data) if case.data in _DATA else len(_DATA))
-    found = []
-    for i in range(max(len(made), len(listed))):
-        found += made[i : i + 1] + listed[i : i + 1]
-    return list({case.id: case for case in found}.values())
+    return [case for i in range(max(len(made), len(listed))) for case in made[i : i + 1] + listed[i : i + 1]]
 
 
 def covers(case: Case, need: Need) -> bool:
