@@ -151,7 +151,9 @@ def _call(case: Case, ops: QuantOps, p: Problem, prepared: Prepared, support: Su
     opening = well_formed(ops.gemm(x, prepared), "gemm", shape, dtype, device)
     ops.synchronize()
     start = opening.clone()
-    ops.gemm(other, prepared)
+    turned = ops.gemm(other, prepared)
+    if isinstance(p.x, QTensor):  # the same rows in reverse order
+        _holds(case, p, well_formed(turned, "gemm", shape, dtype, device).flip(0), support, "after another x")
     first = well_formed(ops.gemm(x, prepared), "gemm", shape, dtype, device)
     ops.synchronize()
     kept = first.clone()
@@ -172,18 +174,25 @@ def _call(case: Case, ops: QuantOps, p: Problem, prepared: Prepared, support: Su
             continue
         if support.deterministic:
             raise Fault(FailKind.NONDETERMINISTIC, f"two calls differ ({what}), but supports declares deterministic")
-        verdict = _judge(case, p, y, support.numerics if support.numerics is not None else minimum_class(p.request))
-        if verdict.kind is not None:
-            raise Fault(verdict.kind, f"{what}: {verdict.detail}")
+        _holds(case, p, y, support, what)
     return target.view
 
 
+def _holds(case: Case, p: Problem, y: torch.Tensor, support: Support, what: str) -> None:
+    verdict = _judge(case, p, y, support.numerics if support.numerics is not None else minimum_class(p.request))
+    if verdict.kind is not None:
+        raise Fault(verdict.kind, f"{what}: {verdict.detail}")
+
+
 def _turned(x: QTensor) -> QTensor:
-    """Other numbers in the same planes: rows in reverse order, scales with them where rows have their own."""
-    scale = x.scale
-    if isinstance(scale, torch.Tensor) and scale.shape[0] == x.codes.shape[0]:
-        scale = scale.flip(0).contiguous()
-    return replace(x, codes=x.codes.flip(0).contiguous(), scale=scale)
+    """The rows in reverse order, their scales with them."""
+
+    def flipped(plane: torch.Tensor | QTensor | None) -> torch.Tensor | QTensor | None:
+        if isinstance(plane, QTensor):
+            return replace(plane, codes=plane.codes.flip(0).contiguous(), scale=flipped(plane.scale))
+        return plane.flip(0).contiguous() if plane is not None and plane.shape[0] == x.codes.shape[0] else plane
+
+    return replace(x, codes=x.codes.flip(0).contiguous(), scale=flipped(x.scale))
 
 
 def _restores(ops: QuantOps, prepared: Prepared, w: QTensor) -> None:

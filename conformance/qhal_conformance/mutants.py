@@ -21,6 +21,10 @@ from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
 from qhal_conformance.faults_rotation import ROTATION_FAULTS
 from qhal_conformance.faults_vq import VQ_FAULTS
+from qhal_conformance.faults_forms import FORM_FAULTS
+from qhal_conformance.faults_product import PRODUCT_FAULTS
+from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
+from qhal_conformance.faults_rare import RARE_FAULTS
 from qhal_conformance.faults_weight import WEIGHT_FAULTS
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import Status
@@ -64,6 +68,7 @@ _OPERATIONS = {
     "mla": ("quant_kv", "attention"),
     "comm": ("comm_quant",),
     "vq": ("vq_decode", "vq_gemm"),
+    "rare": ("contract", "gemm"),
 }
 
 MUTANTS: tuple[Mutant, ...] = tuple(
@@ -78,9 +83,10 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("comm", COMM_FAULTS),
         ("vq", VQ_FAULTS),
         ("contract", CONTRACT_FAULTS),
+        ("rare", RARE_FAULTS),
     )
     for name, profile, fault, make in faults
-)
+) + tuple(Mutant(name, group, profile, fault.strip(), make) for group, name, profile, fault, make in FORM_FAULTS)
 
 
 def cases_of(mutant: Mutant, level: int) -> list[Case]:

@@ -1,0 +1,409 @@
+"""Planted faults in the forms that one operation has beside its plain one: every option, every kind, far sizes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhal.caches import AttentionBatch, KVCache, Limits
+from qhal.formats import Format
+from qhal.groups import Groups, Indexed, Masked, Offsets
+from qhal.prepared import Prepared
+from qhal.requests import AttentionRequest, GemmRequest, GroupedRequest, HadamardRequest, VQRequest
+from qhal.rotations import Rotation
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_conformance.wrapping import Weight, Wrapped
+
+# ---- quantize
+
+
+class _Quantized(Wrapped):
+    """Quantizes changed numbers, or changes what came out."""
+
+    def _before(self, x: Tensor) -> Tensor:
+        return x
+
+    def _after(self, q: QTensor, x: Tensor) -> None:
+        return None
+
+    def quantize(
+        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
+    ) -> QTensor:
+        """Change, quantize, change in place."""
+        q = self._inner.quantize(self._before(x), to, for_=for_, out=out)
+        if x.numel():
+            self._after(q, x)
+        return q
+
+
+def _numbers(change: Callable[[Tensor], Tensor]) -> type[Wrapped]:
+    return type("NumbersFault", (_Quantized,), {"_before": lambda self, x: change(x)})
+
+
+def _planes(change: Callable[[QTensor, Tensor], object]) -> type[Wrapped]:
+    return type("PlanesFault", (_Quantized,), {"_after": lambda self, q, x: change(q, x)})
+
+
+def _bounded(reach: float) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float16 else torch.where(torch.isfinite(x), x.clamp(-reach, reach), x)
+
+    return change
+
+
+def _rows_past(q: QTensor, x: Tensor) -> None:
+    q.codes.view(torch.uint8)[512:] = 0
+
+
+def _columns_past(q: QTensor, x: Tensor) -> None:
+    q.codes.view(torch.uint8)[..., 4096:] = 0
+
+
+def _stacked(q: QTensor, x: Tensor) -> None:
+    if x.dim() > 2:
+        q.codes.view(torch.uint8).zero_()
+
+
+def _partial_scale(q: QTensor, x: Tensor) -> None:
+    f = q.format
+    if f.block is not None and f.block.kind == "group" and x.shape[-1] % f.block.cols and isinstance(q.scale, Tensor):
+        q.scale[..., -1] = q.scale[..., -2]
+
+
+# ---- grouped products
+
+
+class _Grouped(Wrapped):
+    """Groups changed before, the result changed in place after."""
+
+    def _before(self, groups: Groups) -> Groups:
+        return groups
+
+    def _after(self, y: Tensor | QTensor, x: Tensor | QTensor, w: Prepared, groups: Groups) -> None:
+        return None
+
+    def grouped_gemm(
+        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
+    ) -> Tensor | QTensor:
+        """Change, multiply, change."""
+        y = self._inner.grouped_gemm(x, w, self._before(groups), out=out)
+        self._after(y, x, w, groups)
+        return y
+
+
+def _groups(change: Callable[[Groups], Groups]) -> type[Wrapped]:
+    return type("GroupsFault", (_Grouped,), {"_before": lambda self, groups: change(groups)})
+
+
+def _result(when: Callable[[Tensor | QTensor, Tensor | QTensor, Any, Groups], Any]) -> type[Wrapped]:
+    """Zeros where `when` says so: nothing, True for all, or an index."""
+
+    def after(self: _Grouped, y: Tensor | QTensor, x: Tensor | QTensor, w: Prepared, groups: Groups) -> None:
+        chosen = when(y, x, w.request, groups)
+        if chosen is not None and chosen is not False:
+            raw = y.codes.view(torch.uint8) if isinstance(y, QTensor) else y
+            raw[... if chosen is True else chosen] = 0
+
+    return type("ResultFault", (_Grouped,), {"_after": after})
+
+
+def _activation(name: str) -> type[Wrapped]:
+    return _result(lambda y, x, r, g: r.activation is not None and r.activation.name == name)
+
+
+def _tile_of_expert(y: Tensor | QTensor, x: Tensor | QTensor, r: Any, groups: Groups) -> Tensor | None:
+    if not isinstance(groups, Offsets):
+        return None
+    ends = groups.offsets.tolist()
+    late = [row for a, b in itertools.pairwise(ends) for row in range(a + 64, b)]
+    return torch.tensor(late, dtype=torch.long)
+
+
+def _same_twice(y: Tensor | QTensor, x: Tensor | QTensor, r: Any, groups: Groups) -> Tensor | None:
+    if not isinstance(groups, Indexed) or groups.ids.shape[1] < 3 or groups.weights is not None:
+        return None
+    again = torch.zeros_like(groups.ids, dtype=torch.bool)
+    again[:, 2] = groups.ids[:, 2] == groups.ids[:, 0]
+    return again.reshape(-1)
+
+
+def _normalized(groups: Groups) -> Groups:
+    if not isinstance(groups, Indexed) or groups.weights is None:
+        return groups
+    return replace(groups, weights=groups.weights / groups.weights.sum(-1, keepdim=True), cache={})
+
+
+def _narrow_weights(groups: Groups) -> Groups:
+    if not isinstance(groups, Indexed) or groups.weights is None:
+        return groups
+    return replace(groups, weights=groups.weights.bfloat16().float(), cache={})
+
+
+class FirstExpertsScale(Wrapped):
+    """Static input scales of the first expert serve all."""
+
+    def prepare(
+        self,
+        w: Weight,
+        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
+        *,
+        inputs: Sequence[Operand] = (),
+        operand: Operand | None = None,
+        bias: Tensor | None = None,
+        into: Prepared | None = None,
+    ) -> Prepared:
+        """With one scale."""
+        shared = tuple(
+            replace(o, scale=o.scale[:1].expand_as(o.scale).contiguous()) if o.per_expert and o.scale is not None else o
+            for o in inputs
+        )
+        return self._inner.prepare(w, request, inputs=shared, operand=operand, bias=bias, into=into)
+
+
+# ---- caches and attention
+
+
+def _written(change: Callable[[Tensor, Tensor, Tensor, KVCache], tuple[Tensor, Tensor, Tensor]]) -> type[Wrapped]:
+    def quant_kv(self: Wrapped, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        k, v, slots = change(k, v, slots, cache)
+        self._inner.quant_kv(k, v, cache, slots)
+
+    return type("WriteFault", (Wrapped,), {"quant_kv": quant_kv})
+
+
+def _dropped(which: Callable[[Tensor, KVCache], Tensor]) -> type[Wrapped]:
+    """Some slots are not written."""
+    return _written(lambda k, v, s, c: (k, v, torch.where(which(s, c), torch.full_like(s, -1), s)))
+
+
+class SecondWriteIgnored(Wrapped):
+    """A cache takes rows once."""
+
+    def quant_kv(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Only the first time."""
+        seen: set[int] = self.__dict__.setdefault("_caches", set())
+        if id(cache) not in seen:
+            self._inner.quant_kv(k, v, cache, slots)
+        seen.add(id(cache))
+
+
+class ValuesByKeyScale(Wrapped):
+    """V is quantized with the static scale of K."""
+
+    def quant_kv(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Exchange the plane for the call."""
+        planes, static = cache.planes, ("k.scale", "v.scale")
+        if not all(n in planes and planes[n].numel() == 1 for n in static):
+            return self._inner.quant_kv(k, v, cache, slots)
+        spoiled = dict(planes) | {"v.scale": planes["k.scale"].clone()}
+        return self._inner.quant_kv(k, v, KVCache(cache.request, spoiled, cache.layout, cache.host), slots)
+
+
+class _Planned(AttentionBatch):
+    """A batch planned with other lengths."""
+
+    def __init__(self, inner: AttentionBatch, longest: int, device_lengths: bool) -> None:
+        self.inner, self._longest, self._device_lengths = inner, longest, device_lengths
+
+    def plan(
+        self,
+        query_lens: Tensor,
+        kv_lens: Tensor,
+        page_table: Tensor,
+        *,
+        kv_lens_device: Tensor | None = None,
+        tree: Tensor | None = None,
+    ) -> None:
+        """Cut, or without the lengths on the device."""
+        known = kv_lens_device if self._device_lengths else None
+        keys = kv_lens.clamp(max=self._longest)
+        known = None if known is None else known.clamp(max=self._longest)
+        self.inner.plan(query_lens, keys, page_table, kv_lens_device=known, tree=tree)
+
+
+class _Attention(Wrapped):
+    """Attention over a changed request or plan; `_spoil` changes the result."""
+
+    _longest = 1 << 30
+    _device_lengths = True
+
+    def _request(self, r: AttentionRequest) -> AttentionRequest:
+        return r
+
+    def _spoil(self, y: Tensor, lse: Tensor | None, r: AttentionRequest, sinks: Tensor | None) -> None:
+        return None
+
+    def _sinks(self, sinks: Tensor) -> Tensor:
+        return sinks
+
+    def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
+        """For the changed request."""
+        made = self._inner.attention_batch(self._request(request), limits)
+        return _Planned(made, self._longest, self._device_lengths)
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        *,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, change."""
+        assert isinstance(batch, _Planned)
+        changed = None if sinks is None else self._sinks(sinks)
+        y = self._inner.attention(q, cache, batch.inner, sinks=changed, out=out, lse=lse)
+        self._spoil(y, lse, batch.inner.request, sinks)  # type: ignore[attr-defined]
+        return y
+
+
+def _attention(**members: Any) -> type[Wrapped]:
+    return type("AttentionForm", (_Attention,), members)
+
+
+def _usual_scale(self: _Attention, r: AttentionRequest) -> AttentionRequest:
+    return replace(r, scale=r.kv.k_dim**-0.5)
+
+
+def _lse_without_sinks(
+    self: _Attention, y: Tensor, lse: Tensor | None, r: AttentionRequest, sinks: Tensor | None
+) -> None:
+    if lse is not None and sinks is not None:
+        kept = torch.log((torch.exp(lse.double()) - torch.exp(sinks.double())).clamp(min=1e-30))
+        lse.copy_(torch.where(torch.isinf(lse), lse, kept.to(lse.dtype)))
+
+
+def _lse_finite(self: _Attention, y: Tensor, lse: Tensor | None, r: AttentionRequest, sinks: Tensor | None) -> None:
+    if lse is not None:
+        lse.nan_to_num_(neginf=-1e30)
+
+
+def _one_sided(self: _Attention, r: AttentionRequest) -> AttentionRequest:
+    return replace(r, causal=True) if r.window is not None else r
+
+
+# ---- rotations
+
+
+class _Rotated(Wrapped):
+    """hadamard of changed numbers, or with another chain."""
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        return x
+
+    def _kinds(self, kinds: tuple[str, ...]) -> bool:
+        """Whether such a chain does nothing."""
+        return False
+
+    def hadamard(
+        self,
+        x: Tensor,
+        rotation: Prepared | Sequence[Rotation],
+        *,
+        quantize: Operand | None = None,
+        for_: Prepared | None = None,
+        out: Tensor | QTensor | None = None,
+    ) -> Tensor | QTensor:
+        """Change, rotate."""
+        request = rotation.request if isinstance(rotation, Prepared) else None
+        kinds = request.kinds if isinstance(request, HadamardRequest) else tuple(r.kind for r in rotation)  # type: ignore[union-attr]
+        if quantize is not None and quantize.scale is not None and self.__dict__.get("_dynamic", False):
+            quantize = Operand(quantize.format)
+        names = tuple(str(kind[0]) + ("-table" if kind[0] == "hadamard" and kind[2] != 1 else "") for kind in kinds)
+        if self._kinds(names) and isinstance(out, Tensor):
+            return out.copy_(x)
+        if self._kinds(names):
+            return x.clone()
+        return self._inner.hadamard(self._numbers(x), rotation, quantize=quantize, for_=for_, out=out)
+
+
+def _rotated(change: Callable[[Tensor], Tensor]) -> type[Wrapped]:
+    return type("RotatedNumbers", (_Rotated,), {"_numbers": lambda self, x: change(x)})
+
+
+def _identity(which: Callable[[tuple[str, ...]], bool]) -> type[Wrapped]:
+    return type("RotationIgnored", (_Rotated,), {"_kinds": lambda self, kinds: which(kinds)})
+
+
+class StaticIgnored(_Rotated):
+    """The fused quantization computes a scale where a static one is given."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.__dict__["_dynamic"] = True
+
+
+FORM_FAULTS: tuple[tuple[str, str, str, str, type[Wrapped]], ...] = (
+    ("quantize", "quantize-clamped-2^80", "core-fp8", "numbers past 2^80 are clamped", _numbers(_bounded(2.0**80))),
+    ("quantize", "quantize-clamped-2^80-mx", "mx", "numbers past 2^80 are clamped", _numbers(_bounded(2.0**80))),
+    ("quantize", "quantize-through-fp16", "core-int8", "bf16 numbers pass through fp16",
+     _numbers(lambda x: x.half().to(x.dtype))),
+    ("quantize", "quantize-rows-past-512", "core-int8", "rows past 512 have code 0", _planes(_rows_past)),
+    ("quantize", "quantize-columns-past-4096", "core-fp8", "columns past 4096 have code 0", _planes(_columns_past)),
+    ("quantize", "quantize-stacked", "core-int8", "x of three axes gives code 0", _planes(_stacked)),
+    ("quantize", "quantize-partial-group", "core-fp8", "a last short group has the scale before it",
+     _planes(_partial_scale)),
+    ("cache", "expert-rows-past-64", "moe", "rows of an expert past 64 are not computed", _result(_tile_of_expert)),
+    ("cache", "one-row-in-all", "moe", "a single row is not computed", _result(lambda y, x, r, g: y.shape[0] == 1)),
+    ("cache", "expert-twice", "moe", "an expert that a token names twice is computed once", _result(_same_twice)),
+    ("cache", "top-4", "moe", "more than two experts per token are not computed",
+     _result(lambda y, x, r, g: isinstance(g, Indexed) and g.ids.shape[1] > 2)),
+    ("cache", "weights-normalized", "moe", "weights of a sum are divided by their sum", _groups(_normalized)),
+    ("cache", "weights-in-bf16", "moe", "weights of a sum are rounded to bf16", _groups(_narrow_weights)),
+    ("cache", "full-expert", "moe", "an expert without padding is not computed",
+     _result(lambda y, x, r, g: isinstance(g, Masked) and bool((g.counts == x.shape[1]).any()))),
+    ("cache", "gelu-missing", "moe", "gelu gives zeros", _activation("gelu")),
+    ("cache", "gelu-tanh-missing", "moe", "gelu_tanh gives zeros", _activation("gelu_tanh")),
+    ("cache", "relu2-missing", "moe", "relu squared gives zeros", _activation("relu2")),
+    ("cache", "swiglu-missing", "moe", "swiglu gives zeros", _activation("swiglu")),
+    ("cache", "second-quantization", "moe", "codes of a quantized result are zero",
+     _result(lambda y, x, r, g: r.quantize is not None)),
+    ("cache", "quantized-rows", "moe", "x that is quantized already gives zeros",
+     _result(lambda y, x, r, g: isinstance(x, QTensor))),
+    ("cache", "static-scale-of-first", "moe", FirstExpertsScale.__doc__ or "", FirstExpertsScale),
+    ("cache", "tokens-past-512", "kv", "tokens past 512 are not written",
+     _dropped(lambda s, c: torch.arange(len(s), device=s.device) >= 512)),
+    ("cache", "one-token", "kv", "a single token is not written",
+     _dropped(lambda s, c: torch.full_like(s == 0, len(s) == 1))),
+    ("cache", "page-of-64", "kv", "pages of 64 slots are filled from their start",
+     _written(lambda k, v, s, c: (k, v, torch.where(s > 0, s - s % 64, s)) if c.request.page == 64 else (k, v, s))),
+    ("cache", "heads-of-eight", "kv", "eight heads are written in another order",
+     _written(lambda k, v, s, c: (k.roll(1, 1), v, s) if k.shape[1] == 8 else (k, v, s))),
+    ("cache", "second-write", "kv", SecondWriteIgnored.__doc__ or "", SecondWriteIgnored),
+    ("cache", "values-by-key-scale", "kv", ValuesByKeyScale.__doc__ or "", ValuesByKeyScale),
+    ("cache", "cache-through-fp16", "kv", "bf16 rows pass through fp16",
+     _written(lambda k, v, s, c: (k.half().to(k.dtype), v.half().to(v.dtype), s))),
+    ("cache", "keys-past-1024", "kv", "keys past 1024 are not seen", _attention(_longest=1024)),
+    ("cache", "keys-past-48", "kv", "pages past the third are not seen", _attention(_longest=48)),
+    ("cache", "device-lengths-ignored", "kv", "the host's upper bounds are taken for lengths",
+     _attention(_device_lengths=False)),
+    ("cache", "usual-scale", "kv", "scores are scaled by 1 / sqrt d, whatever was asked",
+     _attention(_request=_usual_scale)),
+    ("cache", "window-is-causal", "kv", "a window without causal mask hides later keys",
+     _attention(_request=_one_sided)),
+    ("cache", "sinks-rolled", "kv", "each head has its neighbour's sink", _attention(_sinks=lambda self, s: s.roll(1))),
+    ("cache", "lse-without-sinks", "kv", "lse leaves the sinks out", _attention(_spoil=_lse_without_sinks)),
+    ("cache", "lse-finite", "kv", "lse of a row without keys is finite", _attention(_spoil=_lse_finite)),
+    ("cache", "rotation-through-fp16", "rotation", "bf16 rows pass through fp16",
+     _rotated(lambda x: x.half().to(x.dtype))),
+    ("cache", "rotation-nan-lost", "rotation", "NaN counts as zero", _rotated(lambda x: torch.nan_to_num(x, nan=0.0))),
+    ("cache", "rotation-static-ignored", "rotation", StaticIgnored.__doc__ or "", StaticIgnored),
+    ("cache", "table-ignored", "rotation", "orders that are no power of two do nothing",
+     _identity(lambda kinds: "hadamard-table" in kinds)),
+    ("cache", "kronecker-ignored", "rotation", "a Kronecker rotation does nothing",
+     _identity(lambda k: k == ("kronecker",))),
+    ("cache", "diagonal-ignored", "rotation", "a diagonal does nothing", _identity(lambda k: k == ("diagonal",))),
+    ("cache", "permutation-ignored", "rotation", "a permutation does nothing",
+     _identity(lambda k: k == ("permutation",))),
+    ("cache", "dense-ignored", "rotation", "a dense rotation does nothing", _identity(lambda k: k == ("dense",))),
+    ("cache", "chain-ignored", "rotation", "chains of several do nothing", _identity(lambda kinds: len(kinds) > 1)),
+)  # fmt: skip
+"""(group, name, profile, what is wrong, class)"""
