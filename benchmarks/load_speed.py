@@ -74,7 +74,9 @@ def measure(case: Case, n: int, k: int, repeat: int, folder: Path) -> dict[str, 
     if peer is not None:
         runs["peer"] = lambda: peer(read())
     best = fastest(runs, repeat)
-    kept = fastest({"clone": lambda: [clone() for _ in range(KEPT)], "spec": lambda: [weight() for _ in range(KEPT)]}, 3)
+    kept = fastest(
+        {"clone": lambda: [clone() for _ in range(KEPT)], "spec": lambda: [weight() for _ in range(KEPT)]}, 3
+    )
     ratios = {"clone / spec": best["clone"] / best["spec"], "floor / spec": best["floor"] / best["spec"]}
     ratios["kept clone / spec"] = kept["clone"] / kept["spec"]
     bars = {"clone": ratios["clone / spec"] >= CLONE_BAR}

@@ -22,7 +22,7 @@ from qhal.requests import Arithmetic, GemmRequest, HadamardRequest, NumericsClas
 from qhal.rotations import Diagonal, Hadamard, kinds
 from qhal_cli.app import app
 from qhal_conformance import selftest as module
-from qhal_conformance.covering import MULTIPLY_ADDS, PROFILE, Need, cases_for
+from qhal_conformance.covering import MULTIPLY_ADDS, PROFILE, cases_for, form
 from qhal_conformance.mutants import MUTANTS
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.runner import Record
@@ -179,26 +179,26 @@ def test_every_required_case_covers_its_own_request() -> None:
     for case in catalogue(0):
         request = OPERATIONS[case.operation].request(case)
         if request is not None and case.required and not case.has("exact"):
-            assert case in cases_for(Need(request, case.has("static"))), case.id
+            assert case in cases_for(request), case.id
 
 
 def test_forms_differ_where_kernels_do() -> None:
     base = GemmRequest(w=INT4, n=64, k=128, x=(Format("bf16"),))
     same = (replace(base, n=4096, m=(1, 1)), replace(base, bias=True), replace(base, numerics=NumericsClass.EXACT))
-    assert {Need(r).form for r in same} == {Need(base).form}
+    assert {form(r) for r in same} == {form(base)}
     other = (
         replace(base, w=INT8),
         replace(base, x=(INT8,)),
         replace(base, group_index=True),
         replace(base, operand=FP8),
     )
-    assert len({Need(r).form for r in (base, *other)} | {Need(base, static=True).form}) == 6
+    assert len({form(r) for r in (base, *other, replace(base, static=(True,)))}) == 6
 
 
 @given(n=st.integers(1, 200_000), k=st.integers(1, 40_000), w=st.sampled_from([INT4, INT8, FP8]))
 @settings(max_examples=40, deadline=None)
 def test_cases_have_the_layers_k_and_a_bounded_cost(n: int, k: int, w: Format) -> None:
-    for case in cases_for(Need(GemmRequest(w=w, n=n, k=k, x=(Format("bf16"),)))):
+    for case in cases_for(GemmRequest(w=w, n=n, k=k, x=(Format("bf16"),))):
         if case.profile == PROFILE:
             assert case.size("k") == k and case.size("n") <= n
             assert case.size("m") * case.size("n") * k <= max(MULTIPLY_ADDS, 16 * case.size("m") * k)

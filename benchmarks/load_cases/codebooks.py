@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+
 from load_cases import MODULE, Case, Files, Tensors, scales, words
 
 
@@ -40,7 +41,9 @@ def quip(name: str, n: int, k: int, g: torch.Generator) -> Files:
     tensors |= {"Wscale": torch.tensor(1.0), "codebook_id": torch.tensor(number)}
     params = {"codebook": name, "codebook_version": 1, "codesz": 8, "idx_dtype": "torch.int64", "lora_rank": 0}
     params |= {"outlier_channel_split": False, "packsz": 8 / columns, "rescale_WH": False, "model_version": 1}
-    return Files(tensors, config={"quip_params": params | {"resid_scale_override": -1, "pack_out": False, "fused": False}})
+    return Files(
+        tensors, config={"quip_params": params | {"resid_scale_override": -1, "pack_out": False, "fused": False}}
+    )
 
 
 CASES = [

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from load_cases import MODULE, Case, Files, Peer, Tensors, raw, scales
 
+from load_cases import MODULE, Case, Files, Peer, Tensors, raw, scales
 from qhal_schemes.compressed_tensors_writer import tensor_layouts
 from qhal_schemes.quantizing import resolve_format
 from qhal_schemes.source import DTYPES

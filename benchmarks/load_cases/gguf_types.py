@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+
 from load_cases import Case, Files, Tensors
 
 Kind = gguf.GGMLQuantizationType

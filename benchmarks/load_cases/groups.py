@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+
 from load_cases import Case, Files, scales, words
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from load_cases import Case, Files, raw, scales
 
 

@@ -11,14 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from load_cases import MODULE, Case, Files, Tensors, raw, scales, words
 
+from load_cases import MODULE, Case, Files, Tensors, raw, scales, words
 from qhal.elements import values
 
 FP8 = torch.float8_e4m3fn
 
 
-def quark(dtype: str, qscheme: str, n: int, k: int, g: torch.Generator, size: int = 0, method: str = "reorder") -> Files:
+def quark(
+    dtype: str, qscheme: str, n: int, k: int, g: torch.Generator, size: int = 0, method: str = "reorder"
+) -> Files:
     mx = dtype.startswith("fp") and dtype != "fp8_e4m3"
     record = {"dtype": dtype, "qscheme": qscheme, "is_dynamic": False, "symmetric": dtype != "uint4"}
     record |= {"ch_axis": -1 if size else 0, "group_size": size or None, "scale_type": "float"}

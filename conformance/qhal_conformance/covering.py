@@ -7,7 +7,7 @@ the catalogue covers requests by itself; what has no case is said, never assumed
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -34,24 +34,11 @@ _ROWS = (16, 1, 17, 64)
 PROFILE = "selftest"
 
 
-@dataclass(frozen=True)
-class Need:
-    """One request that an engine will make. static: its x has a given scale (a request does not say)."""
-
-    request: Request
-    static: bool = False
-
-    @property
-    def form(self) -> Need:
-        """The same without sizes: needs of one form are executed by the same kernels."""
-        return Need(form(self.request), self.static)
-
-    def __str__(self) -> str:
-        return f"{self.request}{' static input' if self.static else ''}"
-
-
 def form(request: Request) -> Request:
-    """The request with every size, and every number that is only an argument, replaced by one value."""
+    """The request with every size, and every number that is only an argument, replaced by one value.
+
+    Requests of one form are executed by the same kernels.
+    """
     if isinstance(request, GemmRequest):
         w = request.w.storage if isinstance(request.w, Format) else request.w
         return replace(
@@ -76,8 +63,8 @@ def form(request: Request) -> Request:
     return request
 
 
-def cases_for(need: Need) -> list[Case]:
-    """Cases that cover a need, the most telling first: made for its sizes and of the catalogue in turns; [] if none."""
+def cases_for(need: Request) -> list[Case]:
+    """Cases that cover a request, the most telling first: made for its sizes and of the catalogue in turns."""
     listed = [case for case in catalogue(0) if case.required and covers(case, need)]
     known = {case.id for case in listed}
     made = [case for case in _made(need) if case.id not in known and covers(case, need)]
@@ -85,24 +72,23 @@ def cases_for(need: Need) -> list[Case]:
     return [case for i in range(max(len(made), len(listed))) for case in made[i : i + 1] + listed[i : i + 1]]
 
 
-def covers(case: Case, need: Need) -> bool:
+def covers(case: Case, need: Request) -> bool:
     """Whether a case asks for the same kernels."""
     try:
         asked = OPERATIONS[case.operation].request(case)
     except (QhalError, ValueError):  # the suite has no word for such a format
         return False
-    return asked is not None and Need(asked, case.has("static")).form == need.form
+    return asked is not None and form(asked) == form(need)
 
 
-def _made(need: Need) -> Iterator[Case]:
+def _made(request: Request) -> Iterator[Case]:
     """Cases for this very request at its own sizes; `covers` judges whether they are what was asked."""
-    request = need.request
     if isinstance(request, GemmRequest):
-        yield from _gemm(request, need.static)
-    elif isinstance(request, GroupedRequest) and not need.static:
+        yield from _gemm(request)
+    elif isinstance(request, GroupedRequest):
         yield from _grouped(request)
     elif isinstance(request, QuantizeRequest):
-        options = ("static",) * need.static
+        options = ("static",) * request.static
         for data in ("grid", "codes", "zero", "ties"):
             shape = (("m", 17), ("k", 256))
             yield _case("quantize", str(request.format), shape, request.x, data, options)
@@ -118,11 +104,11 @@ def _made(need: Need) -> Iterator[Case]:
         yield from _attention(request)
 
 
-def _gemm(r: GemmRequest, static: bool) -> Iterator[Case]:
+def _gemm(r: GemmRequest) -> Iterator[Case]:
     x = r.x[0]
     subject = str(r.w) if x.plain else f"{r.w}~{x}"
     out = x.element if x.plain else "bf16" if r.out is None else dtype_name(r.out)
-    options = ("gidx",) * r.group_index + ("static",) * static + ("bias",) * r.bias
+    options = ("gidx",) * r.group_index + ("static",) * any(r.static) + ("bias",) * r.bias
     for data, rows in zip(_DATA, _ROWS, strict=True):
         shape = (("m", rows), ("n", _rows_of(r.n, r.k, rows)), ("k", r.k))
         yield Case("gemm", subject, shape, out, data, 0, "contiguous", options, PROFILE, 1, False)
@@ -136,7 +122,7 @@ def _grouped(r: GroupedRequest) -> Iterator[Case]:
     acted = ("silu",) if r.activation is not None else ()
     shape = (("e", 5), ("n", _rows_of(gemm.n, gemm.k, 66)), ("k", gemm.k))
     for data, counts in (("onehot", "uneven"), ("codes", "one"), ("normal", "uneven")):
-        options = (r.groups, *("bias",) * gemm.bias, *acted, counts)
+        options = (r.groups, *("static",) * any(gemm.static), *("bias",) * gemm.bias, *acted, counts)
         yield Case("grouped_gemm", subject, shape, out, data, 0, "contiguous", options, PROFILE, 1, False)
 
 

@@ -37,11 +37,6 @@ def names(request: KVRequest) -> tuple[str, str]:
     return ("latent", "rope") if request.kind == "mla" else ("k", "v")
 
 
-def static_scale(name: str) -> float:
-    """K and V have different static scales: one in the other's place shows."""
-    return STATIC_SCALE * (1.375 if name == "v" else 1.0)
-
-
 @dataclass(frozen=True)
 class Rows:
     """One of the two rows of some tokens, [T, G, D], as numbers, and what a cache must hold of them. MLA: G = 1."""

@@ -16,11 +16,12 @@ import torch
 
 import qhal
 from qhal.interface import QuantOps
-from qhal.layer_formats import ExpertsFormat, LayerFormat, LinearFormat
+from qhal.layer_formats import LayerFormat
 from qhal.layers import requests
 from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, HadamardRequest, QuantizeRequest, Request
 from qhal_conformance.cases import Case
-from qhal_conformance.covering import PROFILE, Need, cases_for
+from qhal_conformance.covering import PROFILE, cases_for
+from qhal_conformance.covering import form as form_of
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.problem import first_line
@@ -152,49 +153,50 @@ def _needed(
     uncovered: list[str],
 ) -> list[Form]:
     """The forms of everything that will be asked; what is refused or has no case is said at once."""
-    layers: dict[Need, list[str]] = {}
-    for name, need in [*_needs(formats, dtype), *((name, Need(request)) for name, request in also)]:
+    layers: dict[Request, list[str]] = {}
+    for name, need in [*_needs(formats, dtype), *also]:
         layers.setdefault(need, []).append(name)
-    forms: dict[Need, Form] = {}
+    forms: dict[Request, Form] = {}
     for need, names in layers.items():
-        if (reason := _refused(ops, need.request)) is not None:
+        if (reason := _refused(ops, need)) is not None:
             wrong.append(f"{_shown(names)}: {need}: {reason}")
             continue
-        form = forms.setdefault(need.form, Form(str(need)))
-        form.layers += names
-        form.cases += [case for case in cases_for(need) if case not in form.cases]
-    for form in forms.values():
-        if not form.cases:
-            uncovered.append(f"not covered by the suite: {form.name} ({_shown(form.layers)})")
+        found = forms.setdefault(form_of(need), Form(str(need)))
+        found.layers += names
+        found.cases += [case for case in cases_for(need) if case not in found.cases]
+    for found in forms.values():
+        if not found.cases:
+            uncovered.append(f"not covered by the suite: {found.name} ({_shown(found.layers)})")
     for need in list(forms):  # a product quantizes its x with the bits of `quantize`, where that is claimed too
-        for request in _quantizations(need, dtype):
-            inner = Need(request, request.static)
-            if inner not in forms and ops.supports(request):
-                forms[inner] = Form(str(request), list(forms[need].layers), cases_for(inner))
+        for inner in _quantizations(need, dtype):
+            if inner not in forms and ops.supports(inner):
+                forms[inner] = Form(str(inner), list(forms[need].layers), cases_for(inner))
     uncovered += [f"not covered by the suite: the fused `{name}` of {ops.name}" for name in sorted(ops.fusions)]
     return list(forms.values())
 
 
-def _needs(formats: Iterable[LayerFormat], dtype: torch.dtype) -> Iterator[tuple[str, Need]]:
-    """(layer, need): a weight that meets two inputs is one need for each."""
+def _needs(formats: Iterable[LayerFormat], dtype: torch.dtype) -> Iterator[tuple[str, Request]]:
+    """(layer, request): a weight that meets two inputs is asked once for each."""
     for f in formats:
         for request in requests(f, dtype):
-            if isinstance(request, GroupedRequest):
-                assert isinstance(f, ExpertsFormat)
-                part = f.gate_up if request.activation is not None else f.down
-                yield f.name, Need(request, part.static_input)
-            elif isinstance(request, GemmRequest):
-                assert isinstance(f, LinearFormat)
-                for i, x in enumerate(request.x):
-                    yield f.name, Need(replace(request, x=(x,)), f.static_input and i == 0)
+            if isinstance(request, GemmRequest):
+                yield from ((f.name, _one_input(request, i)) for i in range(len(request.x)))
+            elif isinstance(request, GroupedRequest):
+                yield from (
+                    (f.name, replace(request, gemm=_one_input(request.gemm, i))) for i in range(len(request.gemm.x))
+                )
             else:
-                yield f.name, Need(request)
+                yield f.name, request
 
 
-def _quantizations(need: Need, dtype: torch.dtype) -> Iterator[QuantizeRequest]:
-    gemm = need.request.gemm if isinstance(need.request, GroupedRequest) else need.request
+def _one_input(r: GemmRequest, index: int) -> GemmRequest:
+    return replace(r, x=(r.x[index],), static=(True,) if any(r.static[index : index + 1]) else ())
+
+
+def _quantizations(need: Request, dtype: torch.dtype) -> Iterator[QuantizeRequest]:
+    gemm = need.gemm if isinstance(need, GroupedRequest) else need
     if isinstance(gemm, GemmRequest):
-        yield from (QuantizeRequest(x=dtype, format=x, static=need.static) for x in gemm.x if not x.plain)
+        yield from (QuantizeRequest(x=dtype, format=x, static=any(gemm.static)) for x in gemm.x if not x.plain)
     elif isinstance(gemm, HadamardRequest) and gemm.quantize is not None:
         yield QuantizeRequest(x=gemm.x, format=gemm.quantize)
 

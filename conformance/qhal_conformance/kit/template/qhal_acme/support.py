@@ -83,6 +83,10 @@ def _gemm(r: GemmRequest, graph: bool) -> Iterator[str]:
     unknown = [f for f in r.x if f not in (*FLOATS, *QUANTIZED)]
     if unknown or not r.x:
         yield f"x in {_names(unknown) or 'no format'}: acme takes {_names((*FLOATS, *QUANTIZED))}"
+    given = (f for f, static in zip(r.x, r.static, strict=False) if static and str(f.block) != "tensor")
+    yield from (f"a static scale is one per tensor, not per {f.block}" for f in given)
+    if r.clip:
+        yield "inputs that keep a part of their range (clip): no kernel yet"
     if r.n < 1 or r.k < 1:
         yield f"n={r.n}, k={r.k}: there is nothing to multiply"
     if r.out is not None and r.out not in WIDE.values():

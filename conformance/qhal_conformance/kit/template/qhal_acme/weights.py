@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from qhal.elements import dtype_name
 from qhal.errors import FormatError
 from qhal.formats import Format
+from qhal.operands import check_inputs
 from qhal.prepared import Prepared
 from qhal.requests import GemmRequest, Support
 from qhal.specs import Operand
@@ -66,8 +67,7 @@ def build(
     if not isinstance(w, QTensor) or w.format.storage != request.w or w.shape != (request.n, request.k):
         found = f"{w.format} {w.shape}" if isinstance(w, QTensor) else type(w).__name__
         raise FormatError(f"the weight is {found}, the request says {request.w} [{request.n}, {request.k}]")
-    if inputs and tuple(o.format for o in inputs) != request.x:
-        raise FormatError(f"inputs are {[str(o.format) for o in inputs]}, the request says {request.x}")
+    check_inputs(request, inputs)
     if (bias is not None) != request.bias or (bias is not None and bias.shape != (request.n,)):
         raise FormatError(f"bias is {None if bias is None else tuple(bias.shape)}, the request says {request}")
     codes = pack(w.codes) if layout(w.format) == "nibble" else w.codes
