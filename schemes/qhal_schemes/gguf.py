@@ -144,7 +144,7 @@ class GGUFMapping(SchemeMapping):
         for name, plane in weight.planes().items():
             if plane.dtype == torch.float16 or (entry.dtype == "MXFP4" and name == "scale"):
                 checks.scales(self.index, entry.name, plane, zero_ok=True)
-        if entry.dtype == "TQ2_0" and bool((weight.codes > 1).any()):
+        if entry.dtype == "TQ2_0" and int(weight.codes.amax()) > 1:
             raise self.index.bad(entry.name, "TQ2_0 codes 0 to 2", f"{int((weight.codes > 1).sum())} codes of 3")
 
 

@@ -10,31 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
 
 from qhal.formats import Format
 from qhal.tensors import QTensor
+from qhal_schemes.lanes import empty, part_size, transpose_bytes, turn
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The table of IQ4_NL and IQ4_XS (kvalues_iq4nl)."""
 _NIBBLES, _PAIRS, _BITS = (0, 4), (0, 2, 4, 6), tuple(range(8))
 
-Unpack = Callable[[Format, Tensor], QTensor]
-"""The format and the bytes of all blocks, uint8 [N, blocks, bytes] -> the tensor [N, K]."""
+Pieces = dict[str, Tensor]
+"""The planes of a tensor by dotted name, each [l, count in a block, m]: block l of every run of blocks, m runs."""
+Unpack = Callable[[Tensor], Pieces]
+"""Pieces from the bytes of blocks, uint8 [l, bytes, m]: what is the same in all blocks is a row, and rows are long."""
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """One GGML type: elements and bytes of a block. format and unpack: of quantized types that can be read."""
+    """One GGML type: elements and bytes of a block. format, unpack, table: of quantized types that can be read.
+
+    codes_at: where the codes of a block begin if they are bytes in their own order; `unpack` does the bytes before.
+    """
 
     name: str
     elements: int
     nbytes: int
     format: str = ""
     unpack: Unpack | None = None
+    table: tuple[int, ...] = ()
+    codes_at: int = 0
 
     @property
     def readable(self) -> bool:
@@ -43,21 +51,15 @@ class BlockType:
 
 
 def _fields(raw: Tensor, run: int, shifts: Sequence[int]) -> Tensor:
-    """Bit fields of bytes [..., m] as uint8 [..., m * len(shifts)].
+    """Bit fields of bytes [l, b, m] as uint8 [l, b * len(shifts), m].
 
     Every run of `run` bytes holds its lowest fields first, byte after byte, then the next ones.
     """
-    width = 8 // len(shifts)
-    runs = raw.unflatten(-1, (-1, run))
-    codes = torch.empty(*runs.shape[:-1], len(shifts), run, dtype=torch.uint8)
+    runs = raw.unflatten(1, (-1, run))
+    codes = torch.empty(*runs.shape[:2], len(shifts), *runs.shape[2:], dtype=torch.uint8)
     for i, shift in enumerate(shifts):
-        codes[..., i, :] = (runs >> shift) & ((1 << width) - 1)
-    return codes.flatten(-3)
-
-
-def _matrix(codes: Tensor) -> Tensor:
-    """[N, blocks, per block] as [N, K]."""
-    return codes.flatten(-2)
+        torch.bitwise_right_shift(runs, shift, out=codes[:, :, i])
+    return codes.bitwise_and_((1 << 8 // len(shifts)) - 1).flatten(1, 3)
 
 
 def _signed(codes: Tensor, middle: int) -> Tensor:
@@ -66,114 +68,105 @@ def _signed(codes: Tensor, middle: int) -> Tensor:
 
 
 def _half(raw: Tensor) -> Tensor:
-    """float16 [N, blocks] from two bytes of each block."""
-    return raw.contiguous().view(torch.float16).squeeze(-1)
+    """float16 [l, 1, m] from two bytes of each block."""
+    return turn(raw).reshape(-1).view(torch.float16).view(raw.shape[0], 1, raw.shape[2])
 
 
-def _inner(fmt: Format | None, codes: Tensor, scale: Tensor) -> QTensor:
-    """Quantized inner scales: codes [N, blocks, inner] of one fp16 scale [N, blocks] each."""
-    assert fmt is not None
-    return QTensor(fmt, _matrix(codes), scale)
+def _q4_0(b: Tensor) -> Pieces:
+    return {"codes": _signed(_fields(b[:, 2:], 16, _NIBBLES), 8), "scale": _half(b[:, :2])}
 
 
-def _q4_0(f: Format, b: Tensor) -> QTensor:
-    return QTensor(f, _signed(_matrix(_fields(b[..., 2:], 16, _NIBBLES)), 8), _half(b[..., :2]))
-
-
-def _q4_1(f: Format, b: Tensor) -> QTensor:
-    codes = _matrix(_fields(b[..., 4:], 16, _NIBBLES))
-    return QTensor(f, codes, _half(b[..., :2]), offset=_half(b[..., 2:4]))
+def _q4_1(b: Tensor) -> Pieces:
+    return {"codes": _fields(b[:, 4:], 16, _NIBBLES), "scale": _half(b[:, :2]), "offset": _half(b[:, 2:4])}
 
 
 def _fifth(low: Tensor, high: Tensor) -> Tensor:
     """Codes of five bits: nibbles, and the highest bit from elsewhere."""
-    return _matrix(low.bitwise_or_(high.bitwise_left_shift_(4)))
+    return low.add_(high, alpha=16)
 
 
-def _q5_0(f: Format, b: Tensor) -> QTensor:
-    codes = _fifth(_fields(b[..., 6:], 16, _NIBBLES), _fields(b[..., 2:6], 1, _BITS))
-    return QTensor(f, _signed(codes, 16), _half(b[..., :2]))
+def _q5_0(b: Tensor) -> Pieces:
+    codes = _fifth(_fields(b[:, 6:], 16, _NIBBLES), _fields(b[:, 2:6], 1, _BITS))
+    return {"codes": _signed(codes, 16), "scale": _half(b[:, :2])}
 
 
-def _q5_1(f: Format, b: Tensor) -> QTensor:
-    codes = _fifth(_fields(b[..., 8:], 16, _NIBBLES), _fields(b[..., 4:8], 1, _BITS))
-    return QTensor(f, codes, _half(b[..., :2]), offset=_half(b[..., 2:4]))
+def _q5_1(b: Tensor) -> Pieces:
+    codes = _fifth(_fields(b[:, 8:], 16, _NIBBLES), _fields(b[:, 4:8], 1, _BITS))
+    return {"codes": codes, "scale": _half(b[:, :2]), "offset": _half(b[:, 2:4])}
 
 
-def _q8_0(f: Format, b: Tensor) -> QTensor:
-    return QTensor(f, _matrix(b[..., 2:]).contiguous().view(torch.int8), _half(b[..., :2]))
+def _q8_0(b: Tensor) -> Pieces:
+    return {"scale": _half(b)}
 
 
-def _q2_k(f: Format, b: Tensor) -> QTensor:
-    codes = _matrix(_fields(b[..., 16:80], 32, _PAIRS))
-    scale, offset = b[..., :16] & 15, b[..., :16] >> 4
-    d, dmin = _half(b[..., 80:82]), _half(b[..., 82:84])
-    return QTensor(f, codes, _inner(f.scale, scale, d), offset=_inner(f.offset, offset, dmin))
+def _inner(scale: Tensor, d: Tensor, offset: Tensor, dmin: Tensor) -> Pieces:
+    """Inner scales and minima [l, inner, m] of one half each."""
+    return {"scale.codes": scale, "scale.scale": _half(d), "offset.codes": offset, "offset.scale": _half(dmin)}
 
 
-def _q3_k(f: Format, b: Tensor) -> QTensor:
-    high = _fields(b[..., :32], 32, _BITS)
-    codes = _fields(b[..., 32:96], 32, _PAIRS).bitwise_or_(high.bitwise_left_shift_(2))
-    scale = _fields(b[..., 96:104], 8, _NIBBLES) | (_fields(b[..., 104:108], 4, _PAIRS) << 4)
-    return QTensor(f, _signed(_matrix(codes), 4), _inner(f.scale, _signed(scale, 32), _half(b[..., 108:])))
+def _q2_k(b: Tensor) -> Pieces:
+    inner = _inner(b[:, :16] & 15, b[:, 80:82], b[:, :16] >> 4, b[:, 82:84])
+    return {"codes": _fields(b[:, 16:80], 32, _PAIRS), **inner}
+
+
+def _q3_k(b: Tensor) -> Pieces:
+    codes = _fields(b[:, 32:96], 32, _PAIRS).add_(_fields(b[:, :32], 32, _BITS), alpha=4)
+    scale = _fields(b[:, 96:104], 8, _NIBBLES) | (_fields(b[:, 104:108], 4, _PAIRS) << 4)
+    return {"codes": _signed(codes, 4), "scale.codes": _signed(scale, 32), "scale.scale": _half(b[:, 108:])}
 
 
 def _six_bits(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima [..., 8] of Q4_K and Q5_K from 12 bytes: six bits each, four bytes of one kind hold the first
+    """Scales and minima [l, 8, m] of Q4_K and Q5_K from 12 bytes: six bits each, four bytes of one kind hold the first
     four values and, on top, the upper bits of the last four."""
-    low, mins, both = s[..., :4], s[..., 4:8], s[..., 8:]
-    scale = torch.cat([low & 63, (both & 15) | ((low >> 2) & 48)], -1)
-    return scale, torch.cat([mins & 63, (both >> 4) | ((mins >> 2) & 48)], -1)
+    low, mins, both = s[:, :4], s[:, 4:8], s[:, 8:]
+    scale = torch.cat([low & 63, (both & 15) | ((low >> 2) & 48)], 1)
+    return scale, torch.cat([mins & 63, (both >> 4) | ((mins >> 2) & 48)], 1)
 
 
-def _k_quant(f: Format, b: Tensor, codes: Tensor) -> QTensor:
-    scale, offset = _six_bits(b[..., 4:16])
-    d, dmin = _half(b[..., :2]), _half(b[..., 2:4])
-    return QTensor(f, codes, _inner(f.scale, scale, d), offset=_inner(f.offset, offset, dmin))
+def _k_quant(b: Tensor, codes: Tensor) -> Pieces:
+    scale, offset = _six_bits(b[:, 4:16])
+    return {"codes": codes, **_inner(scale, b[:, :2], offset, b[:, 2:4])}
 
 
-def _q4_k(f: Format, b: Tensor) -> QTensor:
-    return _k_quant(f, b, _matrix(_fields(b[..., 16:], 32, _NIBBLES)))
+def _q4_k(b: Tensor) -> Pieces:
+    return _k_quant(b, _fields(b[:, 16:], 32, _NIBBLES))
 
 
-def _q5_k(f: Format, b: Tensor) -> QTensor:
-    return _k_quant(f, b, _fifth(_fields(b[..., 48:], 32, _NIBBLES), _fields(b[..., 16:48], 32, _BITS)))
+def _q5_k(b: Tensor) -> Pieces:
+    return _k_quant(b, _fifth(_fields(b[:, 48:], 32, _NIBBLES), _fields(b[:, 16:48], 32, _BITS)))
 
 
-def _q6_k(f: Format, b: Tensor) -> QTensor:
-    high = _fields(b[..., 128:192], 32, _PAIRS)
-    codes = _signed(_matrix(_fields(b[..., :128], 64, _NIBBLES).bitwise_or_(high.bitwise_left_shift_(4))), 32)
-    return QTensor(f, codes, _inner(f.scale, b[..., 192:208].contiguous().view(torch.int8), _half(b[..., 208:])))
+def _q6_k(b: Tensor) -> Pieces:
+    codes = _fields(b[:, :128], 64, _NIBBLES).add_(_fields(b[:, 128:192], 32, _PAIRS), alpha=16)
+    return {"codes": _signed(codes, 32), "scale.codes": b[:, 192:208].view(torch.int8), "scale.scale": _half(b[:, 208:])}
 
 
-def _tq1_0(f: Format, b: Tensor) -> QTensor:
+def _tq1_0(b: Tensor) -> Pieces:
     """Five digits of base 3 in a byte (four in the last ones), as a fraction: the next digit is (3 * byte) >> 8."""
     parts = []
-    for raw, run, digits in ((b[..., :32], 32, 5), (b[..., 32:48], 16, 5), (b[..., 48:52], 4, 4)):
+    for raw, run, digits in ((b[:, :32], 32, 5), (b[:, 32:48], 16, 5), (b[:, 48:52], 4, 4)):
         powers = torch.tensor([3**i for i in range(digits)], dtype=torch.uint8)
-        parts.append((raw.unflatten(-1, (-1, 1, run)) * powers[:, None]).flatten(-3))  # modulo 256
-    digit = torch.cat(parts, -1).short().mul_(3).bitwise_right_shift_(8)
-    return QTensor(f, _matrix(digit.to(torch.int8).sub_(1)), _half(b[..., 52:]))
+        parts.append((raw.unflatten(1, (-1, 1, run)) * powers[:, None, None]).flatten(1, 3))  # modulo 256
+    digit = torch.cat(parts, 1).short().mul_(3).bitwise_right_shift_(8)
+    return {"codes": digit.to(torch.int8).sub_(1), "scale": _half(b[:, 52:])}
 
 
-def _tq2_0(f: Format, b: Tensor) -> QTensor:
-    return QTensor(f, _signed(_matrix(_fields(b[..., :64], 32, _PAIRS)), 1), _half(b[..., 64:]))
+def _tq2_0(b: Tensor) -> Pieces:
+    return {"codes": _signed(_fields(b[:, :64], 32, _PAIRS), 1), "scale": _half(b[:, 64:])}
 
 
-def _iq4_nl(f: Format, b: Tensor) -> QTensor:
-    codes = _matrix(_fields(b[..., 2:], 16, _NIBBLES))
-    return QTensor(f, codes, _half(b[..., :2]), table=torch.tensor(_IQ4, dtype=torch.float32))
+def _iq4_nl(b: Tensor) -> Pieces:
+    return {"codes": _fields(b[:, 2:], 16, _NIBBLES), "scale": _half(b[:, :2])}
 
 
-def _iq4_xs(f: Format, b: Tensor) -> QTensor:
-    scale = _fields(b[..., 4:8], 1, _NIBBLES) | (_fields(b[..., 2:4], 1, _PAIRS) << 4)
-    codes = _matrix(_fields(b[..., 8:], 16, _NIBBLES))
-    inner = _inner(f.scale, _signed(scale, 32), _half(b[..., :2]))
-    return QTensor(f, codes, inner, table=torch.tensor(_IQ4, dtype=torch.float32))
+def _iq4_xs(b: Tensor) -> Pieces:
+    scale = _fields(b[:, 4:8], 1, _NIBBLES) | (_fields(b[:, 2:4], 1, _PAIRS) << 4)
+    codes = _fields(b[:, 8:], 16, _NIBBLES)
+    return {"codes": codes, "scale.codes": _signed(scale, 32), "scale.scale": _half(b[:, :2])}
 
 
-def _mxfp4(f: Format, b: Tensor) -> QTensor:
-    return QTensor(f, _matrix(_fields(b[..., 1:], 16, _NIBBLES)), b[..., 0].contiguous())
+def _mxfp4(b: Tensor) -> Pieces:
+    return {"codes": _fields(b[:, 1:], 16, _NIBBLES), "scale": b[:, :1]}
 
 
 TYPES: dict[int, BlockType] = {
@@ -183,7 +176,7 @@ TYPES: dict[int, BlockType] = {
     3: BlockType("Q4_1", 32, 20, "q4_1", _q4_1),
     6: BlockType("Q5_0", 32, 22, "q5_0", _q5_0),
     7: BlockType("Q5_1", 32, 24, "q5_1", _q5_1),
-    8: BlockType("Q8_0", 32, 34, "q8_0", _q8_0),
+    8: BlockType("Q8_0", 32, 34, "q8_0", _q8_0, codes_at=2),
     9: BlockType("Q8_1", 32, 36),
     10: BlockType("Q2_K", 256, 84, "q2_k", _q2_k),
     11: BlockType("Q3_K", 256, 110, "q3_k", _q3_k),
@@ -195,10 +188,10 @@ TYPES: dict[int, BlockType] = {
     17: BlockType("IQ2_XS", 256, 74),
     18: BlockType("IQ3_XXS", 256, 98),
     19: BlockType("IQ1_S", 256, 50),
-    20: BlockType("IQ4_NL", 32, 18, "lut4.g32*fp16", _iq4_nl),
+    20: BlockType("IQ4_NL", 32, 18, "lut4.g32*fp16", _iq4_nl, _IQ4),
     21: BlockType("IQ3_S", 256, 110),
     22: BlockType("IQ2_S", 256, 82),
-    23: BlockType("IQ4_XS", 256, 136, "lut4.g32*(int6.g8*fp16)", _iq4_xs),
+    23: BlockType("IQ4_XS", 256, 136, "lut4.g32*(int6.g8*fp16)", _iq4_xs, _IQ4),
     24: BlockType("I8", 1, 1),
     25: BlockType("I16", 1, 2),
     26: BlockType("I32", 1, 4),
@@ -229,7 +222,42 @@ def format_of(kind: str) -> Format:
 
 
 def unpack(kind: str, raw: Tensor) -> QTensor:
-    """The tensor [N, K] from the bytes of its rows, uint8 [N, bytes of a row]."""
-    t, fmt = _BY_NAME[kind], format_of(kind)
+    """The tensor [N, K] from the bytes of its rows, uint8 [N, bytes of a row]; some rows at a time."""
+    t, fmt, (n, width) = _BY_NAME[kind], format_of(kind), raw.shape
     assert t.unpack is not None, kind
-    return t.unpack(fmt, raw.unflatten(-1, (-1, t.nbytes)))
+    step = max(part_size() * t.nbytes // max(width * t.elements, 1), 1)
+    planes: dict[str, Tensor] = {}
+    for first in range(0, max(n, 1), step):
+        part, found = raw[first : first + step].unflatten(1, (-1, t.nbytes)), {}
+        if t.codes_at:
+            part, codes = part.split([t.codes_at, t.nbytes - t.codes_at], -1)
+            found["codes"] = codes.view(torch.int8).flatten(1)
+        found |= {name: _rows(piece, len(part)) for name, piece in t.unpack(_turned(part)).items()}
+        for name, rows in found.items():
+            if name not in planes:
+                planes[name] = empty((n, rows.shape[1]), rows.dtype, rows.device)
+            planes[name][first : first + step] = rows
+
+    def plane(name: str, inner: Format | None) -> Tensor | QTensor | None:
+        if inner is None or inner.plain:
+            return planes.get(name)
+        return QTensor(inner, planes[f"{name}.codes"], planes[f"{name}.scale"])
+
+    table = torch.tensor(t.table, dtype=torch.float32) if t.table else None
+    return QTensor(fmt, planes["codes"], plane("scale", fmt.scale), offset=plane("offset", fmt.offset), table=table)
+
+
+def _turned(blocks: Tensor) -> Tensor:
+    """The bytes of blocks [..., bytes] as uint8 [l, bytes, m]; l blocks are whole words, which are quick to transpose."""
+    *lead, nbytes = blocks.shape
+    count = prod(lead)
+    together = 4 // gcd(4, nbytes)
+    together = together if count % together == 0 else 1
+    return transpose_bytes(blocks.reshape(count // together, together * nbytes)).view(together, nbytes, -1)
+
+
+def _rows(piece: Tensor, rows: int) -> Tensor:
+    """[l, c, m] as the rows of a tensor, [rows, c of all blocks]."""
+    if piece.element_size() > 1:
+        return piece.permute(2, 0, 1).reshape(rows, -1)
+    return turn(piece.flatten(0, 1)).view(rows, -1)

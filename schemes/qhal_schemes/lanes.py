@@ -93,7 +93,7 @@ def unpack_fields(packed: Tensor, bits: int, minus: int = 0) -> Tensor:
         for j, row in enumerate(rows):
             row.copy_(torch.bitwise_right_shift(source, j * bits, out=shifted))
         rows.bitwise_and_((1 << bits) - 1)
-        target.copy_(_turn(rows.sub_(minus) if minus else rows))  # modulo 256
+        target.copy_(turn(rows.sub_(minus) if minus else rows))  # modulo 256
     return codes.view(torch.int8) if minus else codes
 
 
@@ -106,7 +106,7 @@ def unpack_columns(packed: Tensor, *, paired: bool, negative: bool = False) -> T
     dtype = torch.int8 if negative else torch.uint8
     codes = empty((rows, 8, columns), dtype, packed.device)
     turned = transpose(packed).view(dtype).view(rows, columns, 4)
-    step = max(_size() // (8 * columns or 1), 1)
+    step = max(part_size() // (8 * columns or 1), 1)
     for source, target in zip(turned.split(step), codes.split(step), strict=True):
         _nibbles(source, target, paired)
     return codes.view(rows * 8, columns)
@@ -119,40 +119,12 @@ def unpack_order(packed: Tensor, *, negative: bool = False) -> Tensor:
     for source, target, scratch in _parts(packed.reshape(-1), codes.view(-1, 2)):
         rows = scratch.view(-1).view(dtype).view(1, 8, -1)
         _nibbles(source.view(dtype).view(1, -1, 4), rows, paired=True)
-        fours = _turn(rows.view(2, 4, -1)).view(2, -1)  # four rows to the bytes of one word, twice
+        fours = turn(rows.view(2, 4, -1)).view(2, -1)  # four rows to the bytes of one word, twice
         target.copy_(transpose(fours.view(torch.int32)))
     return codes.view(dtype).flatten(-2)
 
 
-def transpose(words: Tensor) -> Tensor:
-    """int32 [N, M] contiguous from int32 [M, N]."""
-    return _turn(words.contiguous().view(torch.float32)).view(torch.int32)
-
-
-def transpose_bytes(codes: Tensor) -> Tensor:
-    """[N, M] contiguous from uint8 or int8 [M, N]: four columns at a time as words, then the bytes of each word."""
-    m, n = codes.shape
-    if n % 4 or not codes.numel():
-        return codes.t().contiguous()
-    codes = codes.contiguous()
-    codes = codes if codes.storage_offset() % 4 == 0 else codes.clone()  # a file aligns bytes to nothing
-    return _turn(transpose(codes.view(torch.int32)).view(codes.dtype).view(n // 4, m, 4)).view(n, m)
-
-
-def _nibbles(words: Tensor, rows: Tensor, paired: bool) -> None:
-    """Fill rows [l, 8, k] from words [l, k, 4 bytes], uint8, or int8 for codes in two's complement."""
-    pairs = _turn(words).unflatten(1, (2, 2))
-    eights = rows.unflatten(1, (2, 2, 2))
-    low, high = (eights[:, :, i].transpose(1, 2) if paired else eights[:, :, :, i] for i in (0, 1))
-    torch.bitwise_right_shift(pairs, 4, out=high)
-    if rows.dtype == torch.int8:
-        pairs = torch.bitwise_left_shift(pairs, 4).bitwise_right_shift_(4)
-        low.copy_(pairs)
-    else:
-        torch.bitwise_and(pairs, 15, out=low)
-
-
-def _turn(stack: Tensor) -> Tensor:
+def turn(stack: Tensor) -> Tensor:
     """[..., N, M] contiguous from [..., M, N], bytes or words that look like float32.
 
     torch copies a transposed matrix an element at a time. To shuffle the channels of images of one pixel is the same
@@ -168,13 +140,55 @@ def _turn(stack: Tensor) -> Tensor:
     return turned.reshape(*lead, n, m).view(stack.dtype)
 
 
-def _size() -> int:
+def transpose(words: Tensor) -> Tensor:
+    """int32 [N, M] contiguous from int32 [M, N]."""
+    return turn(words.contiguous().view(torch.float32)).view(torch.int32)
+
+
+def transpose_bytes(codes: Tensor) -> Tensor:
+    """[N, M] contiguous from uint8 or int8 [M, N]: four columns at a time as words, then the bytes of each word."""
+    m, n = codes.shape
+    codes = codes.contiguous()
+    if n % 4:
+        return turn(codes)
+    codes = codes if codes.storage_offset() % 4 == 0 else codes.clone()  # a file aligns bytes to nothing
+    return turn(transpose(codes.view(torch.int32)).view(codes.dtype).view(n // 4, m, 4)).view(n, m)
+
+
+def _nibbles(words: Tensor, rows: Tensor, paired: bool) -> None:
+    """Fill rows [l, 8, k] from words [l, k, 4 bytes], uint8, or int8 for codes in two's complement."""
+    pairs = turn(words).unflatten(1, (2, 2))
+    eights = rows.unflatten(1, (2, 2, 2))
+    low, high = (eights[:, :, i].transpose(1, 2) if paired else eights[:, :, :, i] for i in (0, 1))
+    torch.bitwise_right_shift(pairs, 4, out=high)
+    if rows.dtype == torch.int8:
+        pairs = torch.bitwise_left_shift(pairs, 4).bitwise_right_shift_(4)
+        low.copy_(pairs)
+    else:
+        torch.bitwise_and(pairs, 15, out=low)
+
+
+def row_sums(codes: Tensor, *, magnitudes: bool = False) -> Tensor:
+    """float64 sums of integer codes [n, ..., k], or of their magnitudes, along the last axis; exact.
+
+    Up to 2^17 columns every partial sum of int8 is an integer that float32 holds.
+    """
+    sums = torch.empty(codes.shape[:-1], dtype=torch.float64, device=codes.device)
+    step = max(part_size() * len(codes) // (4 * codes.numel() or 1), 1)
+    for part, target in zip(codes.split(step), sums.split(step), strict=True):
+        numbers = part.to(torch.float32 if codes.shape[-1] <= 1 << 17 else torch.float64)
+        target.copy_((numbers.abs_() if magnitudes else numbers).sum(-1))
+    return sums
+
+
+def part_size() -> int:
+    """Bytes of codes of a part, for all threads together."""
     return STEP * torch.get_num_threads()
 
 
 def _parts(packed: Tensor, lanes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Parts of both along their first axis, and scratch as large as those of the lanes, the same for every part."""
-    step = max(_size() * len(lanes) // max(lanes.nbytes, 1), 1)
+    step = max(part_size() * len(lanes) // max(lanes.nbytes, 1), 1)
     scratch = torch.empty_like(lanes[:step])
     for source, target in zip(packed.split(step), lanes.split(step), strict=True):
         yield source, target, scratch[: len(target)]

@@ -16,6 +16,7 @@ from qhal.formats import Format
 from qhal.specs import Operand
 from qhal_schemes import checks
 from qhal_schemes.ms_types import STATIC
+from qhal_schemes.lanes import row_sums
 from qhal_schemes.source import WIDE, TensorIndex
 
 PARTS = ("input_scale", "input_offset", "quant_bias", "deq_scale")
@@ -62,7 +63,7 @@ def folded_bias(index: TensorIndex, stem: str, t: dict[str, Tensor], known: bool
     deq, offset = product_scale(index, stem, t["deq_scale"]).double(), t["input_offset"].double().reshape(1)
     if "weight_scale" in t:
         _check_product(index, stem, t, deq)
-    correction = offset * t["weight"].sum(-1).double()
+    correction = offset * row_sums(t["weight"])
     folded = (t["quant_bias"].double() + correction) * deq
     if known or "bias" in t:
         bias = t["bias"].double() if "bias" in t else torch.zeros_like(deq)

@@ -17,6 +17,7 @@ from torch import Tensor
 from qhal.formats import Format
 from qhal.tensors import QTensor
 from qhal_schemes import checks
+from qhal_schemes.lanes import row_sums
 from qhal_schemes.ms_static import product_scale
 from qhal_schemes.ms_types import Kind
 from qhal_schemes.packing import unpack_int4, unpack_nibbles
@@ -188,9 +189,8 @@ def _check_scale_bias(index: TensorIndex, name: str, stored: Tensor, weight: QTe
     pieces = lcm(scale.shape[1], slices)  # runs of columns with one scale in one slice
     factor = scale.double().repeat_interleave(pieces // scale.shape[1], 1) * (8 if slices < k or slices == 16 else 1)
     codes = weight.codes.reshape(n, pieces, k // pieces)
-    sums, size = (
-        (part.sum(-1) * f).reshape(n, slices, -1).sum(-1) for part, f in ((codes, factor), (codes.abs(), factor.abs()))
-    )
+    pairs = ((row_sums(codes), factor), (row_sums(codes, magnitudes=True), factor.abs()))
+    sums, size = ((of_codes * f).reshape(n, slices, -1).sum(-1) for of_codes, f in pairs)
     rounding = (k // slices + 2) * 2.0**-24 + (2.0**-7 if isinstance(weight.scale, QTensor) else 0)
     wrong = ~((stored.double() - sums).abs() <= size * rounding)  # NaN is wrong, too
     if bool(wrong.any()):
