@@ -106,9 +106,8 @@ class AQLMMapping(SchemeMapping):
                 checks.finite(self.index, f"{module}.{part}", t[part])
         checks.scales(self.index, f"{module}.scales", t["scales"])
         entries = 1 << self._bits
-        codes = t["codes"].int()
-        checks.indices(self.index, f"{module}.codes", codes, -entries // 2, entries - 1)
-        segment = CodebookSegment(codes & (entries - 1), tuple(t["codebooks"]))
+        checks.indices(self.index, f"{module}.codes", t["codes"], -entries // 2, entries - 1)
+        segment = CodebookSegment(t["codes"].int().bitwise_and_(entries - 1), tuple(t["codebooks"]))
         weight = CodebookTensor((f.n, f.k), (segment,), scale=t["scales"].reshape(-1))
         return LinearSpec(weight, bias=t["bias"].float() if f.bias else None, name=module)
 

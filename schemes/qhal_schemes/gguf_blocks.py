@@ -138,7 +138,11 @@ def _q5_k(b: Tensor) -> Pieces:
 
 def _q6_k(b: Tensor) -> Pieces:
     codes = _fields(b[:, :128], 64, _NIBBLES).add_(_fields(b[:, 128:192], 32, _PAIRS), alpha=16)
-    return {"codes": _signed(codes, 32), "scale.codes": b[:, 192:208].view(torch.int8), "scale.scale": _half(b[:, 208:])}
+    return {
+        "codes": _signed(codes, 32),
+        "scale.codes": b[:, 192:208].view(torch.int8),
+        "scale.scale": _half(b[:, 208:]),
+    }
 
 
 def _tq1_0(b: Tensor) -> Pieces:
@@ -248,7 +252,7 @@ def unpack(kind: str, raw: Tensor) -> QTensor:
 
 
 def _turned(blocks: Tensor) -> Tensor:
-    """The bytes of blocks [..., bytes] as uint8 [l, bytes, m]; l blocks are whole words, which are quick to transpose."""
+    """Blocks [..., bytes] as uint8 [l, bytes, m]; l blocks are whole words, which are quick to transpose."""
     *lead, nbytes = blocks.shape
     count = prod(lead)
     together = 4 // gcd(4, nbytes)

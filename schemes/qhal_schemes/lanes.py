@@ -145,6 +145,11 @@ def transpose(words: Tensor) -> Tensor:
     return turn(words.contiguous().view(torch.float32)).view(torch.int32)
 
 
+def interleave(columns: Sequence[Tensor]) -> Tensor:
+    """int32 [..., C] contiguous from C tensors int32 [...]: `torch.stack` along a new last axis."""
+    return transpose(torch.stack([column.flatten() for column in columns])).view(*columns[0].shape, len(columns))
+
+
 def transpose_bytes(codes: Tensor) -> Tensor:
     """[N, M] contiguous from uint8 or int8 [M, N]: four columns at a time as words, then the bytes of each word."""
     m, n = codes.shape

@@ -15,8 +15,8 @@ from torch import Tensor
 from qhal.formats import Format
 from qhal.specs import Operand
 from qhal_schemes import checks
-from qhal_schemes.ms_types import STATIC
 from qhal_schemes.lanes import row_sums
+from qhal_schemes.ms_types import STATIC
 from qhal_schemes.source import WIDE, TensorIndex
 
 PARTS = ("input_scale", "input_offset", "quant_bias", "deq_scale")

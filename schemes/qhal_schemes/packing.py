@@ -10,7 +10,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from qhal_schemes.lanes import empty, spread_bytes, unpack_columns, unpack_fields, unpack_stream
+from qhal_schemes.lanes import empty, part_size, spread_bytes, transpose, unpack_columns, unpack_fields, unpack_stream
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ's gemm order: logical column j of a run of eight sits in nibble AWQ_NIBBLES[j] (AutoAWQ, WQLinear_GEMM)."""
@@ -48,16 +48,17 @@ def unpack_wide(packed: Tensor, bits: int, count: int) -> Tensor:
     shared = gcd(32, bits)
     per_run, run, mask = 32 // shared, bits // shared, (1 << bits) - 1 if bits < 32 else -1
     packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % run))
-    runs = packed.unflatten(-1, (-1, run))
-    codes = torch.empty(*runs.shape[:-1], per_run, dtype=torch.int32, device=packed.device)
-    for j in range(per_run):
+    if packed.numel() % (2 * run) == 0:  # words are transposed quickly in even numbers
+        per_run, run = 2 * per_run, 2 * run
+    rows = transpose(packed.reshape(-1, run))  # word i of every run
+    codes = torch.empty(per_run, rows.shape[1], dtype=torch.int32, device=packed.device)
+    for j, value in enumerate(codes):
         word, shift = divmod(j * bits, 32)
-        value = runs[..., word] >> shift  # arithmetic: the copies of the sign are masked away
+        torch.bitwise_right_shift(rows[word], shift, out=value)  # arithmetic: the copies of the sign are masked away
         inside = 32 - shift
         if inside < bits:
-            value = (value & ((1 << inside) - 1)) | (runs[..., word + 1] << inside)
-        codes[..., j] = value & mask
-    return codes.flatten(-2)[..., :count].contiguous()
+            value.bitwise_and_((1 << inside) - 1).bitwise_or_(rows[word + 1] << inside)
+    return transpose(codes.bitwise_and_(mask)).view(*packed.shape[:-1], -1)[..., :count].contiguous()
 
 
 def pack(codes: Tensor, bits: int, *, aligned: bool = False) -> Tensor:
@@ -106,9 +107,13 @@ def unpack_int4(packed: Tensor, dim: int) -> Tensor:
         return spread_bytes(packed.view(torch.uint8), 4, flip=8, minus=8)
     signed = packed.contiguous().view(torch.int8)
     codes = empty([n * 2 if axis == dim else n for axis, n in enumerate(packed.shape)], torch.int8, packed.device)
-    even, odd = torch.unbind(codes.unflatten(dim, (-1, 2)), dim + 1)
-    torch.bitwise_left_shift(signed, 4, out=even).bitwise_right_shift_(4)  # an arithmetic shift copies the sign
-    torch.bitwise_right_shift(signed, 4, out=odd)
+    slices = packed.shape[:dim].numel(), packed.shape[dim]
+    pairs, runs = signed.view(slices[0] * slices[1], -1), codes.view(slices[0] * slices[1], 2, -1)
+    step = max(part_size() // max(2 * pairs.shape[1], 1), 1)
+    for source, target in zip(pairs.split(step), runs.split(step), strict=True):
+        even, odd = target.unbind(1)
+        torch.bitwise_left_shift(source, 4, out=even).bitwise_right_shift_(4)  # an arithmetic shift copies the sign
+        torch.bitwise_right_shift(source, 4, out=odd)
     return codes
 
 

@@ -36,6 +36,7 @@ from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family, variants
+from qhal_schemes.lanes import interleave, turn
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import BlockRules
@@ -199,7 +200,7 @@ class QuIPMapping(SchemeMapping):
             return main.unsqueeze(-1)
         rest = words[:, k // 32 :]
         second = unpack_e8p(rest, n, k) if self._book.tables[1] == "e8p12" else _bytes(rest)
-        return torch.stack([main, second], -1)
+        return interleave([main, second])
 
     def _transforms(self, module: str, n: int, k: int) -> tuple[Hadamard, Hadamard]:
         """H_K^T of the input and H_N of the output."""
@@ -239,14 +240,24 @@ def unpack_e8p(words: Tensor, n: int, k: int) -> Tensor:
     A word holds codes of two rows and two columns, i = row + 2 * column: byte i is the upper byte of code i (which
     magnitudes), bit 32 + 4j + i is bit j of its lower byte (signs). Words stand in tiles of 8 rows and 4 columns.
     """
-    tiles = words.reshape(n // 16, k // 64, 8, 4).transpose(1, 2).reshape(n // 2, k // 16)
-    codes = torch.empty(n // 2, 2, k // 16, 2, dtype=torch.int32, device=words.device)
-    for i in range(4):
-        code = ((tiles >> (8 * i)) & 255).int() << 8
-        for j in range(8):
-            code |= ((tiles >> (32 + 4 * j + i)) & 1).int() << j
-        codes[:, i % 2, :, i // 2] = code
-    return codes.reshape(n, k // 8)
+    tiles = words.reshape(n // 16, k // 64, 8, 4).transpose(1, 2).reshape(-1)
+    signs, upper = (tiles >> 32).int(), tiles.int()
+    for low, high, mask in _BIT_SWAPS:  # bit 4j + i to bit 8i + j: index bits j2 j1 j0 i1 i0 to i1 i0 j2 j1 j0
+        shift = (1 << high) - (1 << low)
+        swapped = (signs >> shift).bitwise_xor_(signs).bitwise_and_(mask)
+        signs.bitwise_xor_(swapped).bitwise_xor_(swapped.bitwise_left_shift_(shift))
+    codes = turn(torch.stack([signs, upper]).view(torch.uint8)).view(torch.int16)  # the lower byte first
+    columns = codes.view(n // 2, k // 8, 2).int().bitwise_and_(0xFFFF)  # two rows side by side
+    return turn(columns.view(torch.float32)).view(torch.int32).view(n, k // 8)
+
+
+def _swap(low: int, high: int) -> tuple[int, int, int]:
+    """Two bits of a bit's index that trade places, and which of 32 bits move up: those with `low` set, `high` clear."""
+    mask = sum(1 << at for at in range(32) if at >> low & 1 and not at >> high & 1)
+    return low, high, mask
+
+
+_BIT_SWAPS = tuple(_swap(*pair) for pair in ((0, 1), (0, 2), (1, 3), (2, 4)))
 
 
 def _bytes(words: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family, variants
+from qhal_schemes.lanes import interleave
 from qhal_schemes.matching import SkipPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_wide, words
@@ -124,7 +125,7 @@ class VPTQMapping(SchemeMapping):
         stages = self._stages(module, s, t)
         books = [t[f"{name}.weight"].unflatten(1, (-1, s.vector, 1)) for name in _TABLES[: len(stages)]]
         for g in range(s.groups):
-            codes = torch.stack([stage[g] for stage in stages], -1)
+            codes = interleave([stage[g] for stage in stages])
             segments.append(CodebookSegment(codes, tuple(book[g] for book in books)))
         weight = CodebookTensor(
             (f.n, f.k),
