@@ -30,7 +30,7 @@ class AcmeOps(QuantOps):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._graphs = device.type not in ("cpu", "meta") and hasattr(torch.accelerator, "Graph")
+        self._graphs = _captures(device)
 
     # ---- the device: with these the suite needs no vendor's name
 
@@ -116,3 +116,14 @@ class AcmeOps(QuantOps):
     def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
         """See `gemm.py`."""
         return gemm.gemm(x, weights.as_weight(w), input, out)
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether torch has graphs for this device; the processor and `meta` have none."""
+    if device.type in ("cpu", "meta") or not hasattr(torch.accelerator, "Graph"):
+        return False
+    try:
+        torch.accelerator.Graph()
+    except RuntimeError:  # this kind of device has no implementation
+        return False
+    return True
