@@ -111,6 +111,20 @@ def test_what_is_refused_or_a_downgrade_is_unusable_before_anything_runs(monkeyp
     assert lower.verdict == "unusable" and "a downgrade: asked is e4m3fn.row*fp32 x" in lower.wrong[0]
 
 
+@pytest.mark.parametrize(("answer", "words"), [(ValueError("no"), "raised ValueError: no"), (True, "returned bool")])
+def test_supports_that_misbehaves_is_unusable(answer: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+
+    class Odd(Wrapped):
+        def supports(self, request: Request) -> Support:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer  # type: ignore[no-any-return]
+
+    found = selftest(Odd(qhal.select("cpu_reference")), also=[("layers.0.mlp", HADAMARD)])
+    assert found.verdict == "unusable" and words in found.wrong[0]
+
+
 def test_what_no_case_covers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch)
     turned = HadamardRequest(kinds=kinds([Diagonal(torch.ones(64))]), n=64, x=torch.bfloat16)

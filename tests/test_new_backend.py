@@ -71,6 +71,7 @@ def test_names_fit_python_and_the_index(name: str) -> None:
         ("class", "a word of Python"),
         ("json", "a word of Python"),
         ("auto", "its own choice"),
+        ("quant", "QuantOps"),
         ("cpu_reference", "installed already"),
         ("cpu-reference", "installed already"),
         ("conformance", "'qhal_conformance' is installed already"),

@@ -61,12 +61,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def qhal_ops(pytestconfig: pytest.Config) -> QuantOps:
-    """The backend's operations, made once in each process."""
+def qhal_ops(request: pytest.FixtureRequest) -> QuantOps:
+    """The backend's operations, made once in each process. One error ends the run: every case would have it."""
     try:
-        return qhal.select(_backend(pytestconfig))
+        return qhal.select(_backend(request.config))
     except QhalError as error:
-        return pytest.exit(f"qhal: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+        reason = f"qhal: {error}"
+    request.session.shouldstop = "there is no backend to judge"
+    pytest.fail(reason, pytrace=False)
 
 
 def ask(request: pytest.FixtureRequest, case: Case, ops: QuantOps) -> dict[str, Any]:

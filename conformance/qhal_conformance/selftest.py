@@ -18,7 +18,7 @@ import qhal
 from qhal.interface import QuantOps
 from qhal.layer_formats import LayerFormat
 from qhal.layers import requests
-from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, HadamardRequest, QuantizeRequest, Request
+from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, HadamardRequest, QuantizeRequest, Request, Support
 from qhal_conformance.cases import Case
 from qhal_conformance.covering import PROFILE, cases_for
 from qhal_conformance.covering import form as form_of
@@ -97,8 +97,9 @@ def selftest(
     """Run what matters, in order of importance, until the budget is used up.
 
     backend  the operations, or what `qhal.select` takes
-    formats  of the layers that will run (`Checkpoint.layer_formats()`); None: a little of everything that is claimed
-    also     (layer name, request) of what an engine asks beyond the layers themselves, such as attention
+    formats  of the layers that will run (`Checkpoint.layer_formats()`)
+    also     (layer name, request) of what an engine asks beyond the layers themselves, such as attention; with neither:
+             a little of everything that is claimed
     dtype    of the activations
     budget   seconds; a case that has begun is finished
     seen     called after every case with its record and how many are planned
@@ -107,14 +108,19 @@ def selftest(
     ops = qhal.select(backend) if isinstance(backend, str) else backend
     wrong: list[str] = []
     uncovered: list[str] = []
-    forms = _claimed() if formats is None else _needed(ops, formats, also, dtype, wrong, uncovered)
+    beside = list(also)
+    whole = formats is None and not beside
+    forms = _claimed() if whole else _needed(ops, formats or (), beside, dtype, wrong, uncovered)
     plan = _in_turns([_contract(), *(form.cases for form in forms)])
     records: list[Record] = []
+    reached = 0
 
     def within() -> Iterator[Case]:
+        nonlocal reached
         for case in plan:
             if time.perf_counter() - start > budget:
                 return
+            reached += 1
             if case.profile != PROFILE or _inputs(case, uncovered):
                 yield case
 
@@ -124,18 +130,18 @@ def selftest(
 
     _run(ops, within(), noted)
     done = {record.case.id: record for record in records}
-    unreached = tuple(case for case in plan if case.id not in done) if time.perf_counter() - start > budget else ()
+    unreached = tuple(plan[reached:])
     wrong += [_wrong(r, ops.name) for r in records if r.outcome.status in (Status.FAIL, Status.ERROR)]
     if unreached:
         uncovered.append(f"not reached in {budget:g} s: {len(unreached)} of {len(plan)} cases, {unreached[0].id} first")
     for form in forms:
         _account(form, done)
-        if formats is not None and form.cases and not form.passed and not wrong and not unreached:
+        if not whole and form.cases and not form.passed and not wrong and not unreached:
             uncovered.append(f"{form.name}: no case of it could be run ({form.refused or 'no inputs'})")
-    if formats is None and not any(form.passed for form in forms) and not wrong:
+    if whole and not any(form.passed for form in forms) and not wrong:
         wrong.append(f"{ops.name} executes nothing that the suite asks for")
     seconds = time.perf_counter() - start
-    found = tuple(form for form in forms if form.passed or formats is not None)
+    found = tuple(form for form in forms if form.passed or not whole)
     return Selftest(ops.name, tuple(wrong), tuple(uncovered), found, tuple(records), unreached, seconds)
 
 
@@ -169,7 +175,7 @@ def _needed(
             uncovered.append(f"not covered by the suite: {found.name} ({_shown(found.layers)})")
     for need in list(forms):  # a product quantizes its x with the bits of `quantize`, where that is claimed too
         for inner in _quantizations(need, dtype):
-            if inner not in forms and ops.supports(inner):
+            if inner not in forms and _refused(ops, inner) is None:
                 forms[inner] = Form(str(inner), list(forms[need].layers), cases_for(inner))
     uncovered += [f"not covered by the suite: the fused `{name}` of {ops.name}" for name in sorted(ops.fusions)]
     return list(forms.values())
@@ -203,7 +209,12 @@ def _quantizations(need: Request, dtype: torch.dtype) -> Iterator[QuantizeReques
 
 def _refused(ops: QuantOps, request: Request) -> str | None:
     """Why a request will not be executed as it is asked, or None."""
-    support = ops.supports(request)
+    try:
+        support = ops.supports(request)
+    except Exception as error:
+        return f"supports must never raise; it raised {type(error).__name__}: {first_line(error)}"
+    if not isinstance(support, Support):
+        return f"supports returned {type(support).__name__}, must be a Support"
     if not support:
         return f"refused, {support.level}: {support.reason}"
     asked, runs = Arithmetic.of(request), support.arithmetic

@@ -37,6 +37,8 @@ def check(name: str) -> str:
         )
     word = name.replace("-", "_")
     package = f"qhal_{word}"
+    if word == "quant":
+        raise BackendError("'quant' would call its class QuantOps, as qhal calls the interface; choose another name")
     if word == "auto" or keyword.iskeyword(word) or word in sys.stdlib_module_names:
         what = "what `qhal.select` calls its own choice" if word == "auto" else "a word of Python"
         raise BackendError(f"{name!r} is {what}; choose another name")

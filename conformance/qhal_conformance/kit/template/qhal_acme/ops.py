@@ -21,6 +21,9 @@ from qhal.tensors import QTensor
 from qhal_acme import INTERFACE, gemm, quantize, weights
 from qhal_acme.support import support
 
+HOST = ("cpu", "meta")
+"""No accelerator: the processor, and what answers `supports` where no device is."""
+
 
 class AcmeOps(QuantOps):
     """Every operation of the interface that is missing here refuses by itself, with the reason."""
@@ -41,7 +44,7 @@ class AcmeOps(QuantOps):
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for is done."""
-        if self._device.type != "cpu":
+        if self._device.type not in HOST:
             torch.accelerator.synchronize(self._device)
 
     def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
@@ -62,7 +65,7 @@ class AcmeOps(QuantOps):
 
     def memory_stats(self) -> MemoryStats:
         """Bytes in use, the peak, and the total of the device; the processor keeps no such account."""
-        if self._device.type == "cpu":
+        if self._device.type in HOST:
             return MemoryStats(0, 0, 0)
         used, peak = (
             f(self._device) for f in (torch.accelerator.memory_allocated, torch.accelerator.max_memory_allocated)
@@ -119,8 +122,8 @@ class AcmeOps(QuantOps):
 
 
 def _captures(device: torch.device) -> bool:
-    """Whether torch has graphs for this device; the processor and `meta` have none."""
-    if device.type in ("cpu", "meta") or not hasattr(torch.accelerator, "Graph"):
+    """Whether torch has graphs for this device."""
+    if device.type in HOST or not hasattr(torch.accelerator, "Graph"):
         return False
     try:
         torch.accelerator.Graph()

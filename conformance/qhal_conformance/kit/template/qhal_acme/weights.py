@@ -67,6 +67,8 @@ def build(
     if not isinstance(w, QTensor) or w.format.storage != request.w or w.shape != (request.n, request.k):
         found = f"{w.format} {w.shape}" if isinstance(w, QTensor) else type(w).__name__
         raise FormatError(f"the weight is {found}, the request says {request.w} [{request.n}, {request.k}]")
+    if w.group_index is not None or w.layout != "canonical":
+        raise FormatError(f"the weight has layout {w.layout} and a group_index, or one of them; acme reads neither")
     check_inputs(request, inputs)
     if (bias is not None) != request.bias or (bias is not None and bias.shape != (request.n,)):
         raise FormatError(f"bias is {None if bias is None else tuple(bias.shape)}, the request says {request}")
@@ -87,10 +89,12 @@ def build(
 def refit(into: Prepared, new: AcmeWeight) -> AcmeWeight:
     """New values at the old addresses. Everything is checked before the first byte is written."""
     old = as_weight(into)
-    if old.request != new.request or not all(a.equal(b) for a, b in zip(old.inputs, new.inputs, strict=True)):
+    same = len(old.inputs) == len(new.inputs) and all(map(Operand.equal, old.inputs, new.inputs))
+    if old.request != new.request or not same:
         raise FormatError(f"into= was prepared for {old.request} and its inputs, not for {new.request}; prepare anew")
     for name, t in new.tensors().items():
         old.tensors()[name].copy_(t)
+    old.format = new.format  # the rule may be another
     return old
 
 
