@@ -94,7 +94,7 @@ def test_no_block_hides_from_the_tests(page: Path) -> None:
     """A misspelt language would make a block that looks run and is not."""
     found = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.S | re.M)
     for language, body in found:
-        whole = re.fullmatch(r' \{\.(python|toml|diff) title="(.*)"\}', language)
+        whole = re.fullmatch(r' \{\.(python|toml|diff|json) title="(.*)"\}', language)
         assert language in SHOWN or (whole and body == f'--8<-- "{whole[2]}"\n'), language
 
 
