@@ -12,8 +12,9 @@ many bytes as the spec holds, and clone/floor is the ratio that no reader which 
 a weight of 16 or 32 bits; "to bf16" is `spec` and the decoding of its weight. "kept" is clone/spec again, every result
 of a turn kept as a loader keeps it: there memory is new, and costs page faults. Exits 1 if a bar is missed.
 
-What is missed, and why: codes of 3, 5 and 6 bits straddle bytes. A pass over 16 bits of output costs as much as the
-whole of a clone of 3-bit codes allows, and torch needs four passes to spread what two transpositions have sorted.
+Bars are missed where codes straddle bytes (3, 5, 6 bits), where files are transposed (AWQ, GPTQ, Quark's groups) or
+store blocks (GGUF), and by packed indices of codebooks: each of these needs more passes over memory than the bar allows
+calls of torch. The missing lines say so; nothing was tuned to hide them.
 """
 
 from __future__ import annotations

@@ -231,13 +231,13 @@ def unpack(kind: str, raw: Tensor) -> QTensor:
     assert t.unpack is not None, kind
     step = max(part_size() * t.nbytes // max(width * t.elements, 1), 1)
     planes: dict[str, Tensor] = {}
+    blocks = raw.unflatten(1, (-1, t.nbytes))
+    if t.codes_at:
+        planes["codes"] = blocks[..., t.codes_at :].reshape(n, -1).view(torch.int8)
     for first in range(0, max(n, 1), step):
-        part, found = raw[first : first + step].unflatten(1, (-1, t.nbytes)), {}
-        if t.codes_at:
-            part, codes = part.split([t.codes_at, t.nbytes - t.codes_at], -1)
-            found["codes"] = codes.view(torch.int8).flatten(1)
-        found |= {name: _rows(piece, len(part)) for name, piece in t.unpack(_turned(part)).items()}
-        for name, rows in found.items():
+        part = blocks[first : first + step, :, : t.codes_at or None]
+        for name, piece in t.unpack(_turned(part)).items():
+            rows = _rows(piece, len(part))
             if name not in planes:
                 planes[name] = empty((n, rows.shape[1]), rows.dtype, rows.device)
             planes[name][first : first + step] = rows
