@@ -65,8 +65,13 @@ def test_float32_with_p_in_its_own_type_is_within_the_bound(seed: int) -> None:
             s = (now[..., :width] @ latent.T + now[..., width:] @ rope.T) * r.scale
             s = s if r.softcap is None else r.softcap * torch.tanh(s / r.softcap)
             s = s.masked_fill(~torch.from_numpy(visible(t, n, r))[:, None], -torch.inf)
-            w = torch.exp(s - s.amax(-1, keepdim=True)) if n else s
-            y = (w.to(kind).float() @ latent) / w.sum(-1, keepdim=True) if n else torch.zeros(*now.shape[:2], width)
+            top = s.amax(-1, keepdim=True) if n else s
+            w = torch.exp(s - torch.where(torch.isfinite(top), top, 0.0)) if n else s
+            y = (
+                (w.to(kind).float() @ latent) / w.sum(-1, keepdim=True).clamp(min=1e-30)
+                if n
+                else torch.zeros(*now.shape[:2], width)
+            )
             y = y.to(DTYPES[case.out]).double().numpy()
             found = compare(y, e.o[at : at + t], e.o_bound[at : at + t], case.out)
             assert found.kind is None, (case.id, found.detail)
