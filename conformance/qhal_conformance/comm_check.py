@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qhal.codecs import Codec
-from qhal.errors import UnsupportedError
+from qhal.errors import CommError, UnsupportedError
 from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.requests import CommRequest, NumericsClass, Support
@@ -209,15 +209,14 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     """Ask the ranks, and compare what each got."""
     p = build(case)
     granted = claim(ops, p.request)
+    if granted is None:
+        return refusal(ops, p.request, lambda: _refused(case, ops, p))
     answers = comm_ranks.ask(ops, case)
     if isinstance(answers, Outcome):
         return answers
-    refused = [a["unsupported"] for a in answers if "unsupported" in a]
-    if granted is None:
-        return refusal(ops, p.request, lambda: _raise(refused, answers))
-    if refused:
-        raise Fault(FailKind.CLAIM, f"supports claims it, the call refuses: {refused[0]}")
     for rank, answer in enumerate(answers):
+        if "unsupported" in answer:
+            raise Fault(FailKind.CLAIM, f"supports claims it, rank {rank} refuses: {answer['unsupported']}")
         if "fault" in answer:
             kind, reason = answer["fault"]
             raise Fault(FailKind(kind), f"rank {rank} of {len(answers)}: {reason}")
@@ -230,13 +229,21 @@ def run(case: Case, ops: QuantOps) -> Outcome:
     return outcome(verdict, granted.numerics, total, granted.support)
 
 
-def _raise(refused: list[str], answers: list[dict[str, Any]]) -> None:
-    """What a refused call raised."""
-    if refused:
-        raise UnsupportedError(Support("unsupported", refused[0]))
-    other = next((a["error"] for a in answers if "error" in a), None)
-    if other is not None:
-        raise RuntimeError(other)
+def _refused(case: Case, ops: QuantOps, p: Problem) -> None:
+    """A refused call, at first without a group: most backends refuse before they look at it. Raises what it raised."""
+    r, splits = p.request, None if p.splits is None else p.splits[0]
+    x = torch.from_numpy(p.xs[0]).to(DTYPES[case.out]).to(ops.device)
+    try:
+        ops.comm_quant(x, r.collective, r.codec, None, splits=splits, decode=r.decode)
+    except CommError:
+        answers = comm_ranks.ask(ops, case)
+        if isinstance(answers, Outcome):
+            raise RuntimeError(answers.reason) from None
+        for answer in answers:
+            if "unsupported" in answer:
+                raise UnsupportedError(Support("unsupported", answer["unsupported"])) from None
+            if "error" in answer or "fault" in answer:
+                raise RuntimeError(answer.get("error") or answer["fault"][1]) from None
 
 
 def _compared(case: Case, p: Problem, answers: list[dict[str, Any]], numerics: NumericsClass) -> Verdict:

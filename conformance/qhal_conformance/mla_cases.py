@@ -59,7 +59,7 @@ def kv_cases(level: int) -> list[Case]:
     found = []
     for number, formats in enumerate(FORMATS):
         data = ("scattered", "positive")[number % 2]
-        found.append(_kv(formats, 19, _sizes(formats, number), data, number, 0))
+        found.append(_kv(formats, (19, 17, 33, 1, 16, 0)[number], _sizes(formats, number), data, number, 0))
         if level >= 1:
             for i, tokens in enumerate((1, 130)):
                 found.append(_kv(formats, tokens, (512, 64, 64), ("scattered", "skipped")[i], number + i, 1))

@@ -149,6 +149,6 @@ def expected_planes(name: str, f: Format, r: Rows) -> dict[str, npt.NDArray[np.g
     found: dict[str, npt.NDArray[np.generic]] = {f"{name}.codes": codes}
     if r.q.scale is not None and not is_static(f):
         assert isinstance(r.q.scale, torch.Tensor)
-        scale = to_numpy(r.q.scale).reshape(tokens, heads, -1)
+        scale = to_numpy(r.q.scale).reshape(tokens, heads, r.q.scale.shape[-1])
         found[f"{name}.scale"] = scale[..., 0] if f.block is not None and f.block.kind == "row" else scale
     return found
