@@ -139,6 +139,17 @@ def nearest_code(name: str, q: F64, *, away: bool = False) -> I64:
     NaN becomes the type's NaN if it has one, else code 0. A negative number that rounds to zero becomes -0 where the
     type has one.
     """
+    found = np.empty(q.shape, dtype=np.int64)
+    flat, result = q.reshape(-1), found.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        result[start : start + _CHUNK] = _nearest(name, flat[start : start + _CHUNK], away)
+    return found
+
+
+_CHUNK = 8192  # numbers whose temporaries stay in the processor's cache
+
+
+def _nearest(name: str, q: F64, away: bool) -> I64:
     values, codes = _grid(name)
     clipped = np.clip(np.where(np.isnan(q), 0.0, q), values[0], values[-1])
     above = np.clip(np.searchsorted(values, clipped, side="left"), 1, len(values) - 1)
