@@ -24,6 +24,7 @@ from qhal_conformance import support as claims
 from qhal_conformance.cases import Case, find
 from qhal_conformance.operations import catalogue
 from qhal_conformance.options import AsJson, Backend, Filter, Level, chosen, dump, selected, usage
+from qhal_conformance.proof_commands import add_to
 from qhal_conformance.runner import Record, run_case, run_cases
 
 app = typer.Typer(
@@ -219,6 +220,9 @@ def mutants(
         Console().print(shown)
         typer.echo(f"killed {found['killed']} of {found['total']}")
     raise typer.Exit(0 if found["killed"] == found["total"] else 1)
+
+
+add_to(app)
 
 
 def _stderr() -> Console:

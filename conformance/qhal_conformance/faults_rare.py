@@ -17,7 +17,7 @@ from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQReques
 from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_conformance.faults_weight import spoiled
-from qhal_conformance.wrapping import Recomputed, Weight, Wrapped
+from qhal_conformance.wrapping import Recomputed, Weight, Wrapped, rounded
 
 Product = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
@@ -25,7 +25,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 def exact(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The right product: float64, rounded once."""
     y = x.double() @ w.double().T
-    return (y if bias is None else y + bias).to(dtype)
+    return rounded(y if bias is None else y + bias, dtype)
 
 
 def _product(spoil: Product) -> type[Wrapped]:
@@ -74,7 +74,7 @@ def _overflowing(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     for a, b in zip(x.double().split(16, 1), w.double().split(16, 1), strict=True):
         total = total + a @ b.T
         total = torch.where(total.abs() > 65504, torch.sign(total) * torch.inf, total)
-    return (total if bias is None else total + bias).to(dtype)
+    return rounded(total if bias is None else total + bias, dtype)
 
 
 def _saturated(y: Tensor) -> Tensor:

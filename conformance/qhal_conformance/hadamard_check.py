@@ -197,7 +197,7 @@ def run(case: Case, ops: QuantOps) -> Outcome:
         raise Fault(FailKind.OUT_IGNORED, "hadamard must write out= and return it")
     if granted.support.deterministic and not same_bits(first.contiguous(), second.contiguous()):
         raise Fault(FailKind.NONDETERMINISTIC, "the chain and the prepared chain differ")
-    bound = _bound(case, p, granted.numerics, p.x)
+    bound = bound_of(case, p, granted.numerics, p.x)
     verdict = compare(numbers(second).astype(np.float64), p.ref, bound, case.out)
     if verdict.kind is None and case.data in ("normal", "outlier") and p.orthogonal:
         back = _there_and_back(case, ops, p, second, bound, granted.numerics)
@@ -209,7 +209,8 @@ def _unit(numerics: NumericsClass) -> float:
     return 2.0**-24 if numerics <= NumericsClass.FP32_ACC else 2.0**-8
 
 
-def _bound(case: Case, p: Problem, numerics: NumericsClass, x: F32) -> F64:
+def bound_of(case: Case, p: Problem, numerics: NumericsClass, x: F32) -> F64:
+    """How far a transform of x may be from p.ref under a class."""
     half = 0.5 * ulp(case.out, p.ref) * (1 + 2.0**-7)
     exact = all(t.exact for t in p.turns)
     if case.data == "integers" or (case.data == "impulse" and exact and len(p.turns) == 1):
@@ -232,7 +233,7 @@ def _there_and_back(case: Case, ops: QuantOps, p: Problem, y: torch.Tensor, firs
     spread = first**2
     for t in turns:
         spread = t.apply(spread, np.square)
-    bound = _bound(case, again, n, numbers(y)) + 6 * 0.58 * np.sqrt(spread)
+    bound = bound_of(case, again, n, numbers(y)) + 6 * 0.58 * np.sqrt(spread)
     got = well_formed(back, "hadamard", tuple(y.shape), y.dtype, ops.device)
     return compare(numbers(got).astype(np.float64), again.ref, bound, case.out)
 

@@ -24,8 +24,7 @@ KV_DATA: dict[str, str] = {
     "scattered": "distinct slots in random pages, several skipped: page arithmetic, neighbours, slot -1",
     "positive": "one sign: a lost sign bit or zero point cannot cancel",
     "skipped": "every slot is -1 and the rows are NaN: nothing may change",
-    "limits": "rows of zeros and over the range of their type, in two calls: empty scales, saturation, a detour "
-    "through a narrower type",
+    "limits": "rows of zeros and over the range of their type, in two calls: empty scales, saturation, narrower types",
     "single": "one token, which is the largest part of what a cache sees",
 }
 

@@ -157,6 +157,17 @@ class Wrapped(QuantOps):
         return self._inner.attention_batch(request, limits)
 
 
+def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 numbers rounded to `dtype` once, half to even. torch goes through float32, which rounds twice."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return y.to(dtype)
+    bits, lowest = (8, -126) if dtype == torch.bfloat16 else (11, -14)
+    exponent = (torch.frexp(y)[1] - 1).clamp(min=lowest)
+    unit = torch.ldexp(torch.ones_like(y), exponent - bits + 1)
+    near = torch.round(y / unit) * unit
+    return torch.where(torch.isfinite(near), near, y).to(dtype)
+
+
 @dataclass(frozen=True)
 class Bound:
     """What a weight was prepared with."""
@@ -183,7 +194,7 @@ class Recomputed(Wrapped):
     def _product(self, x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """float32 x [T, K] and w [N, K], float64 bias [N] -> [T, N] of `dtype`. The honest one is exact."""
         y = x.double() @ w.double().T
-        return (y if bias is None else y + bias).to(dtype)
+        return rounded(y if bias is None else y + bias, dtype)
 
     def _input(self, x: Tensor | QTensor, bound: Bound, index: int) -> Tensor:
         """The value of Q(x)."""
