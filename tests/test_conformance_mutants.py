@@ -100,11 +100,11 @@ def _without(monkeypatch: pytest.MonkeyPatch, **zeros: float) -> None:
 @pytest.mark.parametrize(
     ("variant", "term", "name"),
     [
-        ("dequantized", {"rounded": 0.0}, "gemm/int4.g128*fp16/m64_n64_k384/bf16/positive+strided/0"),
+        ("dequantized", {"rounded": 0.0}, "gemm/int4.g128*fp16/m515_n48_k384/bf16/positive+strided+bias/0"),
         (
             "aligned-32x13",
             {"one_sided": 0.0, "spread": 0.0},
-            "gemm/e2m1.g32*e8m0/m64_n64_k160/fp16/small_onto_large+offset/0",
+            "gemm/e2m1.g32*e8m0/m16_n128_k256/fp16/small_onto_large+offset/0",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_terms_beyond_a_constant_are_needed(
     variant: str, term: dict[str, float], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without them an honest variant would be rejected."""
-    case = find(catalogue(0), name)
+    case = find(catalogue(1), name)
     ops = HONEST[variant](qhal.select("cpu_reference"))
     assert run_case(case, ops).outcome.status == Status.PASS
     _without(monkeypatch, **term)
