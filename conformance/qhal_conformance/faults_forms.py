@@ -182,6 +182,11 @@ def _dropped(which: Callable[[Tensor, KVCache], Tensor]) -> type[Wrapped]:
     return _written(lambda k, v, s, c: (k, v, torch.where(which(s, c), torch.full_like(s, -1), s)))
 
 
+def _all_skipped(k: Tensor, v: Tensor, slots: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+    """A step in which every token is skipped is written to slot 0."""
+    return k, v, slots.clamp(min=0) if len(slots) and bool((slots < 0).all()) else slots
+
+
 class SecondWriteIgnored(Wrapped):
     """A cache takes rows once."""
 
@@ -208,6 +213,8 @@ class ValuesByKeyScale(Wrapped):
 class _Planned(AttentionBatch):
     """A batch planned with other lengths."""
 
+    first_page = 0
+
     def __init__(self, inner: AttentionBatch, longest: int, device_lengths: bool) -> None:
         self.inner, self._longest, self._device_lengths = inner, longest, device_lengths
 
@@ -221,6 +228,7 @@ class _Planned(AttentionBatch):
         tree: Tensor | None = None,
     ) -> None:
         """Cut, or without the lengths on the device."""
+        type(self).first_page = int(page_table.reshape(-1)[0]) if page_table.numel() else 0
         known = kv_lens_device if self._device_lengths else None
         keys = kv_lens.clamp(max=self._longest)
         known = None if known is None else known.clamp(max=self._longest)
@@ -284,6 +292,11 @@ def _lse_without_sinks(
 def _lse_finite(self: _Attention, y: Tensor, lse: Tensor | None, r: AttentionRequest, sinks: Tensor | None) -> None:
     if lse is not None:
         lse.nan_to_num_(neginf=-1e30)
+
+
+def _by_page(self: _Attention, y: Tensor, lse: Tensor | None, r: AttentionRequest, sinks: Tensor | None) -> None:
+    if r.p.plain and r.p.element in ("bf16", "fp16") and _Planned.first_page % 2:
+        y.mul_(1 + torch.finfo(y.dtype).eps / 2)
 
 
 def _one_sided(self: _Attention, r: AttentionRequest) -> AttentionRequest:
@@ -377,6 +390,9 @@ FORM_FAULTS: tuple[tuple[str, str, str, str, type[Wrapped]], ...] = (
      _written(lambda k, v, s, c: (k, v, torch.where(s > 0, s - s % 64, s)) if c.request.page == 64 else (k, v, s))),
     ("cache", "heads-of-eight", "kv", "eight heads are written in another order",
      _written(lambda k, v, s, c: (k.roll(1, 1), v, s) if k.shape[1] == 8 else (k, v, s))),
+    ("cache", "all-skipped", "kv", _all_skipped.__doc__ or "", _written(_all_skipped)),
+    ("cache", "pages-order-sums", "kv", "the last bit depends on which page a sequence starts in",
+     _attention(_spoil=_by_page)),
     ("cache", "second-write", "kv", SecondWriteIgnored.__doc__ or "", SecondWriteIgnored),
     ("cache", "values-by-key-scale", "kv", ValuesByKeyScale.__doc__ or "", ValuesByKeyScale),
     ("cache", "cache-through-fp16", "kv", "bf16 rows pass through fp16",
