@@ -18,6 +18,7 @@ from qhal_conformance.faults_comm import COMM_FAULTS
 from qhal_conformance.faults_contract import CONTRACT_FAULTS
 from qhal_conformance.faults_forms import FORM_FAULTS
 from qhal_conformance.faults_mla import MLA_FAULTS
+from qhal_conformance.faults_paging import PAGING_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
 from qhal_conformance.faults_rare import RARE_FAULTS
@@ -81,6 +82,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("comm", COMM_FAULTS),
         ("vq", VQ_FAULTS),
         ("contract", CONTRACT_FAULTS),
+        ("cache", PAGING_FAULTS),
         ("rare", RARE_FAULTS),
     )
     for name, profile, fault, make in faults
