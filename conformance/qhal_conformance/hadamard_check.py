@@ -55,6 +55,9 @@ CHAINS: tuple[tuple[str, int, bool], ...] = (
     ("kronecker-x24", 72, False),
     ("dense32+permutation", 96, False),
     ("permutation+diagonal", 61, False),
+    ("dense32", 96, False),
+    ("permutation", 61, False),
+    ("diagonal", 61, False),
 )
 """(name, features, whether a backend that has the profile must have it)"""
 _LARGER: tuple[tuple[str, int, bool], ...] = tuple(
