@@ -271,8 +271,12 @@ class QuantOps(ABC):
     ) -> tuple[str, tuple[Plane, ...]]:
         """The layout and every plane of a cache that those attentions can read, static scales of Q and P included.
 
-        Needs no device.
+        Needs no device. UnsupportedError for what `supports` refuses.
         """
+        for asked in (request, *attention):
+            answer = self.supports(asked)
+            if not answer:
+                raise UnsupportedError(answer, asked)
         return "canonical", canonical_planes(request, attention)
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qhal
+from qhal.caches import canonical_planes
 from qhal.interface import QuantOps
 
 
@@ -76,8 +77,7 @@ def test_the_default_planes_are_the_canonical_ones() -> None:
         v_dim=32,
         page=16,
     )
-    layout, planes = Minimal().kv_planes(request)
-    assert layout == "canonical"
+    planes = canonical_planes(request)
     shapes = {p.name: (p.dtype, p.shaped(5), p.paged) for p in planes}
     assert shapes == {
         "k.codes": (torch.int8, (5, 16, 2, 64), True),
@@ -116,13 +116,20 @@ def test_a_cache_format_whose_blocks_span_tokens_is_refused() -> None:
         heads=1, k_dim=8, v_dim=8, page=8,
     )  # fmt: skip
     with pytest.raises(qhal.FormatError, match="span tokens"):
+        canonical_planes(request)
+
+
+def test_planes_of_a_cache_that_is_refused_are_refused() -> None:
+    row = qhal.Format.parse("int8.row*fp32")
+    request = qhal.KVRequest(kind="mha", k=row, v=row, heads=1, k_dim=8, v_dim=8, page=8)
+    with pytest.raises(qhal.UnsupportedError, match="nothing"):
         Minimal().kv_planes(request)
 
 
 def test_a_latent_cache_has_no_head_axis() -> None:
     f = qhal.Format.parse("e4m3fn.tensor*fp32")
     request = qhal.KVRequest(kind="mla", k=f, v=qhal.Format.parse("bf16"), heads=1, k_dim=512, v_dim=64, page=64)
-    shapes = {p.name: p.shaped(2) for p in Minimal().kv_planes(request)[1]}
+    shapes = {p.name: p.shaped(2) for p in canonical_planes(request)}
     assert shapes == {"latent.codes": (2, 64, 512), "latent.scale": (1,), "rope.codes": (2, 64, 64)}
 
 

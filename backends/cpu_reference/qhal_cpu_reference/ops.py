@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qhal.caches import AttentionBatch, KVCache, Limits, Plane, canonical_planes
+from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.codebooks import CodebookTensor
 from qhal.codecs import Codec, Collective
 from qhal.errors import FormatError, QhalError, UnsupportedError
@@ -21,7 +21,6 @@ from qhal.requests import (
     GemmRequest,
     GroupedRequest,
     HadamardRequest,
-    KVRequest,
     QuantizeRequest,
     Request,
     Support,
@@ -208,15 +207,6 @@ class CpuReference(QuantOps):
         """See `qhal/collectives.py` (numerics), `qhal/wire.py` (bytes) and `process_group.py` (errors and time)."""
         pending = process_group.start(x, collective, codec, group, splits, decode, out)
         return pending if async_op else pending.wait()
-
-    def kv_planes(
-        self, request: KVRequest, *, attention: Sequence[AttentionRequest] = ()
-    ) -> tuple[str, tuple[Plane, ...]]:
-        """The canonical planes: every attention here reads them."""
-        self._require(request)
-        for reader in attention:
-            self._require(reader)
-        return "canonical", canonical_planes(request, attention)
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
         """See `attention.CpuBatch`."""
