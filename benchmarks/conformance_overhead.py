@@ -28,12 +28,14 @@ from qhal_conformance import (
     elements,
     encode,
     generator,
-    grouped_check,
+    grouped_reference,
     hadamard_check,
     isolated,
     quantize_data,
     reference,
+    rotation_chains,
     tolerance,
+    vq_kinds,
     watched,
 )
 from qhal_conformance.operations import catalogue
@@ -44,7 +46,8 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "inputs": (datasets.weight, datasets.activation, quantize_data.numbers_for, generator.fingerprint),
     "reference": (
         *(decode.decode, decode.plain, encode.quantize, elements.round_wide, attention_reference.attend),
-        *(hadamard_check.transform, grouped_check._expected, tolerance.error_bound, reference.Product),
+        *(rotation_chains.Turn, hadamard_check.bound_of, grouped_reference.pairs, grouped_reference.activated),
+        *(grouped_reference.summed, vq_kinds.dense, tolerance.error_bound, reference.Product),
     ),
     "backend": (watched.Watched,),
 }

@@ -158,7 +158,7 @@ def test_help_has_examples_and_the_version_both_numbers() -> None:
     for command in ("devices", "doctor", "inspect", "plan", "dequantize", "quantize", "generate"):
         text = run(command, "--help").stdout
         assert "Examples" in text, command
-    assert "interface 0.1" in run("--version").stdout
+    assert "interface 1.0" in run("--version").stdout
 
 
 def test_a_broken_subcommand_of_a_backend_is_named_and_the_rest_works(tmp_path: Path) -> None:

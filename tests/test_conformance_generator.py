@@ -46,4 +46,4 @@ def test_fingerprint_sees_names_shapes_and_bytes() -> None:
     )
 
 
-KNOWN = "cab6a1fadea125d3964e1596c1ed611ead4076a356167320c650c897b53dac1b"
+KNOWN = "bb1bbca625031ef76116096f394bbf249845d0835b512e2a6a8d1ab729bc9a3a"

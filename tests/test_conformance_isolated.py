@@ -60,7 +60,7 @@ MISCHIEF = {
     "dtype": lambda: torch.set_default_dtype(torch.float64),
     "device": lambda: torch.set_default_device("meta"),
     "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
-    "grad": lambda: torch.set_grad_enabled(not torch.is_grad_enabled()),
+    "grad": lambda: torch.set_grad_enabled(False),
     "deterministic": lambda: torch.use_deterministic_algorithms(True),
     "seed": lambda: torch.manual_seed(1), "numpy": lambda: numpy.random.seed(1), "random": lambda: random.seed(1),
     "subnormals": lambda: torch.set_flush_denormal(True),

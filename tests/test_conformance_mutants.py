@@ -100,11 +100,11 @@ def _without(monkeypatch: pytest.MonkeyPatch, **zeros: float) -> None:
 @pytest.mark.parametrize(
     ("variant", "term", "name"),
     [
-        ("dequantized", {"rounded": 0.0}, "gemm/int4.g128*fp16/m515_n48_k384/bf16/positive+strided+bias/0"),
+        ("dequantized", {"rounded": 0.0}, "gemm/uint4-uint4.g32*fp16/m515_n48_k160/bf16/positive+offset+bias/0"),
         (
             "aligned-32x13",
             {"one_sided": 0.0, "spread": 0.0},
-            "gemm/e2m1.g32*e8m0/m16_n128_k256/fp16/small_onto_large+offset/0",
+            "gemm/bf16/m16_n128_k256/bf16/small_onto_large+offset/0",
         ),
     ],
 )
@@ -116,7 +116,7 @@ def test_terms_beyond_a_constant_are_needed(
     ops = HONEST[variant](qhal.select("cpu_reference"))
     assert run_case(case, ops).outcome.status == Status.PASS
     _without(monkeypatch, **term)
-    assert run_case(case, ops).outcome.kind == FailKind.NUMERIC
+    assert run_case(case, ops).outcome.kind in (FailKind.NUMERIC, FailKind.STATS)
 
 
 def test_roundings_of_decoding_are_needed_for_short_sums() -> None:

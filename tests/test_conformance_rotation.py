@@ -12,7 +12,7 @@ from qhal.requests import NumericsClass
 from qhal.rotations import Hadamard, Rotation, matrix
 from qhal_conformance import rotation_chains
 from qhal_conformance.decode import numbers
-from qhal_conformance.hadamard_check import _bound, build
+from qhal_conformance.hadamard_check import bound_of, build
 from qhal_conformance.mutants import MUTANTS, hunt
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import FailKind
@@ -49,10 +49,10 @@ def test_every_table_is_asked_at_level_one() -> None:
 
 
 @pytest.mark.parametrize("subject", sorted({c.subject for c in catalogue(0) if c.operation == "hadamard"}))
-def test_the_bound_from_both_sides(subject: str) -> None:
+def test_thebound_of_from_both_sides(subject: str) -> None:
     case = next(c for c in catalogue(0) if c.operation == "hadamard" and c.subject == subject and c.size("m"))
     p = build(case)
-    bound = _bound(case, p, NumericsClass.FP32_ACC, p.x)
+    bound = bound_of(case, p, NumericsClass.FP32_ACC, p.x)
     for share, wrong in ((0.99, None), (1.01, FailKind.NUMERIC)):
         assert compare(p.ref + share * bound, p.ref, bound, case.out).kind == wrong
 
@@ -78,12 +78,12 @@ def _in_float32(chain: list[Rotation], x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_sums_in_float32_are_within_the_bound(seed: int) -> None:
+def test_sums_in_float32_are_within_thebound_of(seed: int) -> None:
     """Honest kernels: no alarm over chains, data sets and seeds."""
     for case in [c.reseeded(seed) for c in CASES if c.data != "quantized" and c.size("m")]:
         p = build(case)
         y = _in_float32(p.chain, torch.from_numpy(p.x)).to(DTYPES[case.out])
-        bound = _bound(case, p, NumericsClass.FP32_ACC, p.x)
+        bound = bound_of(case, p, NumericsClass.FP32_ACC, p.x)
         found = compare(numbers(y).astype(np.float64), p.ref, bound, case.out)
         assert found.kind is None, (case.id, found.detail)
 

@@ -129,8 +129,8 @@ def test_a_filtered_run_has_no_verdict() -> None:
         (["show", "gemm/nothing"], 2),
         (["verify", "/no/such/report.json"], 2),
         (["list", "--filter", "onehot", "--json"], 0),
-        (["show", "quantize/int8.row*fp32/m33_k512/fp32/normal/0"], 0),
-        (["repro", "quantize/int8.row*fp32/m33_k512/fp32/normal/3", "--json"], 0),
+        (["show", "quantize/int8.row*fp32/m515_k96/fp32/normal/0"], 0),
+        (["repro", "quantize/int8.row*fp32/m515_k96/fp32/normal/3", "--json"], 0),
         (["support", "--json"], 0),
         (["mutants", "--filter", "no such mutant"], 2),
         (["mutants", "--filter", "nibble", "--json"], 0),
@@ -221,4 +221,4 @@ def test_a_planted_wrong_scale_index_fails_the_run(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["backend"]["distribution"] == "planted-backend" and found["backend"]["version"] == "1.0"
     assert found["counts"]["fail"] > 10 and found["profiles"]["weight-int4"]["verdict"] == "none"
-    assert {c["kind"] for c in found["cases"] if c["status"] == "fail"} == {"numeric"}
+    assert {c["kind"] for c in found["cases"] if c["status"] == "fail"} <= {"numeric", "nonfinite"}

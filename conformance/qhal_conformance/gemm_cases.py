@@ -55,7 +55,7 @@ _KINDS = {"limits": "fp16", "wide": "bf16"}
 """Overflow and subnormal numbers are near in fp16; scales over many binades belong to weights that fp16 cannot hold."""
 
 
-_EVERYWHERE = ("normal", "codes", "onehot", "limits", "special")
+EVERYWHERE = ("normal", "codes", "onehot", "limits", "special")
 """Data sets that every format is asked at level 0: its codes, its addresses, its range. The others show how sums are
 made: the first format of a profile is asked all of them, the rest one in three, in turns."""
 
@@ -96,7 +96,7 @@ def _smoke(pair: Pair, number: int) -> list[Case]:
     found = []
     for i, data in enumerate(DATASETS):
         long = data == "small_onto_large" and bool(pair.x)  # where both operands are rounded, the bound is narrow
-        if not (first or long or data in _EVERYWHERE or (i + number) % 3 == 0):
+        if not (first or long or data in EVERYWHERE or (i + number) % 3 == 0):
             continue
         m, n, k = own.get(data) or shapes[(tiled.index(data) + number) % len(shapes)]
         kind = pair.kinds[(i + number // 2) % len(pair.kinds)]
