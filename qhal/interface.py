@@ -273,7 +273,8 @@ class QuantOps(ABC):
 
         Needs no device. UnsupportedError for what `supports` refuses.
         """
-        for asked in (request, *attention):
+        requests: tuple[Request, ...] = (request, *attention)
+        for asked in requests:
             answer = self.supports(asked)
             if not answer:
                 raise UnsupportedError(answer, asked)
