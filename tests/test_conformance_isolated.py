@@ -197,8 +197,11 @@ def test_a_closed_stdout_is_opened_again(site: Path, session: Session) -> None:
 def test_a_copy_that_was_forked_answers_nothing(site: Path, session: Session) -> None:
     forked, after = _with(site, session, "forks")
     assert forked.outcome.status == after.outcome.status == Status.PASS
-    process = int((site / "forked.txt").read_text())
-    deadline = time.monotonic() + 10
+    deadline, written = time.monotonic() + 10, ""
+    while not written:  # the copy writes its number while the runner goes on
+        assert time.monotonic() < deadline, "the copy has not written its number"
+        written = (site / "forked.txt").read_text() if (site / "forked.txt").exists() else ""
+    process = int(written)
     while _runs(process):
         assert time.monotonic() < deadline, "the copy still runs"
         time.sleep(0.05)
