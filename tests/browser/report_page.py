@@ -207,7 +207,7 @@ def test_the_page_is_whole_without_scripts(made: Made, browser: Browser) -> None
 
     assert count("#cases > details") == len(found["cases"])
     assert count("#filter[hidden]") == 1 and count("button.copy:not([hidden])") == 0
-    assert count(".bad .command code") == len(page.groups(found["cases"])) > 5
+    assert count(".bad .command code") == min(len(page.groups(found["cases"])), 30) > 5  # the page says how many more
 
 
 def test_a_printed_page_has_the_verdict_and_no_controls(made: Made, browser: Browser) -> None:
