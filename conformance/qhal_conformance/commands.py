@@ -14,7 +14,6 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qhal.errors import QhalError
@@ -23,7 +22,7 @@ from qhal_conformance import describe, isolated, rendering, report, report_comma
 from qhal_conformance import support as claims
 from qhal_conformance.cases import Case, find
 from qhal_conformance.operations import catalogue
-from qhal_conformance.options import AsJson, Backend, Filter, Level, chosen, dump, selected, usage
+from qhal_conformance.options import AsJson, Backend, Filter, Level, chosen, dump, progress, selected, usage
 from qhal_conformance.proof_commands import add_to
 from qhal_conformance.runner import Record, run_case, run_cases
 
@@ -59,17 +58,10 @@ def run(
     cases = chosen(level, only)
     console = Console(stderr=as_json)
     start = time.perf_counter()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task(backend, total=len(cases))
+    with progress(backend, len(cases)) as advance:
 
         def seen(record: Record) -> None:
-            bar.update(task, advance=1, description=f"{backend} {record.case.operation}")
+            advance(f"{backend} {record.case.operation}")
 
         about, records = _ran(backend, cases, timeout, in_process, seen)
     found = report.build(about, backend, records, level, only, time.perf_counter() - start)
@@ -197,13 +189,10 @@ def mutants(
     chosen = [m for m in MUTANTS if only in m.name or only in m.group or only in m.profile]
     if not chosen:
         raise usage(f"no mutant's name, group or profile contains {only!r}")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_stderr()
-    ) as bar:
-        task = bar.add_task("mutants", total=len(chosen))
+    with progress("mutants", len(chosen)) as advance:
 
         def seen(fate: Fate) -> None:
-            bar.update(task, advance=1, description=fate.name)
+            advance(fate.name)
 
         found = hunt(ops, chosen, level, seen)
     if as_json:
@@ -223,10 +212,6 @@ def mutants(
 
 
 add_to(app)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True)
 
 
 def _find(case_id: str) -> Case:

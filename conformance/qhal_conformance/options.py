@@ -1,13 +1,16 @@
-"""What the commands of `qhal conformance` share: options, one way to refuse wrong use, one way to print JSON."""
+"""What the commands of `qhal conformance` share: options, a progress bar, refusing wrong use, printing JSON."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import qhal
 from qhal.errors import QhalError
@@ -48,3 +51,12 @@ def chosen(level: int, only: str) -> list[Case]:
 def dump(value: object) -> None:
     """One JSON document on stdout."""
     typer.echo(json.dumps(value, indent=1))
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr. What it gives advances it by one and says what was done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, advance=1, description=done)

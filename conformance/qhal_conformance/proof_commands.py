@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import qhal
-from qhal.errors import QhalError
-from qhal.interface import QuantOps
+from qhal_conformance.options import AsJson, Backend, dump, progress, selected
 
-Backend = Annotated[str, typer.Option("--backend", "-b", help="a backend that passes, by name or name:index")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
 Every = Annotated[int, typer.Option("--every", min=1, help="take one case in this many: a smaller part")]
 
 
@@ -41,11 +34,11 @@ def honest(
     from qhal_conformance.honest import chosen, sweep
     from qhal_conformance.operations import catalogue
 
-    ops, cases = _select(backend), chosen(catalogue(0))[::every]
+    ops, cases = selected(backend), chosen(catalogue(0))[::every]
     with _bar("honest", len(cases)) as advance:
         total = sweep(ops, cases, range(seeds), done=advance)
     if as_json:
-        typer.echo(json.dumps(total, indent=1))
+        dump(total)
     else:
         typer.echo("| variant | class | checks | largest error / bound |\n| --- | --- | --- | --- |")
         for name, v in total["variants"].items():
@@ -65,11 +58,14 @@ def peers(backend: Backend = "cpu_reference", every: Every = 1, as_json: AsJson 
     from qhal_conformance.operations import catalogue
     from qhal_conformance.peers import compare_rules, numeric, table
 
-    ops, mutants = _select(backend), numeric()[::every]
+    ops, mutants = selected(backend), numeric()[::every]
     cases = [c for c in chosen(catalogue(0)) if c.operation == "gemm" and c.size("m")][::every]
     with _bar("peers", len(mutants) + len(cases)) as advance:
         found = compare_rules(ops, mutants, cases, lambda name: advance())
-    typer.echo(json.dumps(found, indent=1) if as_json else table(found))
+    if as_json:
+        dump(found)
+    else:
+        typer.echo(table(found))
     ours = found["rules"]["qhal"]
     raise typer.Exit(1 if ours["alarms"] or ours["survivors"] else 0)
 
@@ -84,23 +80,16 @@ def by_data(backend: Backend = "cpu_reference", every: Every = 1, as_json: AsJso
 
     mutants = MUTANTS[::every]
     with _bar("by data", len(mutants)) as advance:
-        found = matrix(_select(backend), mutants, 0, lambda name: advance())
-    typer.echo(json.dumps(found, indent=1) if as_json else table(found))
+        found = matrix(selected(backend), mutants, 0, lambda name: advance())
+    if as_json:
+        dump(found)
+    else:
+        typer.echo(table(found))
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr; what it gives advances it. One thread: the products are small, threads only wait."""
+def _bar(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar; what it gives advances it. One thread: the products are small, threads only wait."""
     torch.set_num_threads(1)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.update(task, advance=1)
-
-
-def _select(spec: str) -> QuantOps:
-    try:
-        return qhal.select(spec)
-    except QhalError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    with progress(what, total) as advance:
+        yield lambda: advance(what)
