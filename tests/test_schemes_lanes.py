@@ -96,3 +96,10 @@ def test_scales_are_judged_by_their_numbers(dtype: torch.dtype, value: float, ho
     else:
         with pytest.raises(CheckpointError, match="s: expected"):
             checks.scales(Index(), "s", scale, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("high_first", [False, True])
+def test_every_byte_gives_its_two_nibbles(high_first: bool) -> None:
+    packed = torch.arange(256, dtype=torch.uint8)
+    halves = [packed >> 4, packed & 15] if high_first else [packed & 15, packed >> 4]
+    assert torch.equal(lanes.spread_bytes(packed, 4, high_first=high_first), torch.stack(halves, 1).flatten())
