@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_cases import HOSTILE, JUNK, ONLY, Report, at, chosen, leaves, put, sealed, sound, spoiled, written
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qhal
@@ -21,7 +22,7 @@ from qhal_conformance import diff, junit, page, rendering, report, rerun, schema
 from qhal_conformance.cases import PROFILES
 from qhal_conformance.commands import app
 from qhal_conformance.runner import run_cases
-from qhal_conformance.table import markdown
+from qhal_conformance.table import markdown, show
 
 cli = CliRunner()
 
@@ -94,6 +95,16 @@ def test_whatever_fits_the_schema_can_be_drawn(bad: Report, data: st.DataObject)
     assert tags.open == [] and len(tags.scripts) == 1
     ElementTree.fromstring(junit.junit(changed))
     assert "<script>" not in markdown(changed)
+
+
+@pytest.mark.parametrize("path", [("filter",), ("suite", "version"), ("backend", "name"), ("device", "arch")])
+def test_no_text_of_a_report_is_markup(bad: Report, path: tuple[str, ...]) -> None:
+    changed = put({**bad, "cases": bad["cases"][:4], "verdict": "none"}, path, "[bold]<script>`|")
+    assert "<script>" not in markdown(changed) and "[bold]" not in markdown(changed)
+    console = Console(record=True, width=200, force_terminal=True)
+    show(changed, console)
+    named = path[0] in ("filter", "suite")  # the others are in the Markdown's title only
+    assert ("[bold]<script>`|" in console.export_text()) == named
 
 
 def test_histograms_are_drawn_to_scale() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qhal_conformance.cases import PROFILES
@@ -23,18 +24,21 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(_rich("Operations", *_operations(report)))
     bad = [case for case in report["cases"] if case["status"] in _BAD]
     for case in bad[:20]:
-        console.print(f"[red]{case['kind'] or case['status']}[/red] {case['id']}", highlight=False, soft_wrap=True)
+        title = f"[red]{escape(case['kind'] or case['status'])}[/red] {escape(case['id'])}"
+        console.print(title, highlight=False, soft_wrap=True)
         console.print(f"    {case['reason']}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"    {case['repro']}", highlight=False, markup=False, soft_wrap=True)
     if len(bad) > 20:
         console.print(f"... and {len(bad) - 20} more, see report.json")
-    console.print(_last_line(report, colour=True), highlight=False, soft_wrap=True)
+    word = report["verdict"]
+    console.print(_last_line(report, f"[{_COLOURS[word]}]{word}[/]", escape), highlight=False, soft_wrap=True)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The same tables as GitHub-flavoured Markdown."""
     device = report["device"].get("arch") or report["device"]["type"]
-    lines = [f"### {_cell(report['backend']['name'])} on {_cell(device)}", "", _last_line(report), ""]
+    verdict = _last_line(report, f"**{report['verdict']}**", _cell)
+    lines = [f"### {_cell(report['backend']['name'])} on {_cell(device)}", "", verdict, ""]
     for header, rows in (_profiles(report), _operations(report)):
         lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
         lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
@@ -42,7 +46,10 @@ def markdown(report: dict[str, Any]) -> str:
     bad = [case for case in report["cases"] if case["status"] in _BAD]
     if bad:
         lines += ["| case | ended as | why |", "| --- | --- | --- |"]
-        lines += [f"| `{c['id']}` | {c['kind'] or c['status']} | {_cell(c['reason'])} |" for c in bad[:100]]
+        lines += [
+            f"| <code>{_cell(c['id'])}</code> | {_cell(c['kind'] or c['status'])} | {_cell(c['reason'])} |"
+            for c in bad[:100]
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -90,13 +97,12 @@ def _largest(values: Iterable[float | str | None]) -> str:
     return f"{max(known):.3f}" if known else "-"
 
 
-def _last_line(report: dict[str, Any], *, colour: bool = False) -> str:
+def _last_line(report: dict[str, Any], shown: str, safe: Callable[[str], str]) -> str:
+    """The verdict as `shown` and all that it rests on; `safe` keeps a text of the report from being markup."""
     c = report["counts"]
-    word = report["verdict"]
-    shown = f"[{_COLOURS[word]}]{word}[/{_COLOURS[word]}]" if colour else f"**{word}**"
-    if word == "none":
-        shown = f"no verdict (filtered by {report['filter']!r})"
-    suite, evidence = report["suite"]["version"], report["device"]["evidence"]
+    if report["verdict"] == "none":
+        shown = f"no verdict (filtered by {safe(repr(report['filter']))})"
+    suite, evidence = safe(report["suite"]["version"]), safe(report["device"]["evidence"])
     return (
         f"qhal-conformance {suite}, level {report['level']}, {evidence}: {shown} "
         f"({c['pass']} pass, {c['fail']} fail, {c['error']} error, {c['unsupported']} unsupported, {c['skip']} skip "
@@ -110,5 +116,5 @@ def _rich(title: str, header: list[str], rows: list[list[str]]) -> Table:
         words = name in ("profile", "operation", "class", "verdict")
         table.add_column(name, justify="left" if words else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"[{_COLOURS[cell]}]{cell}[/]" if cell in _COLOURS else cell for cell in row))
+        table.add_row(*(f"[{_COLOURS[cell]}]{cell}[/]" if cell in _COLOURS else escape(cell) for cell in row))
     return table
