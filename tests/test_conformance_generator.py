@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from qhal_conformance.generator import Stream, fingerprint, philox
+from qhal_conformance.generator import Stream, fingerprint
 
 
-def test_philox_known_answers() -> None:
-    """The vectors that the authors of Random123 publish for philox4x32-10."""
-    zeros = np.zeros((1, 4), dtype=np.uint64)
-    ones = np.full((1, 4), 0xFFFFFFFF, dtype=np.uint64)
-    pi = np.array([[0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]], dtype=np.uint64)
-    assert philox(zeros, (0, 0)).tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
-    assert philox(ones, (0xFFFFFFFF, 0xFFFFFFFF)).tolist() == [[0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]]
-    assert philox(pi, (0xA4093822, 0x299F31D0)).tolist() == [[0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]]
+def test_philox_known_answer() -> None:
+    """A vector that the authors of Random123 publish for philox4x64-10: numpy's generator is theirs."""
+    before_zero = np.random.Philox(key=0, counter=(1 << 256) - 1)  # numpy counts first
+    assert before_zero.random_raw(4).tolist() == KNOWN_WORDS
+
+
+def test_bits_are_the_halves_of_words() -> None:
+    words, bits = Stream("case", "name").words(3), Stream("case", "name").bits(5)
+    assert bits.tolist() == [half for w in words.tolist() for half in (w & 0xFFFFFFFF, w >> 32)][:5]
 
 
 def test_streams_have_known_hashes() -> None:
@@ -33,8 +34,8 @@ def test_streams_are_independent_of_each_other() -> None:
 
 def test_normal_is_nearly_normal_and_exact() -> None:
     x = Stream("case", "x").normal((200, 500)).astype(np.float64)
-    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 and abs(x).max() < 6
-    assert np.array_equal(x * 2**17, np.round(x * 2**17))
+    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 and 2.5 < abs(x).max() < 3
+    assert (x * 2**21 % 2 == 1).all()
 
 
 def test_fingerprint_sees_names_shapes_and_bytes() -> None:
@@ -46,4 +47,5 @@ def test_fingerprint_sees_names_shapes_and_bytes() -> None:
     )
 
 
-KNOWN = "bb1bbca625031ef76116096f394bbf249845d0835b512e2a6a8d1ab729bc9a3a"
+KNOWN_WORDS = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
+KNOWN = "1401882c061784dfab89266843ed0630cd9ff70c776ca7d5af076ec4c07136b1"

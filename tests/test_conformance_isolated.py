@@ -318,3 +318,14 @@ def test_records_survive_the_pipe(
 def test_a_message_is_an_object() -> None:
     with pytest.raises(ValueError, match="object"):
         messages.decode(b"[1]")
+
+
+def test_ranks_start_with_the_claims_and_leave_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is killed, so it cannot tidy up: its session does."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    case = next(c for c in catalogue(0) if c.profile == "comm")
+    with Session("cpu_reference") as session:
+        session.claims([case])
+        assert list(tmp_path.glob("qhal-worker-*/qhal-ranks-*/rank1.txt"))
+        assert session.run(case).outcome.status is Status.PASS
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from qhal_conformance.cases import Case
 from qhal_conformance.outcome import Outcome, Status
 from qhal_conformance.wrapping import Wrapped
 
+FOLDER: str | None = None
+"""Where ranks keep their files, None: the system's place. A worker, which may be ended before it tidies up, sets it."""
 START_S = 120.0
 ANSWER_S = 60.0
 """How long ranks may take to start and to answer; the group's own timeout is shorter (`comm_worker.py`)."""
@@ -36,11 +39,12 @@ class Lost(Exception):  # noqa: N818 - a rank is lost
 
 
 class Ranks:
-    """`world` processes; close() ends them."""
+    """`world` processes, which start while the caller goes on; close() ends them."""
 
     def __init__(self, world: int, device: str) -> None:
         self.world, self.device = world, device
-        self._folder = tempfile.TemporaryDirectory(prefix="qhal-ranks-")
+        self._ready = False
+        self._folder = tempfile.TemporaryDirectory(prefix="qhal-ranks-", dir=FOLDER)
         command = [sys.executable, "-m", "qhal_conformance.comm_worker"]
         store = Path(self._folder.name) / "store"
         self._errors = [Path(self._folder.name) / f"rank{r}.txt" for r in range(world)]
@@ -55,10 +59,12 @@ class Ranks:
             threading.Thread(target=_pump, args=(process, lines), daemon=True).start()
             self._processes.append(process)
             self._lines.append(lines)
-        self._collect(world, START_S)
 
     def ask(self, world: int, message: Answer) -> list[Answer]:
         """The same message to the first `world` ranks, and their answers. Lost if one is missing."""
+        if not self._ready:
+            self._collect(self.world, START_S)
+            self._ready = True
         for process in self._processes[:world]:
             assert process.stdin is not None
             try:
@@ -121,6 +127,13 @@ def end() -> None:
     """End the ranks, if there are any."""
     while _running:
         _running.pop().close()
+
+
+def expect(cases: Iterable[Case], device: str) -> None:
+    """Start the ranks that these cases will ask: importing takes them seconds, in which other cases run."""
+    world = max((case.size("w") for case in cases if case.operation == "comm_quant"), default=0)
+    if world:
+        _ranks(max(world, 2), device)
 
 
 def recipe(ops: QuantOps) -> dict[str, Any]:

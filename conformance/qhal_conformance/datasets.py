@@ -14,7 +14,7 @@ from qhal.formats import Format
 from qhal.tensors import QTensor
 from qhal_conformance import elements
 from qhal_conformance.decode import block_index
-from qhal_conformance.generator import F32, F64, I64, Stream
+from qhal_conformance.generator import BELL, F32, F64, I64, Stream
 
 DATASETS: dict[str, str] = {
     "normal": "near-normal numbers: the statistics see small errors that are everywhere (coarse sums, rounded scales)",
@@ -139,20 +139,24 @@ def _codes(g: Stream, f: Format, n: int, k: int, data: str, centre: tuple[I64, I
     if e.startswith("lut"):
         return g.integers(0, len(every), (n, k))
     top, low = elements.largest(e), elements.smallest(e)
-    normal = g.normal((n, k)).astype(np.float64)
     middle: F64 | float = 0.0 if low < 0 else (top + 1) / 2
     if centre is not None:
         middle = elements.table(e)[centre[1]] if elements.is_integer(e) else 0.0
     reach = min(top, -low) if low < 0 else (top + 1) / 2
-    spread = np.abs(normal) if data == "positive" else normal
+    steps = g.steps((n, k))
     if data == "small_onto_large":
-        spread[:, 0] = 3.0 * np.sign(spread[:, 0]) + (spread[:, 0] == 0)
-    wanted = middle + spread * (reach / 3.0)
+        steps[:, 0] = np.where(steps[:, 0] < len(BELL) // 2, 0, len(BELL) - 1)
+    away = (np.abs(BELL) if data == "positive" else BELL) * (reach / 3.0)
     if data == "positive":
-        wanted = np.maximum(wanted, middle + reach / 8.0)
+        away = np.maximum(away, reach / 8.0)
+    if centre is None:  # one code for each step
+        codes = elements.nearest_code(e, middle + away)[steps]
+    else:
+        codes = elements.nearest_code(e, middle + away[steps])
     if data == "zero":
-        wanted = np.where((g.integers(0, 2, (n, k)) == 0) | (np.arange(n) % 6 == 2)[:, None], middle, wanted)
-    return elements.nearest_code(e, wanted)
+        empty = (g.integers(0, 2, (n, k)) == 0) | (np.arange(n) % 6 == 2)[:, None]
+        codes = np.where(empty, elements.nearest_code(e, np.asarray(middle, np.float64)), codes)
+    return codes
 
 
 def _small_codes(f: Format, g: Stream, n: int, k: int) -> I64:

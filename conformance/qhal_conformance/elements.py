@@ -111,11 +111,13 @@ def finite_codes(name: str) -> I64:
     return np.flatnonzero(np.isfinite(table(name))).astype(np.int64)
 
 
+@cache
 def largest(name: str) -> float:
     """The largest finite value."""
     return float(table(name)[finite_codes(name)].max())
 
 
+@cache
 def smallest(name: str) -> float:
     """The most negative finite value."""
     return float(table(name)[finite_codes(name)].min())
@@ -131,6 +133,21 @@ def _grid(name: str) -> tuple[F64, I64]:
     return values[keep][order], codes[keep][order]
 
 
+@cache
+def _steps(name: str, away: bool) -> tuple[F64, I64]:
+    """For numbers in rising order: where the next finite value begins, and the code of each.
+
+    Between two neighbours the border is their middle, exact in float64; it belongs to the side that wins the tie.
+    """
+    values, codes = _grid(name)
+    low, high = values[:-1], values[1:]
+    upper = np.abs(high) > np.abs(low) if away else codes[1:] % 2 == 0
+    if name in ("nf4", "lut8"):
+        upper = np.zeros(len(low), dtype=bool)
+    middle = (low + high) / 2
+    return np.where(upper, middle, np.nextafter(middle, np.inf)), codes
+
+
 def nearest_code(name: str, q: F64, *, away: bool = False) -> I64:
     """The code whose value is nearest to each number; a tie goes to the even code (or away from zero); saturates.
 
@@ -139,32 +156,18 @@ def nearest_code(name: str, q: F64, *, away: bool = False) -> I64:
     NaN becomes the type's NaN if it has one, else code 0. A negative number that rounds to zero becomes -0 where the
     type has one.
     """
-    found = np.empty(q.shape, dtype=np.int64)
-    flat, result = q.reshape(-1), found.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        result[start : start + _CHUNK] = _nearest(name, flat[start : start + _CHUNK], away)
-    return found
-
-
-_CHUNK = 8192  # numbers whose temporaries stay in the processor's cache
-
-
-def _nearest(name: str, q: F64, away: bool) -> I64:
-    values, codes = _grid(name)
-    clipped = np.clip(np.where(np.isnan(q), 0.0, q), values[0], values[-1])
-    above = np.clip(np.searchsorted(values, clipped, side="left"), 1, len(values) - 1)
-    low, high = values[above - 1], values[above]
-    down, up = clipped - low, high - clipped  # exact: float32 inputs, few-bit values, float64 arithmetic
-    tie_up = np.abs(high) > np.abs(low) if away else codes[above] % 2 == 0
-    if name in ("nf4", "lut8"):
-        tie_up = np.zeros(q.shape, dtype=bool)
-    index = np.where((up < down) | ((up == down) & tie_up), above, above - 1)
-    found = codes[index]
+    if is_integer(name) and not away:
+        return np.rint(np.nan_to_num(np.clip(q, smallest(name), largest(name)))).astype(np.int64) & 0xFF
+    borders, codes = _steps(name, away)
+    found = np.asarray(codes[np.searchsorted(borders, q, side="right")])
     if name in _LAYOUT and _LAYOUT[name][3] != "fnuz":
         top = 1 << (_LAYOUT[name][0] + _LAYOUT[name][1])
-        found = np.where((found == 0) & np.signbit(q), top, found)
-    missing = np.flatnonzero(np.isnan(table(name))) if not is_integer(name) else np.array([], dtype=np.int64)
-    return np.where(np.isnan(q), missing[0] if len(missing) else 0, found).astype(np.int64)
+        found[(found == 0) & np.signbit(q)] = top
+    unknown = np.isnan(q)
+    if unknown.any():
+        missing = np.flatnonzero(np.isnan(table(name)))
+        found[unknown] = missing[0] if len(missing) else 0
+    return found
 
 
 def round_wide(name: str, value: F32) -> F32:

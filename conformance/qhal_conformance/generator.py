@@ -1,9 +1,10 @@
 """Random inputs from integer arithmetic alone: the same bytes on every platform, in every version of every library.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, SC 2011) is counter-based: value i of a stream needs
-no other value. A stream is keyed by (suite major version, case id, stream name), so no case can disturb another, and an
-input that is added to a case does not change the others. No logarithm, no cosine: numbers that reach a case are
-integers times powers of two.
+Philox4x64-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, SC 2011) is counter-based; numpy has it, and
+promises that its raw words stay as they are (of what is drawn from them it promises nothing, so that is done here). A
+stream is keyed by (suite major version, case id, stream name), so no case can disturb another, and an input that is
+added to a case does not change the others. No logarithm, no cosine: numbers that reach a case are integers
+times powers of two.
 """
 
 from __future__ import annotations
@@ -18,42 +19,14 @@ import numpy.typing as npt
 
 from qhal_conformance import SUITE_VERSION
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_MASK = 0xFFFFFFFF
-
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 
-_CHUNK = 4096  # counters whose rounds stay in the processor's cache: many at once take up to three times as long each
-
-
-def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray[np.uint64]:
-    """Ten rounds of Philox4x32 on counters [n, 4] (32-bit values in uint64); returns [n, 4]."""
-    found = np.empty_like(counter)
-    for start in range(0, len(counter), _CHUNK):
-        _rounds(counter[start : start + _CHUNK], key, found[start : start + _CHUNK])
-    return found
-
-
-def _rounds(counter: npt.NDArray[np.uint64], key: tuple[int, int], found: npt.NDArray[np.uint64]) -> None:
-    c0, c1, c2, c3 = (counter[:, i].copy() for i in range(4))
-    k0, k1 = key
-    low, shift = np.uint64(_MASK), np.uint64(32)
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
-        c1 ^= p1 >> shift
-        c1 ^= np.uint64(k0)
-        c3 ^= p0 >> shift
-        c3 ^= np.uint64(k1)
-        p0 &= low
-        p1 &= low
-        c0, c1, c2, c3 = c1, p1, c3, p0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    for i, column in enumerate((c0, c1, c2, c3)):
-        found[:, i] = column
+BELL: F64 = np.arange(-3 * 1023, 3 * 1023 + 1, 2, dtype=np.float64) * 2.0**-10
+"""The numbers that `Stream.steps` counts: variance 1, within 3."""
 
 
 class Stream:
@@ -62,17 +35,15 @@ class Stream:
     def __init__(self, case_id: str, name: str) -> None:
         major = SUITE_VERSION.split(".")[0]
         digest = hashlib.sha256(f"qhal-conformance {major}|{case_id}|{name}".encode()).digest()
-        self._key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
-        self._block = 0
+        self._philox = np.random.Philox(key=np.frombuffer(digest[:16], "<u8"), counter=0)
 
-    def bits(self, n: int) -> npt.NDArray[np.uint64]:
-        """n 32-bit values."""
-        blocks = -(-n // 4)
-        index = np.arange(self._block, self._block + blocks, dtype=np.uint64)
-        counter = np.zeros((blocks, 4), dtype=np.uint64)
-        counter[:, 0], counter[:, 1] = index & np.uint64(_MASK), index >> np.uint64(32)
-        self._block += blocks
-        return philox(counter, self._key).reshape(-1)[:n]
+    def words(self, n: int) -> U64:
+        """n words of 64 bits."""
+        return self._philox.random_raw(n)
+
+    def bits(self, n: int) -> npt.NDArray[np.uint32]:
+        """n values of 32 bits: the low half of each word, then the high one."""
+        return self.words(-(-n // 2)).astype("<u8", copy=False).view("<u4")[:n]
 
     def integers(self, low: int, high: int, shape: Sequence[int]) -> I64:
         """Integers low <= i < high, by the high word of a product (bias below 2^-20 for spans under 4096)."""
@@ -80,15 +51,19 @@ class Stream:
         return np.asarray((scaled.astype(np.int64) + low).reshape(tuple(shape)))
 
     def normal(self, shape: Sequence[int]) -> F32:
-        """Nearly normal (sum of twelve 16-bit uniforms, so within 6 sigma), variance 1, exact multiples of 2^-17."""
-        found = np.empty(prod(shape), dtype=np.float32)
-        for start in range(0, found.size, _CHUNK):  # 6 _CHUNK words are whole blocks: the same stream as all at once
-            part = found[start : start + _CHUNK]
-            words = self.bits(6 * part.size).reshape(-1, 6)
-            halves = (words & np.uint64(0xFFFF)) + (words >> np.uint64(16))
-            total = halves.sum(axis=1).astype(np.int64)
-            part[:] = (2 * total - 12 * 65535).astype(np.float64) * 2.0**-17
-        return found.reshape(tuple(shape))
+        """Bell-shaped, variance 1, within 3: a sum of three uniform values from -1 to 1; odd multiples of 2^-21."""
+        words = self.words(prod(shape))
+        low = np.uint64((1 << 21) - 1)
+        total = (words & low) + ((words >> np.uint64(21)) & low) + (words >> np.uint64(43))
+        centred = 2 * total.astype(np.int32) - np.int32(3 * ((1 << 21) - 1))
+        return np.asarray((centred * np.float32(2.0**-21)).reshape(tuple(shape)), np.float32)
+
+    def steps(self, shape: Sequence[int]) -> I64:
+        """Indices into BELL: bell-shaped as `normal`, in few steps, at half the cost."""
+        bits = self.bits(prod(shape))
+        low = np.uint32((1 << 10) - 1)
+        total = (bits & low) + ((bits >> np.uint32(10)) & low) + (bits >> np.uint32(20) & low)
+        return np.asarray(total.reshape(tuple(shape)), np.int64)
 
     def mantissas(self, bits: int, shape: Sequence[int]) -> F32:
         """Numbers 1 <= v < 2 with `bits` random fraction bits (at most 23)."""
@@ -105,9 +80,7 @@ class Stream:
 
     def permutations(self, count: int, n: int) -> I64:
         """[count, n]: independent permutations of range(n), each the order of 64 random bits per entry."""
-        words = self.bits(2 * count * n).reshape(count, n, 2)
-        keys = (words[..., 0] << np.uint64(32)) | words[..., 1]
-        return np.argsort(keys, axis=1, kind="stable").astype(np.int64)
+        return np.argsort(self.words(count * n).reshape(count, n), axis=1, kind="stable").astype(np.int64)
 
 
 def fingerprint(arrays: Mapping[str, npt.NDArray[Any]]) -> str:

@@ -80,10 +80,13 @@ def _set_deterministic(value: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(value[0], warn_only=value[1])
 
 
+_TINY = 2.0**-1060
+"""A subnormal number."""
+
+
 def _flushes() -> bool:
-    """torch has a switch for it and no question: a subnormal is added to zero."""
-    tiny = torch.full((1,), 1e-40, dtype=torch.float32, device="cpu")
-    return not bool((tiny + 0).item())
+    """torch has a switch for it, of the processor's thread, and no question: what a product with a subnormal is."""
+    return _TINY * 1.0 == 0.0
 
 
 def _bytes_of(read: Callable[[], torch.Tensor]) -> Callable[[], bytes]:

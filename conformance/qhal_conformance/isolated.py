@@ -44,7 +44,9 @@ _NOTED = 5
 CLOSED = 93
 """Exit code of a worker that finds its pipe closed."""
 _OUTPUT_KEPT = 1 << 24
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from qhal_conformance.worker import main; main({})"
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from qhal_conformance.worker import main; main({}, {!r})"
+)
 
 
 def run_cases(
@@ -116,7 +118,10 @@ class Session:
         return replace(record, outcome=replace(record.outcome, notes=(*record.outcome.notes, *printed)))
 
     def claims(self, cases: Iterable[Case]) -> list[dict[str, Any]]:
-        """What the backend claims of them (`support.rows`); nothing is run. Empty if it did not survive that."""
+        """What the backend claims of cases that will be run (`support.rows`). Empty if it did not survive that.
+
+        Nothing is run yet; the ranks of collectives start.
+        """
         if self._worker is None:
             return []
         try:
@@ -165,10 +170,11 @@ class _Worker:
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
+        self._folder = tempfile.TemporaryDirectory(prefix="qhal-worker-", ignore_cleanup_errors=True)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # cutting it leaves no hole
         descriptor = theirs.fileno()
-        command = [sys.executable, "-u", "-c", _START.format(descriptor), json.dumps(sys.path)]
+        command = [sys.executable, "-u", "-c", _START.format(descriptor, self._folder.name), json.dumps(sys.path)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -245,6 +251,7 @@ class _Worker:
         self._end()
         self._pipe.close()
         self._output.close()
+        self._folder.cleanup()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

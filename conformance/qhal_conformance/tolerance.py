@@ -56,10 +56,9 @@ STATISTICS_FROM = 1000
 
 def ulp(out: str, ref: F64) -> F64:
     """Spacing of the result type at |ref|, floored at that of its smallest normal number."""
-    finite = np.where(np.isfinite(ref), np.abs(ref), 1.0)
-    exponent = np.frexp(finite)[1].astype(np.int64) - 1
-    exponent = np.where(finite == 0, _LOWEST_EXPONENT[out], np.maximum(exponent, _LOWEST_EXPONENT[out]))
-    return np.asarray(np.ldexp(1.0, exponent - _FRACTION[out]))
+    exponent = (np.asarray(ref, np.float64).view(np.int64) >> 52) & 0x7FF  # IEEE 754 binary64, biased by 1023
+    exponent = np.where(exponent == 0x7FF, 1023, np.maximum(exponent, 1023 + _LOWEST_EXPONENT[out]))
+    return np.asarray(((exponent - _FRACTION[out]) << 52).view(np.float64))
 
 
 @dataclass(frozen=True)
@@ -182,20 +181,18 @@ def compare(
     """
     if ref.size == 0:
         return Verdict(None, "", None, 0.0)
-    top = _LARGEST[out]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         error = np.where(got == ref, 0.0, np.abs(got - ref))
-        room = np.maximum(bound - 0.5 * ulp(out, ref), 0.0)  # what is left of the bound before the result is rounded
-        may_overflow = np.abs(ref) + room >= top + 0.5 * float(ulp(out, np.array(top)))
-        same_infinity = np.isinf(got) & (np.sign(got) == np.sign(ref)) & may_overflow
-        same_infinity |= np.isinf(ref) & np.isnan(got)
-        good = np.where(np.isnan(ref), np.isnan(got), (error <= bound) | same_infinity | (got == ref))
+        good = error <= bound  # false where anything is NaN or infinite, but for equal infinities
+        if settled is not None or not good.all():
+            good = _allowed(got, ref, bound, out, good)
         if settled is not None:
             good &= ~settled | (got == round_wide(out, ref.astype(np.float32)))
-    positive = np.where(bound > 0, bound, np.finfo(np.float64).tiny)
-    with np.errstate(over="ignore", invalid="ignore"):
-        share = np.where(np.isfinite(error), error / positive, np.inf)
-    ratio = np.where(good, np.where(np.isfinite(error), np.minimum(share, 1.0), 0.0), np.maximum(share, 1.0))
+        ratio = error / np.where(bound > 0, bound, np.finfo(np.float64).tiny)
+    if not good.all() or not np.isfinite(ratio).all():
+        share = np.where(np.isfinite(error), ratio, np.inf)
+        ratio = np.where(good, np.where(np.isfinite(error), share, 0.0), np.maximum(share, 1.0))
+    np.minimum(ratio, 1.0, out=ratio, where=good)
     index = int(np.argmax(ratio.reshape(-1)))
     place = tuple(int(i) for i in np.unravel_index(index, ref.shape))
     worst = Worst(place, float(got[place]), float(ref[place]), float(error[place]), float(bound[place]))
@@ -212,6 +209,15 @@ def compare(
     if complaint:
         return Verdict(FailKind.STATS, complaint, worst, headroom, rms, bias, bins)
     return Verdict(None, "", worst, headroom, rms, bias, bins)
+
+
+def _allowed(got: F64, ref: F64, bound: F64, out: str, within: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Where a result is good: within its bound, the same special value, or an overflow that the bound allows."""
+    room = np.maximum(bound - 0.5 * ulp(out, ref), 0.0)  # what is left of the bound before the result is rounded
+    may_overflow = np.abs(ref) + room >= _LARGEST[out] + 0.5 * float(ulp(out, np.array(_LARGEST[out])))
+    same_infinity = np.isinf(got) & (np.sign(got) == np.sign(ref)) & may_overflow
+    same_infinity |= np.isinf(ref) & np.isnan(got)
+    return np.where(np.isnan(ref), np.isnan(got), within | same_infinity | (got == ref))
 
 
 def histogram(ratio: F64) -> tuple[int, ...]:

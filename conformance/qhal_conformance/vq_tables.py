@@ -42,18 +42,13 @@ def _magnitudes() -> list[tuple[float, ...]]:
 
 
 def _e8p12() -> np.ndarray:
-    rows = []
-    for size in _magnitudes():
-        for byte in range(256):
-            signs = [-1.0 if byte >> _BIT_OF[i] & 1 else 1.0 for i in range(8)]
-            odd = bin(byte).count("1") % 2 == 1
-            # coordinate 7 makes sums of an odd magnitude even; coordinate 0 makes the number of signs even
-            if sum(size) % 2:
-                signs[7] = -signs[7]
-            if odd:
-                signs[0] = -signs[0]
-            rows.append([s * c + (-0.25 if odd else 0.25) for s, c in zip(signs, size, strict=True)])
-    return np.array(rows)
+    sizes, bytes_ = np.array(_magnitudes())[:, None], np.arange(256)[None, :, None]
+    negative = (bytes_ >> np.array(_BIT_OF) & 1).astype(bool)  # [1, 256, 8]
+    odd = negative.sum(axis=-1, keepdims=True) % 2 == 1
+    # coordinate 7 makes sums of an odd magnitude even; coordinate 0 makes the number of signs even
+    at = np.arange(8)
+    flipped = negative ^ ((sizes.sum(axis=-1, keepdims=True) % 2 == 1) & (at == 7)) ^ (odd & (at == 0))
+    return np.asarray(np.where(flipped, -sizes, sizes) + np.where(odd, -0.25, 0.25))
 
 
 def _e81b() -> np.ndarray:

@@ -1,7 +1,7 @@
 """The process in which a backend is loaded and asked. It talks to `isolated.Session` over a pipe of its own.
 
 Whatever the backend prints, and what the interpreter says when it crashes, goes to file descriptors 1 and 2, which
-the session reads. Started by the session: `main(descriptor)`; nothing here is for other callers.
+the session reads. Started by the session: `main(descriptor, folder)`; nothing here is for other callers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import qhal
 from qhal.interface import QuantOps
-from qhal_conformance import messages, report, support
+from qhal_conformance import comm_ranks, messages, report, support
 from qhal_conformance.cases import Case
 from qhal_conformance.isolated import CLOSED
 from qhal_conformance.operations import OPERATIONS
@@ -29,8 +29,12 @@ from qhal_conformance.outcome import Outcome, Status
 from qhal_conformance.runner import Record, raised, run_case
 
 
-def main(descriptor: int) -> None:
-    """Load the backend that the first message names, then run one case per message until the pipe closes."""
+def main(descriptor: int, folder: str) -> None:
+    """Load the backend that the first message names, then run one case per message until the pipe closes.
+
+    folder  for files of the suite; the session deletes it, however this process ends
+    """
+    comm_ranks.FOLDER = folder
     os.set_inheritable(descriptor, False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected here; its picture is nobody's
     output = _Output()
@@ -41,7 +45,9 @@ def main(descriptor: int) -> None:
         if ops is None:
             ops, answer = _load(asked["spec"])
         elif "claims" in asked:
-            answer = {"rows": support.rows(ops, map(messages.case_from, asked["claims"]))}
+            cases = [messages.case_from(case) for case in asked["claims"]]
+            answer = {"rows": support.rows(ops, cases)}
+            comm_ranks.expect(cases, ops.device.type)
         else:
             answer = _answer(messages.case_from(asked["case"]), ops)
         output.settle()
