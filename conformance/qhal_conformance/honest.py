@@ -94,14 +94,23 @@ def unfused(x: Tensor, w: Tensor) -> Tensor:
 def aligned(group: int, bits: int) -> Sum:
     """A matrix instruction: `group` products aligned to the largest, cut to `bits` fraction bits, added in float32."""
 
+    return promoted(group, bits, group)
+
+
+def promoted(group: int, bits: int, interval: int) -> Sum:
+    """The same, but the running sum of `interval` products is aligned and cut with them; float32 between intervals."""
+
     def total(x: Tensor, w: Tensor) -> Tensor:
         y = torch.zeros(x.shape[0], w.shape[0])
-        for a, b in zip(x.double().split(group, 1), w.double().split(group, 1), strict=True):
-            products = a[:, None, :] * b[None, :, :]
-            top = torch.frexp(products.abs().amax(-1, keepdim=True))[1]
-            quantum = torch.ldexp(torch.ones_like(products[..., :1]), top - 1 - bits)
-            cut = torch.trunc(products / quantum) * quantum
-            y += torch.where(torch.isfinite(products), cut, products).sum(-1).float()
+        for xs, ws in zip(x.double().split(interval, 1), w.double().split(interval, 1), strict=True):
+            running = torch.zeros(x.shape[0], w.shape[0], 1, dtype=torch.float64)
+            for a, b in zip(xs.split(group, 1), ws.split(group, 1), strict=True):
+                terms = torch.cat([running, a[:, None, :] * b[None, :, :]], -1)
+                top = torch.frexp(terms.abs().amax(-1, keepdim=True))[1]
+                quantum = torch.ldexp(torch.ones_like(terms[..., :1]), top - 1 - bits)
+                cut = torch.trunc(terms / quantum) * quantum
+                running = torch.where(torch.isfinite(terms), cut, terms).sum(-1, keepdim=True)
+            y += running.squeeze(-1).float()
         return y
 
     return total
@@ -178,6 +187,8 @@ HONEST: dict[str, Callable[[QuantOps], QuantOps]] = {
     "aligned-8x13": summed(aligned(8, 13), _REDUCED),
     "aligned-16x13": summed(aligned(16, 13), _REDUCED),
     "aligned-32x13": summed(aligned(32, 13), _REDUCED),
+    "promoted-32x13": summed(promoted(32, 13, 128), _REDUCED),
+    "promoted-16x13": summed(promoted(16, 13, 128), _REDUCED),
     "dequantized": Dequantized,
     "dequantized-sequential": type("DequantizedSequential", (Dequantized,), {"_sum": staticmethod(sequential(4))}),
 }

@@ -72,11 +72,12 @@ class Product:
 
     @cached_property
     def aligned(self) -> tuple[F64, F64]:
-        """What aligning products to the largest of 128 and cutting 13 bits below it may lose: (one-sided, random).
+        """What an instruction may lose that aligns terms to the largest and cuts 13 bits below it: (one-sided, random).
 
-        q = 2^-13 of the largest product of a block. A product loses at most min(|p|, q), on average half of that and
-        towards zero: half the signed sum is one-sided, the rest random with deviation 0.42 of each, six deviations.
-        The one-sided part is cut where even the sum of all losses is smaller.
+        It takes 32 products and the running sum of the 128 since the last promotion to float32. q = 2^-13 of the
+        largest of the 128, or of the running sum where that is larger. A product loses at most min(|p|, q), on average
+        half of that and towards zero: half the signed sum is one-sided, the rest random with deviation 0.42 of each,
+        six deviations. The one-sided part is cut where even the sum of all losses is smaller.
         """
         x, w = self.x.value.astype(np.float64), self.w.value.astype(np.float64)
         shape = (x.shape[0], w.shape[0])
@@ -84,7 +85,10 @@ class Product:
         for n in range(shape[1] if x.shape[1] else 0):
             for first in range(0, x.shape[1], 128):
                 p = x[:, first : first + 128] * w[n, first : first + 128]
-                lost = np.minimum(np.abs(p), np.abs(p).max(axis=1, keepdims=True) * 2.0**-13)
+                sums = np.add.reduceat(p, np.arange(0, p.shape[1], 32), axis=1)  # of each instruction
+                running = np.abs(np.cumsum(sums, axis=1) - sums).repeat(32, axis=1)[:, : p.shape[1]]
+                largest = np.maximum(np.abs(p).max(axis=1, keepdims=True), running)
+                lost = np.minimum(np.abs(p), largest * 2.0**-13)
                 one_sided[:, n] += 0.5 * np.abs((np.sign(p) * lost).sum(axis=1))
                 square[:, n] += (lost**2).sum(axis=1)
                 every[:, n] += lost.sum(axis=1)

@@ -6,12 +6,12 @@ With ref = op(x, w), S = op(|x|, |w|) and R = sqrt(op(x^2, w^2)) a result of cla
 
     exact        gamma = K * 2^-52, no 2^-7,                   rho = 0
     fp32-acc     gamma = (min(2 sqrt K, K) + d) * 2^-24,       rho = 0
-    reduced-acc  gamma = 2^-12,                                rho = 0, + what alignment may lose
+    reduced-acc  gamma = 1.25 * 2^-12,                         rho = 0, + what alignment may lose
     dequant-16   gamma = d * 2^-24,                            rho = 0.42 * u * sqrt(operands rounded)
 
-A matrix instruction aligns its products to the largest and cuts what lies 13 bits below it. With products of very
-different size that is more than 2^-12 S, so it is computed from the products (`Product.aligned`): half of what all
-products may lose, with their signs, and six deviations of the rest.
+A matrix instruction aligns its products, and the running sum, to the largest and cuts what lies 13 bits below it. With
+products of very different size, or of one sign, that is more than 2^-12 S, so it is computed from the products
+(`Product.aligned`): half of what all products may lose, with their signs, and six deviations of the rest.
 
 u is the unit roundoff of the 16-bit type. d counts the float32 roundings with which the contract defines the operands'
 decoding: a kernel that multiplies the sum by the scale, instead of each weight, takes them in another place.
@@ -107,8 +107,8 @@ class Verdict:
 
 REDUCED = 1.25 * 2.0**-12
 """What truncated sums may lose, in units of S: fp8 instructions keep 13 fraction bits of a running sum and add 32
-products at a time; promoted to float32 every 128, the four cuts lose (1/4 + 2/4 + 3/4 + 1) * 2^-13 of a sum of one
-sign. 2^-12 was the model's; a device's own library needed 1.03 times that (docs/evidence)."""
+products at a time; promoted to float32 every 128, the four cuts of that sum lose (1/4 + 2/4 + 3/4 + 1) * 2^-13 of a sum of one
+sign. What the products lose beside it is computed from them (`Product.aligned`)."""
 
 
 def error_bound(e: Expected, numerics: NumericsClass, out: str) -> F64:
