@@ -238,6 +238,8 @@ def _refused(case: Case, ops: QuantOps, p: Problem) -> None:
     except CommError:
         answers = comm_ranks.ask(ops, case)
         if isinstance(answers, Outcome):
+            if answers.status is Status.SKIP:  # too few devices for the ranks: the refusal stands, untried
+                raise UnsupportedError(Support("unsupported", f"not tried: {answers.reason}")) from None
             raise RuntimeError(answers.reason) from None
         for answer in answers:
             if "unsupported" in answer:

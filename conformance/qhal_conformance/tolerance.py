@@ -107,8 +107,8 @@ class Verdict:
 
 REDUCED = 1.25 * 2.0**-12
 """What truncated sums may lose, in units of S: fp8 instructions keep 13 fraction bits of a running sum and add 32
-products at a time; promoted to float32 every 128, the four cuts of that sum lose (1/4 + 2/4 + 3/4 + 1) * 2^-13 of a sum of one
-sign. What the products lose beside it is computed from them (`Product.aligned`)."""
+products at a time; promoted to float32 every 128, the four cuts of that sum lose (1/4 + 2/4 + 3/4 + 1) * 2^-13 of it
+if it has one sign. What the products lose beside it is computed from them (`Product.aligned`)."""
 
 
 def error_bound(e: Expected, numerics: NumericsClass, out: str) -> F64:
