@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qhal.requests import NumericsClass
+from qhal_conformance.elements import round_wide
 from qhal_conformance.generator import Stream
 from qhal_conformance.outcome import HISTOGRAM_EDGES, FailKind
 from qhal_conformance.tolerance import Expected, error_bound, histogram, judge, ulp
@@ -133,6 +134,19 @@ def test_statistics() -> None:
     assert _statistical(-0.2, 0.6, NumericsClass.FP32_ACC) == FailKind.STATS
     assert _statistical(0.2, 0.6, NumericsClass.REDUCED_ACC) is None
     assert _statistical(0.0, 2.0, NumericsClass.FP32_ACC) == FailKind.STATS
+
+
+def test_a_few_results_repeated_may_all_round_one_way() -> None:
+    """A bias that outweighs its products: one rounding per column, and a hundred rows that show the same one."""
+    column = 1.0 + (np.arange(24) % 3 + 0.25) * 2.0**-7  # every third of bf16's steps, all rounded down
+    ref = np.tile(column, (64, 1))
+    e = Expected(ref, np.abs(ref), np.zeros_like(ref), np.zeros_like(ref), 4)
+    rounded = round_wide("bf16", ref.astype(np.float32)).astype(np.float64)
+    assert (rounded < ref).all()
+    assert judge(rounded, e, NumericsClass.EXACT, "bf16").kind is None
+    spread = Expected(e.ref + 2.0**-9 * Stream("t", "u").integers(-2, 3, ref.shape), e.s, e.r, e.r, 4)
+    truncated = np.floor(spread.ref * 2.0**7) * 2.0**-7
+    assert judge(truncated, spread, NumericsClass.EXACT, "bf16").kind is not None
 
 
 def test_empty_results_pass() -> None:
