@@ -8,7 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/rocm -e backends/npu
-SOURCES := qhal schemes conformance engines cli backends tests benchmarks examples docs
+SOURCES := qhal portable schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
 .PHONY: help dev chromium demo kv-quality test test-browser lint format conformance docs docs-update docs-picture bench clean

@@ -20,11 +20,11 @@ from qhal.specs import Operand
 transformers = pytest.importorskip("transformers")
 
 import qhal_engines.transformers as adapter  # noqa: E402
-from qhal_cpu_reference.kv import read  # noqa: E402
 from qhal_engines.kv_attach import cache_name  # noqa: E402
 from qhal_engines.kv_cache import QhalLayer  # noqa: E402
 from qhal_engines.loading import arguments  # noqa: E402
 from qhal_engines.modules import QhalExperts  # noqa: E402
+from qhal_portable.kv import read  # noqa: E402
 
 
 @pytest.fixture

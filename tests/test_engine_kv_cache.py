@@ -19,12 +19,12 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils  # noqa: E402
 
-from qhal_cpu_reference.kv import read  # noqa: E402
 from qhal_engines import EngineError, kv_attention  # noqa: E402
 from qhal_engines.kv_attach import _NAMES, attach, cache_name, detach, model_attention, new_cache  # noqa: E402
 from qhal_engines.kv_attention import pattern  # noqa: E402
 from qhal_engines.kv_cache import QhalLayer  # noqa: E402
 from qhal_engines.kv_plan import CacheLayer, cache_layers  # noqa: E402
+from qhal_portable.kv import read  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

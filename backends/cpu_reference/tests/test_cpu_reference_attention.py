@@ -10,7 +10,7 @@ import torch
 
 from qhal import AttentionRequest, BatchError, Format, FormatError, KVCache, KVRequest, Limits, UnsupportedError
 from qhal.tensors import same_bits
-from qhal_cpu_reference.kv import read
+from qhal_portable.kv import read
 
 PAGE = 4
 

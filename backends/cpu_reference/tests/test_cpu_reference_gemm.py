@@ -24,7 +24,7 @@ from qhal import (
 )
 from qhal.elements import dtype_name
 from qhal.encoding import encode
-from qhal_cpu_reference.rounding import round_once
+from qhal_portable.rounding import round_once
 
 PRECISION = {torch.float32: (24, -126), torch.float16: (11, -14), torch.bfloat16: (8, -126)}
 

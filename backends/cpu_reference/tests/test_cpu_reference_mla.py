@@ -9,7 +9,7 @@ from qhal import Format, GemmRequest, GroupedRequest, KVRequest, Masked, Numeric
 from qhal.elements import dtype_name
 from qhal.encoding import encode
 from qhal.mla import absorb
-from qhal_cpu_reference.kv import read
+from qhal_portable.kv import read
 
 H, NOPE, V, R, P, PAGE = 4, 8, 6, 32, 4, 4
 KV_B = ("bf16", "e4m3fn.tensor*fp32", "e4m3fn.row*bf16", "int8.row*fp32", "int4.g16*fp16", "e4m3fn.2x16*fp32", "nvfp4")

@@ -19,7 +19,7 @@ from qhal import (
 )
 from qhal.layers import prepare_linear
 from qhal.tensors import same_bits
-from qhal_cpu_reference import storage
+from qhal_portable import storage
 
 NAMES = (
     "int4.g{g}*bf16", "int3.g{g}*fp16", "uint4-uint4.g{g}*fp16", "int4-int4.g{g}*bf16", "e2m1.g{g}*e8m0",
@@ -68,7 +68,7 @@ def test_int4_costs_half_a_byte_and_its_copy_two(ops, make):
 def test_large_weights_are_decoded_in_parts(ops, make, monkeypatch, weight_format):
     w = make(weight_format, (48, 64), 3)
     monkeypatch.setattr(storage, "_PART", 7 * 64)
-    kept = storage.keep(w)
+    kept = storage.keep(w, w.device)
     assert torch.equal(torch.nan_to_num(torch.cat(list(storage.parts(kept)))), torch.nan_to_num(w.dequantize()))
     if weight_format == "int4.g32*bf16":
         assert len(list(storage.parts(kept))) == 7

@@ -1,33 +1,123 @@
-"""CudaOps: what this backend executes today, said honestly."""
+"""CudaOps: what this backend executes today, said honestly.
+
+Products of 8 bits and of 16 run on the tensor cores through torch (`products.py`). Everything else is the portable
+operation on the GPU: exact, and far from fast. Collectives are not connected yet.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
 import torch
 
-from qhal.interface import QuantOps
-from qhal.requests import Request, Support
+from qhal.errors import UnsupportedError
+from qhal.interface import MemoryStats
+from qhal.requests import (
+    Arithmetic,
+    AttentionRequest,
+    CommRequest,
+    GemmRequest,
+    GroupedRequest,
+    KVRequest,
+    Request,
+    Support,
+)
+from qhal_cuda import products
+from qhal_portable.ops import PortableOps
+from qhal_portable.prepared import PreparedWeight, Run
+
+_WAITS = "reads lengths or counts on the host, so it waits for the device in every call; right, not fast"
+_HOST = (AttentionRequest, GroupedRequest, KVRequest)
 
 
-class CudaOps(QuantOps):
-    """QuantOps for NVIDIA GPUs. No operation is written yet: `supports` says so, and every call raises.
+class CudaOps(PortableOps):
+    """QuantOps for NVIDIA GPUs.
 
     arch    compute capability: "sm_90"
     device  the torch device, "meta" offline
     """
 
-    name = "cuda"
-    interface = (1, 0)
+    name: ClassVar[str] = "cuda"
+    interface: ClassVar[tuple[int, int]] = (1, 0)
+    _copies: ClassVar[tuple[torch.dtype, ...]] = ()  # a decoded copy would undo what the checkpoint saved
 
     def __init__(self, arch: str, device: str) -> None:
         self._arch = arch
-        self._device = device
+        self._capability = _capability(arch)
+        self._device = torch.device(device)
 
     @property
     def device(self) -> torch.device:
         """The torch device of the results."""
-        return torch.device(self._device)
+        return self._device
+
+    def synchronize(self) -> None:
+        """Wait until everything that was asked for is done."""
+        torch.cuda.synchronize(self._device)
+
+    def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """Run `fn` once on a stream of its own, record it; the result replays it."""
+        stream, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            fn()  # what a first call allocates and chooses stays outside of the graph
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                result = fn()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        return replay
+
+    def memory_stats(self) -> MemoryStats:
+        """Bytes in use by this process, their peak, and the total of the device."""
+        if self._device.type == "meta":
+            return MemoryStats(0, 0, 0)
+        used = torch.cuda.memory_allocated(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        return MemoryStats(used, peak, torch.cuda.mem_get_info(self._device)[1])
 
     def supports(self, request: Request) -> Support:
-        """`not_implemented` for everything, with what to do meanwhile."""
-        reason = f"no kernel is connected for {self._arch} in this version; use cpu_reference meanwhile"
-        return Support("not_implemented", reason)
+        """The portable answer, made better where `products.py` has a path, and honest about what waits for the host."""
+        if isinstance(request, CommRequest):
+            reason = "collectives are not connected to NCCL yet; use cpu_reference over gloo meanwhile"
+            return Support("not_implemented", reason)
+        if isinstance(request, GemmRequest):
+            return self._product(request)
+        answer = super().supports(request)
+        return replace(answer, level="conditional", reason=_WAITS) if answer and isinstance(request, _HOST) else answer
+
+    def _product(self, request: GemmRequest) -> Support:
+        answer = super().supports(request)
+        eager = replace(request, graph=False) if request.graph else request
+        portable = super().supports(eager) if request.graph else answer
+        path = products.choose(request, self._capability) if portable else None
+        arithmetic = Arithmetic.of(request)
+        if path is None or arithmetic is None:
+            return answer
+        return replace(
+            portable,
+            arithmetic=replace(arithmetic, accumulate=path.accumulate),
+            executes=path.executes,
+            numerics=path.numerics,
+            graph=True,
+            batch_invariant=False,
+        )
+
+    def _bind(self, w: PreparedWeight) -> Run:
+        assert isinstance(w.request, GemmRequest)
+        path = products.choose(w.request, self._capability)
+        return super()._bind(w) if path is None else products.bind(w, path)
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """(9, 0) of "sm_90", (12, 0) of "sm_120"; UnsupportedError for another word."""
+    digits = arch.removeprefix("sm_")
+    if not digits.isdigit() or len(digits) < 2:
+        raise UnsupportedError(Support("unsupported", f"{arch!r} is no compute capability such as sm_90"))
+    return int(digits[:-1]), int(digits[-1])

@@ -35,6 +35,9 @@ def test_visible_devices_are_numbered_as_the_runtime_does(
 def test_offline_operations_refuse_without_falling_back() -> None:
     ops = backend().offline("sm_90")
     request = qhal.GemmRequest(w=qhal.Format.parse("int4_g128"), n=8, k=128, x=(qhal.Format.parse("bf16"),))
-    assert ops.supports(request).level == "not_implemented"
-    with pytest.raises(qhal.UnsupportedError, match="not_implemented"):
+    assert ops.supports(request)
+    with pytest.raises(qhal.FormatError, match="x is on cpu, must be on meta"):
         ops.quantize(torch.zeros(1, 8), qhal.Format.parse("int8_row"))
+    codec = qhal.Codec(qhal.Format.parse("int8_row"))
+    moved = qhal.CommRequest(collective="all_reduce", codec=codec, world=2, x=torch.bfloat16, numel=64)
+    assert ops.supports(moved).level == "not_implemented"

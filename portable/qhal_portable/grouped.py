@@ -17,11 +17,11 @@ from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.layer_formats import Activation
 from qhal.requests import GroupedRequest
 from qhal.tensors import QTensor
-from qhal_cpu_reference.gemm import accept, operand, product, write
-from qhal_cpu_reference.prepared import PreparedWeight
-from qhal_cpu_reference.quantize import quantize
-from qhal_cpu_reference.rounding import round_once
-from qhal_cpu_reference.storage import expert
+from qhal_portable.gemm import accept, operand, product, write
+from qhal_portable.prepared import PreparedWeight
+from qhal_portable.quantize import quantize
+from qhal_portable.rounding import round_once
+from qhal_portable.storage import expert
 
 Index = slice | tuple[int, slice] | Tensor
 
@@ -46,7 +46,7 @@ def grouped_gemm(
         return write(rounded, out)
     if isinstance(out, Tensor):
         raise FormatError(f"out is a plain tensor, the result is {request.quantize}")
-    return quantize(rounded, request.quantize, out)
+    return quantize(rounded, request.quantize, p.device, out)
 
 
 class Rows:
@@ -55,14 +55,14 @@ class Rows:
     def __init__(self, x: Tensor | QTensor, p: PreparedWeight, request: GroupedRequest, *, axes: int = 2) -> None:
         self.own = p.inputs[0] if p.inputs and p.inputs[0].per_expert and not isinstance(x, QTensor) else None
         if self.own is None or isinstance(x, QTensor):
-            self.value, self.dtype = operand(x, request.gemm, p.inputs, 0, axes=axes)
+            self.value, self.dtype = operand(x, request.gemm, p, 0, axes=axes)
         else:
-            self.value, self.dtype = x, accept(x, request.gemm, axes=axes)
+            self.value, self.dtype = x, accept(x, request.gemm, p.device, axes=axes)
 
     def of(self, e: int, index: Index) -> Tensor:
         """[t, K]: the rows at `index`, which expert e reads."""
         rows = self.value[index]
-        return rows if self.own is None else quantize(rows, self.own.expert(e)).dequantize()
+        return rows if self.own is None else quantize(rows, self.own.expert(e), rows.device).dequantize()
 
 
 def one_expert(x: Tensor, p: PreparedWeight, request: GroupedRequest, e: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qhal.elements import WIDE
@@ -12,14 +13,14 @@ from qhal.specs import Operand
 from qhal.tensors import QTensor
 
 
-def quantize(x: Tensor, to: Operand | Format, out: QTensor | None = None) -> QTensor:
+def quantize(x: Tensor, to: Operand | Format, device: torch.device, out: QTensor | None = None) -> QTensor:
     """[..., K] to codes and scales by the rule of the format; written into the planes of `out` if it is given."""
     o = to if isinstance(to, Operand) else Operand(to)
     if not isinstance(x, Tensor) or x.dtype not in WIDE.values() or x.dim() < 2:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise FormatError(f"quantize to {o.format}: x is {found}, must be bf16, fp16 or fp32 [..., T, K]")
-    if x.device.type != "cpu":
-        raise FormatError(f"quantize to {o.format}: x is on {x.device}, must be on the cpu")
+    if x.device != device:
+        raise FormatError(f"quantize to {o.format}: x is on {x.device}, must be on {device}")
     if o.per_expert:
         raise FormatError(f"quantize to {o.format}: the scales are one row per expert; choose one with Operand.expert")
     q = encode(x.detach(), o.format, scale=o.scale, zero=o.zero, clip=o.clip)

@@ -16,18 +16,18 @@ from qhal.encoding import encode
 from qhal.errors import BatchError, FormatError
 from qhal.formats import Format
 from qhal.requests import AttentionRequest, KVRequest
-from qhal_cpu_reference.kv import STATIC, read
-from qhal_cpu_reference.rounding import round_once
+from qhal_portable.kv import STATIC, read
+from qhal_portable.rounding import round_once
 
 
-class CpuBatch(AttentionBatch):
-    """Lengths and pages of one step, copied into buffers that keep their addresses."""
+class PagedBatch(AttentionBatch):
+    """Lengths (on the processor) and pages (on the device) of one step, in buffers that keep their addresses."""
 
-    def __init__(self, request: AttentionRequest, limits: Limits) -> None:
+    def __init__(self, request: AttentionRequest, limits: Limits, device: torch.device) -> None:
         self.request, self.limits, self.sequences = request, limits, 0
         self.query_lens = torch.zeros(limits.batch, dtype=torch.int32, device="cpu")
         self.kv_bounds = torch.zeros(limits.batch, dtype=torch.int32, device="cpu")
-        self.page_table = torch.zeros(limits.batch, limits.pages, dtype=torch.int64, device="cpu")
+        self.page_table = torch.zeros(limits.batch, limits.pages, dtype=torch.int64, device=device)
         self._device_lens: Tensor | None = None
         self._trees: list[Tensor | None] = []
 
@@ -104,7 +104,7 @@ class CpuBatch(AttentionBatch):
 
 
 def attend(
-    q: Tensor, cache: KVCache, batch: CpuBatch, sinks: Tensor | None, out: Tensor | None, lse: Tensor | None
+    q: Tensor, cache: KVCache, batch: PagedBatch, sinks: Tensor | None, out: Tensor | None, lse: Tensor | None
 ) -> Tensor:
     """See QuantOps.attention. `sinks` join the denominator, so they are part of lse."""
     request, kv = batch.request, batch.request.kv
@@ -115,8 +115,8 @@ def attend(
     mla = kv.kind == "mla"
     dim, wide = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
     _check(q, request, sinks, tokens, dim)
-    result = _buffer(out, (tokens, request.heads, wide), request.out, "out")
-    logs = None if lse is None else _buffer(lse, (tokens, request.heads), torch.float32, "lse")
+    result = _buffer(out, (tokens, request.heads, wide), request.out, "out", q.device)
+    logs = None if lse is None else _buffer(lse, (tokens, request.heads), torch.float32, "lse", q.device)
     q = _queries(q.detach(), request, cache)
     p_scale = None if request.p.plain else _static(cache, "p.scale", request.p)
     at = 0
@@ -124,7 +124,7 @@ def attend(
         k, v = read(cache, 0, pages, length), read(cache, 1, pages, length)
         if mla:  # one key-value head: keys are latent and rope together, values are the latent rows
             k, v = torch.cat([k, v], -1), k
-        seen = visible(queries, length, request, tree)
+        seen = visible(queries, length, request, q.device, tree)
         o, log = one_sequence(q[at : at + queries].double(), k.double(), v.double(), request, seen, sinks, p_scale)
         result[at : at + queries] = round_once(o, request.out)
         if logs is not None:
@@ -168,17 +168,19 @@ def one_sequence(
     return o.reshape(t, heads, v.shape[-1]), log.reshape(t, heads)
 
 
-def visible(t: int, length: int, request: AttentionRequest, tree: Tensor | None = None) -> Tensor:
+def visible(t: int, length: int, request: AttentionRequest, device: torch.device, tree: Tensor | None = None) -> Tensor:
     """bool [t, L]: the last query stands at the last key (bottom right); a window ends with the query's own key.
 
     tree  bool [t, t] in place of the causal mask among the last t keys
     """
-    position = torch.arange(length - t, length, device="cpu")[:, None]
-    key = torch.arange(length, device="cpu")[None, :]
+    position = torch.arange(length - t, length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None, :]
     if tree is not None:
         new = min(t, length)  # keys of new tokens that are in the cache
-        return torch.cat([torch.ones(t, length - new, dtype=torch.bool, device="cpu"), tree[:, t - new :]], 1)
-    seen = key <= position if request.causal else torch.ones(t, length, dtype=torch.bool, device="cpu")
+        return torch.cat(
+            [torch.ones(t, length - new, dtype=torch.bool, device=device), tree[:, t - new :].to(device)], 1
+        )
+    seen = key <= position if request.causal else torch.ones(t, length, dtype=torch.bool, device=device)
     return seen if request.window is None else seen & (key > position - request.window)
 
 
@@ -243,9 +245,11 @@ def _check(q: Tensor, request: AttentionRequest, sinks: Tensor | None, tokens: i
         raise FormatError(f"attention: sinks are {sinks.dtype} {tuple(sinks.shape)}, must be fp32 [{request.heads}]")
 
 
-def _buffer(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+def _buffer(
+    given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device
+) -> Tensor:
     if given is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device=device)
     if (tuple(given.shape), given.dtype) != (shape, dtype):
         raise FormatError(f"attention: {name} is {given.dtype} {tuple(given.shape)}, must be {dtype} {shape}")
     return given

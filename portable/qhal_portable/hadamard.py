@@ -14,7 +14,7 @@ from torch import Tensor
 from qhal.elements import WIDE
 from qhal.errors import FormatError
 from qhal.rotations import Dense, Diagonal, Hadamard, Kronecker, Permutation, Rotation, hadamard_table
-from qhal_cpu_reference.rounding import round_once
+from qhal_portable.rounding import round_once
 
 
 def rotate(x: Tensor, chain: Sequence[Rotation]) -> Tensor:

@@ -6,8 +6,6 @@ float64, the result is rounded once. Copy: `torch.nn.functional.linear` in the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -16,25 +14,26 @@ from qhal.elements import WIDE, element
 from qhal.errors import FormatError
 from qhal.formats import Format
 from qhal.requests import GemmRequest, GroupedRequest, NumericsClass, VQRequest, minimum_class
-from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_cpu_reference.prepared import PreparedWeight, Run, quantized_inputs
-from qhal_cpu_reference.quantize import quantize
-from qhal_cpu_reference.rounding import round_once
-from qhal_cpu_reference.storage import Stored, parts
+from qhal_portable.prepared import PreparedWeight, Run, quantized_inputs
+from qhal_portable.quantize import quantize
+from qhal_portable.rounding import round_once
+from qhal_portable.storage import Stored, parts
 
 FLOATS = tuple(WIDE.values())
 
 
-def copy_class(request: GemmRequest) -> tuple[torch.dtype, NumericsClass] | None:
-    """Dtype and class of multiplying by a decoded copy; None if the request wants the exact product.
+def copy_class(
+    request: GemmRequest, copies: tuple[torch.dtype, ...] = FLOATS
+) -> tuple[torch.dtype, NumericsClass] | None:
+    """Dtype (one of `copies`) and class of multiplying by a decoded copy; None if the product is to be exact.
 
     A copy in the dtype of x is lossless for fp32 and for weights that have that dtype already: then it is `fp32-acc`.
     """
     if request.operand is not None or quantized_inputs(request):
         return None
     dtype = element(request.x[0].element).storage
-    if request.out not in (None, dtype):
+    if dtype not in copies or request.out not in (None, dtype):
         return None
     lossless = dtype == torch.float32 or request.w == Format(request.x[0].element)
     found = NumericsClass.FP32_ACC if lossless else NumericsClass.DEQUANT_16
@@ -47,7 +46,7 @@ def bind(p: PreparedWeight) -> Run:
     assert isinstance(request, GemmRequest)
 
     def general(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
-        value, dtype = operand(x, request, p.inputs, index)
+        value, dtype = operand(x, request, p, index)
         rows = value.split(1) if request.batch_invariant and value.shape[0] else (value,)
         fused = copy is not None and value.dtype == copy.dtype
         step = by_copy if fused else exact
@@ -92,14 +91,15 @@ def fits(bias: Tensor, narrow: Tensor | None) -> bool:
 
 
 def operand(
-    x: Tensor | QTensor, request: GemmRequest, inputs: Sequence[Operand], index: int, *, axes: int = 2
+    x: Tensor | QTensor, request: GemmRequest, p: PreparedWeight, index: int, *, axes: int = 2
 ) -> tuple[Tensor, torch.dtype]:
     """The value of Q(x) (a plain x as it is, a quantized one in float32), and the dtype of the result.
 
     FormatError, in one line, for everything about x that does not fit. axes: 2, or 3 for [E, M, K].
     """
+    inputs, device = p.inputs, p.device
     if not isinstance(x, QTensor):
-        dtype = accept(x, request, axes=axes)
+        dtype = accept(x, request, device, axes=axes)
         if not inputs:
             if quantized_inputs(request):
                 raise FormatError(
@@ -109,7 +109,7 @@ def operand(
             return x, dtype
         if not 0 <= index < len(inputs):
             raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
-        return quantize(x, inputs[index]).dequantize() if x.shape[-2] else x.float(), dtype
+        return quantize(x, inputs[index], device).dequantize() if x.shape[-2] else x.float(), dtype
     if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
         known = ", ".join(str(f) for f in request.x)
         raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
@@ -120,7 +120,7 @@ def operand(
     return x.dequantize(), request.out
 
 
-def accept(x: Tensor, request: GemmRequest, *, axes: int = 2) -> torch.dtype:
+def accept(x: Tensor, request: GemmRequest, device: torch.device, *, axes: int = 2) -> torch.dtype:
     """The dtype of the result for a plain x; FormatError if x does not fit."""
     columns = request.k
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() != axes or x.shape[-1] != columns:
@@ -128,8 +128,8 @@ def accept(x: Tensor, request: GemmRequest, *, axes: int = 2) -> torch.dtype:
         raise FormatError(f"x is {found}, must be bf16, fp16 or fp32 {_shape(axes, columns)}")
     if columns > 1 and x.numel() and x.stride(-1) != 1:
         raise FormatError(f"x has strides {x.stride()}; rows may have any stride, the last must be 1")
-    if x.device.type != "cpu":
-        raise FormatError(f"x is on {x.device}, must be on the cpu")
+    if x.device != device:
+        raise FormatError(f"x is on {x.device}, must be on {device}")
     return request.out or x.dtype
 
 

@@ -1,4 +1,7 @@
-"""What `prepare` makes here: a weight in compact form, and where a request accepts it a decoded copy to multiply by."""
+"""What `prepare` makes here: a weight in compact form, and where a request accepts it a decoded copy to multiply by.
+
+Every tensor is copied to the device of the operations: weights may arrive there or on the processor.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from qhal.elements import dtype_name, element
 from qhal.encoding import encode
 from qhal.errors import FormatError
 from qhal.formats import Format
+from qhal.interface import QuantOps
 from qhal.operands import check_experts, check_inputs
 from qhal.prepared import Prepared
 from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support, VQRequest
 from qhal.rotations import Dense, Diagonal, Kronecker, Permutation, Rotation, kinds
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_cpu_reference.storage import Stored, canonical, decode_into, expert, keep, planes
+from qhal_portable.storage import Stored, canonical, decode_into, expert, keep, planes
 
-NAME = "cpu_reference"
 Run = Callable[["Tensor | QTensor", int, "Tensor | None"], Tensor]
 
 
@@ -42,6 +45,11 @@ class PreparedWeight(Prepared):
     bias: Tensor | None = None
     bias_copy: Tensor | None = None
     run: Run | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives, and where what it is multiplied with must live."""
+        return next(iter(planes(self.stored).values())).device
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor it keeps, by name."""
@@ -73,6 +81,7 @@ def build_weight(
     w: Stored,
     request: GemmRequest | GroupedRequest | VQRequest,
     support: Support,
+    owner: QuantOps,
     *,
     copy_dtype: torch.dtype | None,
     inputs: Sequence[Operand],
@@ -80,19 +89,21 @@ def build_weight(
     bias: Tensor | None,
 ) -> PreparedWeight:
     """Check everything against the request, then keep it. copy_dtype: of the decoded copy, None for no copy."""
-    check(w, request, inputs, operand, bias)
-    stored = keep(w)
+    device = owner.device
+    check(w, request, inputs, operand, bias, device)
+    stored = keep(w, device)
+    operand = None if operand is None else _keep_operand(operand, device)
     multiplied = stored if operand is None else round_to_operand(stored, operand)
     copy = None
     if copy_dtype is not None:
         same = isinstance(stored, Tensor) and stored.dtype == copy_dtype
-        copy = stored if same else decode_into(multiplied, torch.empty(w.shape, dtype=copy_dtype, device="cpu"))
-    own = None if bias is None else bias.detach().to(torch.float32, copy=True)
+        copy = stored if same else decode_into(multiplied, torch.empty(w.shape, dtype=copy_dtype, device=device))
+    own = None if bias is None else bias.detach().to(device, torch.float32, copy=True)
     return PreparedWeight(
-        NAME,
+        owner.name,
         request,
         support,
-        inputs=tuple(_keep_operand(o) for o in inputs),
+        inputs=tuple(_keep_operand(o, device) for o in inputs),
         stored=stored,
         multiplied=multiplied,
         copy=copy if isinstance(copy, Tensor) else None,
@@ -113,19 +124,20 @@ def refit(
     """New values at the old addresses. Everything is checked before the first byte is written."""
     if into.request != request:
         raise FormatError(f"into= was prepared for {into.request}, not for {request}; prepare a new weight")
-    check(w, request, inputs, operand, bias)
-    fresh = keep(w)
+    device = into.device
+    check(w, request, inputs, operand, bias, device)
+    fresh = keep(w, device)
     updates = _pairs(planes(into.stored), planes(fresh), "weight")
     multiplied = fresh
     if operand is not None:
-        multiplied = round_to_operand(fresh, operand)
+        multiplied = round_to_operand(fresh, _keep_operand(operand, device))
         updates += _pairs(planes(into.multiplied), planes(multiplied), "operand")
     if into.copy is not None and into.copy is not into.stored:
         updates.append((into.copy, decode_into(multiplied, torch.empty_like(into.copy))))
     if len(inputs) != len(into.inputs):
         raise FormatError(f"into= has {len(into.inputs)} inputs, {len(inputs)} were given; prepare a new weight")
     for i, (old, new) in enumerate(zip(into.inputs, inputs, strict=True)):
-        updates += _input_pairs(old, new, i)
+        updates += _input_pairs(old, _keep_operand(new, device), i)
     if into.bias is not None and bias is not None:
         updates.append((into.bias, bias))
         if into.bias_copy is not None:
@@ -136,17 +148,17 @@ def refit(
 
 
 def build_rotation(
-    chain: Sequence[Rotation], request: HadamardRequest, support: Support, into: Prepared | None
+    chain: Sequence[Rotation], request: HadamardRequest, support: Support, owner: QuantOps, into: Prepared | None
 ) -> PreparedRotation:
     """Keep a chain, or write its values into an older one of the same kinds."""
     if kinds(chain) != request.kinds:
         raise FormatError(f"the chain is {kinds(chain)}, the request says {request.kinds}")
     if into is None:
-        own = tuple(_keep_rotation(r) for r in chain)
-        return PreparedRotation(NAME, request, support, chain=own)
+        own = tuple(_keep_rotation(r, owner.device) for r in chain)
+        return PreparedRotation(owner.name, request, support, chain=own)
     if not isinstance(into, PreparedRotation) or into.request != request:
         raise FormatError(f"into= was prepared for {into.request}, not for {request}; prepare a new chain")
-    fresh = PreparedRotation(NAME, request, support, chain=tuple(chain))
+    fresh = PreparedRotation(owner.name, request, support, chain=tuple(chain))
     for old, new in _pairs(into.tensors(), fresh.tensors(), "rotation"):
         old.copy_(new)
     return into
@@ -161,9 +173,9 @@ def round_to_operand(w: Stored, operand: Operand) -> Stored:
         return encode(value, o.format, scale=o.scale, zero=o.zero, clip=o.clip)
 
     if len(w.shape) == 2:
-        return keep(one(w, operand))
+        return keep(one(w, operand), w.device)
     singles = [one(expert(w, e), operand.expert(e)) for e in range(w.shape[0])]
-    return keep(QTensor.stack(singles))
+    return keep(QTensor.stack(singles), w.device)
 
 
 def check(
@@ -172,6 +184,7 @@ def check(
     inputs: Sequence[Operand],
     operand: Operand | None,
     bias: Tensor | None,
+    device: torch.device,
 ) -> None:
     """FormatError if what is given is not what the request describes."""
     gemm = request.gemm if isinstance(request, GroupedRequest) else request
@@ -185,8 +198,8 @@ def check(
         raise FormatError(f"the weight is {tuple(w.shape)}, the request says {shape}")
     if isinstance(w, QTensor) and w.layout != "canonical":
         raise FormatError(f"the weight has layout {w.layout!r}; prepare reads canonical tensors, see restore")
-    if w.device.type != "cpu":
-        raise FormatError(f"the weight is on {w.device}; this backend reads tensors on the cpu")
+    if w.device.type not in ("cpu", device.type):
+        raise FormatError(f"the weight is on {w.device}; this backend reads tensors on {device}")
     if isinstance(gemm, VQRequest):
         return
     indexed = isinstance(w, QTensor) and w.group_index is not None
@@ -235,27 +248,20 @@ def _input_pairs(old: Operand, new: Operand, index: int) -> list[tuple[Tensor, T
     return found
 
 
-def _keep_operand(o: Operand) -> Operand:
-    return replace(
-        o, scale=None if o.scale is None else o.scale.clone(), zero=None if o.zero is None else o.zero.clone()
-    )
+def _keep_operand(o: Operand, device: torch.device) -> Operand:
+    def own(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device, copy=True)
+
+    return replace(o, scale=own(o.scale), zero=own(o.zero))
 
 
-def _keep_rotation(r: Rotation) -> Rotation:
+def _keep_rotation(r: Rotation, device: torch.device) -> Rotation:
     if isinstance(r, Diagonal):
-        return Diagonal(r.values.clone())
+        return Diagonal(r.values.to(device, copy=True))
     if isinstance(r, Permutation):
-        return Permutation(r.index.clone())
+        return Permutation(r.index.to(device, copy=True))
     if isinstance(r, Dense):
-        return Dense(r.block.clone())
+        return Dense(r.block.to(device, copy=True))
     if isinstance(r, Kronecker):
-        return Kronecker(*(None if m is None else m.clone() for m in (r.left, r.right)))
+        return Kronecker(*(None if m is None else m.to(device, copy=True) for m in (r.left, r.right)))
     return r
-
-
-def as_weight(w: object) -> PreparedWeight:
-    """`w` if this backend prepared it; FormatError otherwise."""
-    if isinstance(w, PreparedWeight):
-        return w
-    owner = getattr(w, "backend", type(w).__name__)
-    raise FormatError(f"this weight was prepared by {owner!r}, {NAME} reads only its own; prepare it with these ops")

@@ -24,15 +24,18 @@ NIBBLE = "nibble"
 _PART = 1 << 20  # elements that are decoded at a time: 4 MB of float32, which stays in the cache
 
 
-def keep(w: Stored) -> Stored:
-    """A copy of a canonical weight that belongs to us, in the compact layout. FormatError where codes are no codes."""
+def keep(w: Stored, device: torch.device) -> Stored:
+    """A copy of a canonical weight that belongs to us, on the device, in the compact layout.
+
+    FormatError where codes are no codes.
+    """
     if isinstance(w, Tensor):
-        return w.detach().clone(memory_format=torch.contiguous_format)
+        return _own(w.detach(), device)
     if isinstance(w, CodebookTensor):
         _check_codebooks(w)
-        return _keep_codebooks(w)
+        return _keep_codebooks(w, device)
     check_values(w)
-    own = _each(w, lambda t: t.clone(memory_format=torch.contiguous_format))
+    own = _each(w, lambda t: _own(t, device))
     if w.layout == "canonical" and element(w.format.element).bits <= 4 and w.codes.shape[-1] % 2 == 0:
         return replace(own, codes=_pack(own.codes), layout=NIBBLE)
     return own
@@ -51,7 +54,7 @@ def copied(w: Stored) -> Stored:
     if isinstance(back, Tensor):
         return back.clone()
     if isinstance(back, CodebookTensor):
-        return _keep_codebooks(back)
+        return _keep_codebooks(back, back.device)
     return _each(back, Tensor.clone)
 
 
@@ -169,15 +172,24 @@ def _check_codebooks(w: CodebookTensor) -> None:
         Permutation(w.permutation).checked()
 
 
-def _keep_codebooks(w: CodebookTensor) -> CodebookTensor:
+def _keep_codebooks(w: CodebookTensor, device: torch.device) -> CodebookTensor:
+    def own(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device, copy=True)
+
     segments = tuple(
-        replace(s, codes=s.codes.clone(), tables=tuple(t.clone() if isinstance(t, Tensor) else t for t in s.tables))
+        replace(
+            s,
+            codes=s.codes.to(device, copy=True),
+            tables=tuple(t.to(device, copy=True) if isinstance(t, Tensor) else t for t in s.tables),
+        )
         for s in w.segments
     )
-    scale, permutation, column_scale, column_bias = (
-        None if t is None else t.clone() for t in (w.scale, w.permutation, w.column_scale, w.column_bias)
-    )
-    return CodebookTensor(w.shape, segments, scale, permutation, column_scale, column_bias)
+    planes = (own(t) for t in (w.scale, w.permutation, w.column_scale, w.column_bias))
+    return CodebookTensor(w.shape, segments, *planes)
+
+
+def _own(t: Tensor, device: torch.device) -> Tensor:
+    return t.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _pack(codes: Tensor) -> Tensor:

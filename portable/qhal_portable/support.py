@@ -36,33 +36,33 @@ from qhal.requests import (
     Support,
     VQRequest,
 )
-from qhal_cpu_reference.gemm import copy_class
-from qhal_cpu_reference.hadamard import misfits
-from qhal_cpu_reference.kv import STATIC
+from qhal_portable.gemm import copy_class
+from qhal_portable.hadamard import misfits
+from qhal_portable.kv import STATIC
 
 FLOATS = tuple(WIDE.values())
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu")
-_NO_GRAPH = "no graph capture on a processor; ask without graph"
+_NO_GRAPH = "no graph capture here; ask without graph"
 Reasons = Iterator[str]
 
 
-def support(request: Request) -> Support:
-    """The answer to any request, well-formed or not."""
+def support(request: Request, copies: tuple[torch.dtype, ...] = FLOATS) -> Support:
+    """The answer to any request, well-formed or not. copies: see `gemm.copy_class`."""
     try:
         with torch.device("cpu"):  # engines ask while models are built on the meta device; the answer is the same
-            return _support(request, revision())
+            return _support(request, revision(), copies)
     except Exception as fault:  # total by contract: a request that cannot be read is refused with the reason
         return Support("unsupported", f"the request cannot be read ({type(fault).__name__}: {fault})")
 
 
 @lru_cache(maxsize=65536)
-def _support(request: Request, tables: int) -> Support:
+def _support(request: Request, tables: int, copies: tuple[torch.dtype, ...]) -> Support:
     """The answer while the named tables (Hadamard, codebooks) are at that revision."""
     if not isinstance(request, get_args(Request)):
         return Support("unsupported", f"{type(request).__name__} is no request of this interface")
     reasons = list(dict.fromkeys(_reasons(request)))
     if not reasons:
-        return _full(request)
+        return _full(request, copies)
     return Support("unsupported", "; ".join(reasons), nearest=_nearest(request, reasons))
 
 
@@ -87,13 +87,13 @@ def _reasons(request: Request) -> Reasons:
         yield from refusals(request)
 
 
-def _full(request: Request) -> Support:
+def _full(request: Request, copies: tuple[torch.dtype, ...]) -> Support:
     arithmetic = Arithmetic.of(request)
     inner = request.gemm if isinstance(request, GroupedRequest) else request
     layouts, invariant, numerics = ("canonical",), True, NumericsClass.EXACT
     if isinstance(inner, GemmRequest):
         layouts, invariant = (_layout(inner),), inner.batch_invariant
-        copy = copy_class(inner) if isinstance(request, GemmRequest) else None
+        copy = copy_class(inner, copies) if isinstance(request, GemmRequest) else None
         numerics = NumericsClass.EXACT if copy is None else copy[1]
         executes = _gemm_words(inner, copy is not None)
     elif isinstance(request, AttentionRequest):

@@ -12,7 +12,7 @@ from torch import Tensor
 from qhal.codecs import Codec, Collective
 from qhal.collectives import Exchange, Rank, Result, Steps
 from qhal.errors import CommError, QhalError
-from qhal_cpu_reference.gemm import write
+from qhal_portable.gemm import write
 
 
 class Pending:
@@ -51,7 +51,8 @@ class Pending:
             self._result = write(result, self._out) if isinstance(result, Tensor) else result
 
     def _launch(self, e: Exchange) -> None:
-        sent, arriving = torch.cat(e.messages), torch.empty(sum(e.sizes), dtype=torch.uint8)
+        sent = torch.cat(e.messages)
+        arriving = torch.empty(sum(e.sizes), dtype=torch.uint8, device=sent.device)
         self._buffers, self._sizes = (arriving, sent), e.sizes
         sizes = [m.numel() for m in e.messages]
         try:

@@ -1,0 +1,179 @@
+"""gemm through the matrix instructions that torch reaches: which request takes which path, and the paths.
+
+Every path ends in float32: scales and bias are applied there, and the result is rounded once. So none of torch's global
+switches (TF32, sums in 16 bits, split-K in the output's type) can reach a number.
+
+    16 bits   x in bf16 or fp16, not quantized: the weight is decoded to the type of x, `mm` with a float32 result.
+              Class dequant-16: the weight is rounded, sums are float32.
+    int8      both operands int8 with one scale per row or tensor: `_int_mm`, exact int32 sums. Class fp32-acc: what is
+              not exact are the products of scales.
+    fp8       both operands e4m3fn with one scale per row or tensor: `_scaled_mm` with scales of 1, and without fast
+              accumulation. Class reduced-acc: sums of 128 products inside the instruction keep 14 bits, then float32.
+
+Anything else is the portable product in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qhal.codebooks import CodebookTensor
+from qhal.elements import WIDE, element
+from qhal.errors import FormatError
+from qhal.formats import Format
+from qhal.requests import GemmRequest, NumericsClass, minimum_class
+from qhal.tensors import QTensor
+from qhal_portable import storage
+from qhal_portable.gemm import accept, write
+from qhal_portable.prepared import PreparedWeight, Run
+from qhal_portable.quantize import quantize
+
+Kind = Literal["16 bits", "int8", "fp8"]
+HALVES = (torch.bfloat16, torch.float16)
+_FP8 = (8, 9)
+"""Compute capability from which there are matrix instructions for fp8."""
+_ROWS, _ALIGNED = 17, 16
+"""What `_int_mm` and `_scaled_mm` ask: more rows than 16, columns in multiples of 16."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way through the hardware. executes: for people, with the function's name."""
+
+    kind: Kind
+    numerics: NumericsClass
+    executes: str
+    accumulate: str = "fp32"
+
+
+def choose(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
+    """The path for a request whose formats are known to be executable; None: the portable product."""
+    if r.operand is not None or r.batch_invariant or not r.x:
+        return None
+    path = _sixteen(r) or _eight(r, capability)
+    return path if path is not None and path.numerics <= minimum_class(r) else None
+
+
+def _sixteen(r: GemmRequest) -> Path | None:
+    kinds = {element(f.element).storage if f.plain else None for f in r.x}
+    if not kinds <= set(HALVES) or len(kinds) != 1:
+        return None
+    name = r.x[0].element
+    words = f"weight decoded to {name} in every call, torch.mm in {name} with fp32 sums and result, one rounding"
+    return Path("16 bits", NumericsClass.DEQUANT_16, words)
+
+
+def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
+    if not isinstance(r.w, Format) or r.group_index or r.k % _ALIGNED or r.n % _ALIGNED:
+        return None
+    names = {f.element for f in (*r.x, r.w)}
+    if not all(_one_scale(f) for f in (*r.x, r.w)):
+        return None
+    if names == {"int8"} and r.k <= 1 << 16:  # 2^16 * 2^14 sums to 2^30: no int32 overflows
+        words = "W8A8: torch._int_mm, exact int32 sums, scales and bias in fp32, one rounding"
+        return Path("int8", NumericsClass.FP32_ACC, words, "int32")
+    if names == {"e4m3fn"} and capability >= _FP8:
+        words = "W8A8: torch._scaled_mm with scales of 1, no fast accumulation, scales and bias in fp32, one rounding"
+        return Path("fp8", NumericsClass.REDUCED_ACC, words)
+    return None
+
+
+def _one_scale(f: Format) -> bool:
+    """Whether a factor per row, or of the whole tensor, is all that stands beside the codes."""
+    if f.scale is None or not f.scale.plain or f.scale.element not in WIDE or f.op != "*" or f.block is None:
+        return False
+    return f.block.kind in ("row", "tensor") and f.zero is None and f.offset is None and f.sparsity is None
+
+
+def bind(p: PreparedWeight, path: Path) -> Run:
+    """The product of one weight along its path: the body of `gemm`."""
+    request = p.request
+    assert isinstance(request, GemmRequest)
+    product = _plain(p, request) if path.kind == "16 bits" else _scaled(p, request, path.kind)
+
+    def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
+        y, dtype = product(x, index)
+        if p.bias is not None:
+            y += p.bias
+        return write(y.to(dtype), out)
+
+    return run
+
+
+_Product = Callable[["Tensor | QTensor", int], "tuple[Tensor, torch.dtype]"]
+
+
+def _plain(p: PreparedWeight, request: GemmRequest) -> _Product:
+    kind = element(request.x[0].element).storage
+    if kind == torch.float16:
+        _fits_half(decoded(p, torch.float32))
+
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, torch.dtype]:
+        if isinstance(x, QTensor):
+            raise FormatError(f"x arrives as {x.format}, the weight was prepared for {request}")
+        dtype = accept(x, request, p.device)
+        if x.dtype != kind:
+            raise FormatError(f"x arrives as {x.dtype}, the weight was prepared for {request}")
+        return torch.mm(x.detach(), decoded(p, kind).T, out_dtype=torch.float32), dtype
+
+    return product
+
+
+def decoded(p: PreparedWeight, dtype: torch.dtype) -> Tensor:
+    """[N, K], rounded once to `dtype`."""
+    w = storage.canonical(p.multiplied)
+    return w.dequantize(dtype) if isinstance(w, QTensor | CodebookTensor) else w.to(dtype)
+
+
+def _fits_half(w: Tensor) -> None:
+    top = w.abs().nan_to_num(0, 0, 0).amax() if w.numel() else 0.0
+    if float(top) >= 65520.0:
+        raise FormatError(
+            f"a weight of magnitude {float(top):.6g} overflows fp16; use bf16 activations, or ask for "
+            "numerics=NumericsClass.EXACT"
+        )
+
+
+def _scaled(p: PreparedWeight, request: GemmRequest, kind: Kind) -> _Product:
+    w = storage.canonical(p.stored)
+    assert isinstance(w, QTensor) and isinstance(w.scale, Tensor)
+    codes, factors = w.codes, w.scale.float().reshape(1, -1)
+    one = torch.ones((), dtype=torch.float32, device=p.device)
+
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, torch.dtype]:
+        q, dtype = _quantized(x, p, request, index)
+        assert isinstance(q.scale, Tensor)
+        rows = q.codes.shape[0]
+        if kind == "int8":
+            a = q.codes if rows >= _ROWS else pad(q.codes, (0, 0, 0, _ROWS - rows))
+            y = torch._int_mm(a, codes.T)[:rows].float()
+        elif rows:
+            y = torch._scaled_mm(
+                q.codes, codes.T, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
+            )
+        else:
+            y = torch.zeros(0, request.n, device=p.device)
+        return y * q.scale.float().reshape(-1, 1) * factors, dtype
+
+    return product
+
+
+def _quantized(x: Tensor | QTensor, p: PreparedWeight, request: GemmRequest, index: int) -> tuple[QTensor, torch.dtype]:
+    """Q(x) and the dtype of the result; FormatError if x is not what the weight was prepared for."""
+    if isinstance(x, QTensor):
+        fits = x.format.storage in {f.storage for f in request.x} and x.layout == "canonical"
+        if not fits or request.out is None or x.codes.dim() != 2 or x.shape[-1] != request.k:
+            raise FormatError(
+                f"x arrives as {x.format} {x.shape} in layout {x.layout}, the weight was prepared for {request}"
+            )
+        return x, request.out
+    dtype = accept(x, request, p.device)
+    if not 0 <= index < len(p.inputs):
+        raise FormatError(f"input={index}: the weight was prepared with {len(p.inputs)} inputs")
+    return quantize(x, p.inputs[index], p.device), dtype

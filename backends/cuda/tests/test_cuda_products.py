@@ -1,0 +1,98 @@
+"""Which product takes which path, and the paths' arithmetic on a processor (level L2): no GPU is needed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import qhal
+from qhal.formats import Format
+from qhal.requests import GemmRequest, NumericsClass
+from qhal_conformance.cases import Case
+from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.outcome import Status
+from qhal_conformance.runner import run_case
+from qhal_cuda import products
+from qhal_cuda.ops import CudaOps
+
+
+class Emulated(CudaOps):
+    """The same code on the processor, where torch has int8 and fp8 products of the same meaning."""
+
+    interface: ClassVar[tuple[int, int]] = (1, 0)
+
+    def synchronize(self) -> None:
+        """Nothing runs beside."""
+
+
+def paths() -> Iterator[tuple[str, Case]]:
+    for case in catalogue(0):
+        request = OPERATIONS[case.operation].request(case)
+        if isinstance(request, GemmRequest):
+            path = products.choose(request, (9, 0))
+            if path is not None:
+                yield path.kind, case
+
+
+CASES = list(paths())
+
+
+def test_every_path_is_asked() -> None:
+    assert {kind for kind, _ in CASES} == {"16 bits", "int8", "fp8"}
+
+
+@pytest.mark.parametrize(("kind", "case"), CASES, ids=[case.id for _, case in CASES])
+def test_the_arithmetic_of_a_path_is_in_its_class(kind: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    record = run_case(case, Emulated("sm_90", "cpu"))
+    assert record.outcome.status is Status.PASS, record.outcome.reason
+
+
+def request_of(w: str, x: str, **more: object) -> GemmRequest:
+    made = GemmRequest(w=Format.parse(w), n=64, k=128, x=(Format.parse(x),))
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("request_", "capability", "kind"),
+    [
+        (request_of("int4.g32*bf16", "bf16"), (8, 0), "16 bits"),
+        (request_of("int4.g32*bf16", "fp32"), (9, 0), None),
+        (request_of("int8.row*fp32", "int8.row*fp32"), (8, 0), "int8"),
+        (request_of("int8.row*fp32", "int8.row*fp32", k=1 << 17), (8, 0), None),
+        (request_of("int8.row*fp32", "int8.row*fp32", n=60), (8, 0), None),
+        (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32"), (8, 6), None),
+        (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32"), (8, 9), "fp8"),
+        (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32", numerics=NumericsClass.EXACT), (9, 0), None),
+        (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32", batch_invariant=True), (9, 0), None),
+        (request_of("e2m1.g32*e8m0", "e2m1.g32*e8m0"), (9, 0), None),
+    ],
+)
+def test_the_path_of_a_request(request_: GemmRequest, capability: tuple[int, int], kind: str | None) -> None:
+    path = products.choose(request_, capability)
+    assert (path.kind if path else None) == kind
+    answer = CudaOps(f"sm_{capability[0]}{capability[1]}", "meta").supports(request_)
+    assert answer and (path is None or answer.executes == path.executes)
+
+
+def test_graphs_are_claimed_where_nothing_reads_the_host() -> None:
+    ops = CudaOps("sm_90", "meta")
+    assert ops.supports(request_of("int4.g32*bf16", "bf16", graph=True)).graph
+    refused = ops.supports(request_of("e2m1.g32*e8m0", "e2m1.g32*e8m0", graph=True))
+    assert not refused and refused.nearest == request_of("e2m1.g32*e8m0", "e2m1.g32*e8m0")
+
+
+def test_a_weight_that_half_cannot_hold_is_refused_when_it_is_prepared() -> None:
+    w = torch.full((16, 16), 1e6, dtype=torch.float32)
+    request = GemmRequest(w=Format.parse("fp32"), n=16, k=16, x=(Format.parse("fp16"),))
+    with pytest.raises(qhal.FormatError, match="overflows fp16"):
+        Emulated("sm_90", "cpu").prepare(w, request)
+
+
+def test_an_unknown_architecture_is_one_error() -> None:
+    with pytest.raises(qhal.UnsupportedError, match="no compute capability"):
+        CudaOps("hopper", "meta")
