@@ -205,7 +205,7 @@ def _reciprocal_plane(peak: Tensor, divisor: float, to: Format, rule: Rule, unit
         return torch.where(codes == 255, codes, 254 - codes)
     if e.kind != "float":
         raise FormatError(f"quantize to {to}: {e.name} holds no reciprocals; let a float or e8m0 divide")
-    d = torch.tensor(divisor, dtype=torch.float32, device=peak.device)
+    d = torch.full((), divisor, dtype=torch.float32, device=peak.device)
     raw = d / peak if rule.scale == "div" else 1.0 / (peak * (1.0 / d))
     raw = _bf16(raw) if rule.arith == "bf16" else raw
     kept = torch.copysign(raw.abs().clamp(torch.finfo(e.storage).smallest_normal, e.largest), raw)
@@ -234,7 +234,7 @@ def _divisor(f: Format) -> float:
 
 
 def _divide(peak: Tensor, divisor: float, rule: Rule) -> Tensor:
-    d = torch.tensor(divisor, dtype=torch.float32, device=peak.device)
+    d = torch.full((), divisor, dtype=torch.float32, device=peak.device)
     raw = peak / d if rule.scale == "div" else peak * (1.0 / d)
     return _bf16(raw) if rule.arith == "bf16" else raw
 

@@ -68,11 +68,11 @@ def _apply(x: Tensor, r: Rotation) -> Tensor:
         size = r.values.numel() if isinstance(r, Diagonal) else r.index.numel()
         if size != n:
             raise FormatError(f"{type(r).__name__} of size {size} does not fit {n} features")
-        return x * r.values.double().reshape(-1) if isinstance(r, Diagonal) else x[..., r.checked()]
+        return x * _like(r.values, x).reshape(-1) if isinstance(r, Diagonal) else x[..., r.checked().to(x.device)]
     if isinstance(r, Hadamard):
         return _hadamard(_blocks(x, r, r.n), r).reshape(x.shape)
     if isinstance(r, Dense):
-        return (_blocks(x, r, r.block.shape[0]) @ r.block.double()).reshape(x.shape)
+        return (_blocks(x, r, r.block.shape[0]) @ _like(r.block, x)).reshape(x.shape)
     return _kronecker(x, r)
 
 
@@ -86,7 +86,7 @@ def _hadamard(x: Tensor, r: Hadamard) -> Tensor:
         y = torch.stack([a + b, a - b], -2).reshape(y.shape)
         step *= 2
     if r.k > 1:
-        table = hadamard_table(r.table, r.k).double()
+        table = _like(hadamard_table(r.table, r.k), x)
         y = (table.T if r.transpose else table) @ y
     return (y / math.sqrt(r.n)).reshape(x.shape)
 
@@ -94,7 +94,7 @@ def _hadamard(x: Tensor, r: Hadamard) -> Tensor:
 def _kronecker(x: Tensor, r: Kronecker) -> Tensor:
     """x viewed [l, r]: left^T @ X @ right; a missing factor is the identity of the remaining size."""
     n = x.shape[-1]
-    left, right = (None if m is None else m.double() for m in (r.left, r.right))
+    left, right = (None if m is None else _like(m, x) for m in (r.left, r.right))
     known = (1 if left is None else left.shape[0]) * (1 if right is None else right.shape[0])
     whole = left is not None and right is not None
     if n % known or (whole and n != known):
@@ -108,6 +108,11 @@ def _kronecker(x: Tensor, r: Kronecker) -> Tensor:
     if right is not None:
         y = y @ right
     return y.reshape(x.shape)
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """A part of a chain, in float64 where x is: chains may be given from the processor."""
+    return t.to(x.device, torch.float64)
 
 
 def _blocks(x: Tensor, r: Rotation, size: int) -> Tensor:

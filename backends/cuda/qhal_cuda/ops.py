@@ -6,12 +6,14 @@ operation on the GPU: exact, and far from fast. Collectives are not connected ye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from qhal.codecs import Codec, Collective
 from qhal.errors import UnsupportedError
 from qhal.interface import MemoryStats
 from qhal.requests import (
@@ -29,6 +31,9 @@ from qhal_portable.ops import PortableOps
 from qhal_portable.prepared import PreparedWeight, Run
 
 _WAITS = "reads lengths or counts on the host, so it waits for the device in every call; right, not fast"
+_NO_COLLECTIVES = Support(
+    "not_implemented", "collectives are not connected to NCCL yet; use cpu_reference over gloo meanwhile"
+)
 _HOST = (AttentionRequest, GroupedRequest, KVRequest)
 
 
@@ -85,8 +90,7 @@ class CudaOps(PortableOps):
     def supports(self, request: Request) -> Support:
         """The portable answer, made better where `products.py` has a path, and honest about what waits for the host."""
         if isinstance(request, CommRequest):
-            reason = "collectives are not connected to NCCL yet; use cpu_reference over gloo meanwhile"
-            return Support("not_implemented", reason)
+            return _NO_COLLECTIVES
         if isinstance(request, GemmRequest):
             return self._product(request)
         answer = super().supports(request)
@@ -108,6 +112,21 @@ class CudaOps(PortableOps):
             graph=True,
             batch_invariant=False,
         )
+
+    def comm_quant(
+        self,
+        x: Tensor,
+        collective: Collective,
+        codec: Codec,
+        group: Any,
+        *,
+        splits: Sequence[int] | None = None,
+        decode: bool = True,
+        out: Tensor | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """Not connected yet."""
+        raise UnsupportedError(_NO_COLLECTIVES)
 
     def _bind(self, w: PreparedWeight) -> Run:
         assert isinstance(w.request, GemmRequest)
