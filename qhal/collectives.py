@@ -88,7 +88,7 @@ def simulate(
 
 
 class Rank:
-    """One rank's part in one collective."""
+    """One rank's part in one collective, of a tensor on `device` (None: the processor); headers are the processor's."""
 
     def __init__(
         self,
@@ -100,9 +100,11 @@ class Rank:
         rank: int,
         world: int,
         out: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.x, self.collective, self.codec, self.decode = x, collective, codec, decode
         self.rank, self.world = rank, world
+        self.device = torch.device("cpu") if device is None else device
         self.counts: list[int] = [0] * world
         self.fault: QhalError | None = None
         try:
@@ -184,8 +186,8 @@ class Rank:
         if reasons:
             raise UnsupportedError(Support("unsupported", reasons), f"{what} {x.dtype} as {self.codec}")
         wanted = "[..., K]" if self.collective == "all_reduce" else "[T, K]"
-        if x.device.type != "cpu" or x.dim() < 1 or (x.dim() != 2 and self.collective != "all_reduce"):
-            raise FormatError(f"{what}: x is {tuple(x.shape)} on {x.device}, must be {wanted} on the cpu")
+        if x.device != self.device or x.dim() < 1 or (x.dim() != 2 and self.collective != "all_reduce"):
+            raise FormatError(f"{what}: x is {tuple(x.shape)} on {x.device}, must be {wanted} on {self.device}")
         if out is not None and not self.decode:
             raise FormatError(f"{what}: out cannot take a QTensor; leave it out with decode=False")
         self.rows, self.k = x.shape[:-1].numel(), x.shape[-1]
@@ -224,7 +226,7 @@ class Rank:
         text = self.words.encode()
         head = sha256(text).digest() + text[:_TEXT].ljust(_TEXT, b"\0")
         counts = self.counts if self.fault is None else [0] * self.world
-        tail = torch.tensor(counts, dtype=torch.int64).view(torch.uint8)
+        tail = torch.tensor(counts, dtype=torch.int64, device="cpu").view(torch.uint8)
         return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), tail])
 
     def _arriving(self, headers: list[Tensor]) -> list[int]:

@@ -143,7 +143,7 @@ class Hadamard:
 
     def _table_t(self) -> Tensor:
         if self.k == 1:
-            return torch.ones(1, 1, dtype=torch.float64)
+            return torch.ones(1, 1, dtype=torch.float64, device="cpu")
         t = hadamard_table(self.table, self.k).double()
         return t if self.transpose else t.t().contiguous()  # row vectors: (T X) as x @ kron(T^T, .)
 

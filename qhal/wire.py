@@ -39,7 +39,7 @@ def encode_part(x: Tensor, codec: Codec) -> QTensor:
     runs = wide.shape[1] // _RUN
     q = encode(wide.reshape(rows, runs, _RUN // 2, 2).transpose(-1, -2).reshape(wide.shape), codec.format)
     codes = q.codes.reshape(rows, runs, 2, _RUN // 2).transpose(-1, -2).reshape(wide.shape)[:, :k].contiguous()
-    return replace(q, codes=codes, group_index=_parity(k))
+    return replace(q, codes=codes, group_index=_parity(k, x.device))
 
 
 def wire_bytes(q: QTensor, codec: Codec) -> Tensor:
@@ -61,7 +61,7 @@ def read_wire(data: Tensor, codec: Codec, rows: int, k: int) -> QTensor:
         at += size
         return _unpack(data[at - size : at], e, n * columns, widths).reshape(n, columns)
 
-    index = None if codec.order == "sequential" else _parity(k)
+    index = None if codec.order == "sequential" else _parity(k, data.device)
     return _build(codec.format, rows, k, _columns(codec, k), take, codec.planes, index)
 
 
@@ -76,8 +76,8 @@ def _columns(codec: Codec, k: int) -> int:
     return k if codec.order == "sequential" else k + -k % _RUN
 
 
-def _parity(k: int) -> Tensor:
-    column = torch.arange(k)
+def _parity(k: int, device: torch.device) -> Tensor:
+    column = torch.arange(k, device=device)
     return (column // _RUN * 2 + column % 2).int()
 
 
@@ -111,6 +111,7 @@ def _build(
 ) -> QTensor:
     codes = take(element(f.element), n, k, widths)
     table = lookup(f.element) if f.element == "lut8" else None
+    table = table if table is None else table.to(codes.device)
     if f.block is None:
         return QTensor(f, codes, table=table)
     grid = f.block.grid(n, columns)
@@ -142,7 +143,7 @@ def _pack(codes: Tensor, e: Element, widths: tuple[int, ...] = ()) -> Tensor:
 def _unpack(data: Tensor, e: Element, count: int, widths: tuple[int, ...] = ()) -> Tensor:
     if e.bits > 8:
         return data.clone().view(e.storage)  # a copy: a view needs an aligned start
-    raw, shift, at = torch.zeros(count, dtype=torch.uint8), 0, 0
+    raw, shift, at = torch.zeros(count, dtype=torch.uint8, device=data.device), 0, 0
     for bits in widths or (e.bits,):
         size = -(-count * bits // 8)
         raw |= _unpack_bits(data[at : at + size], bits, count) << shift
@@ -158,8 +159,8 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     count = codes.numel()
-    words = pad(codes, (0, -count % 8)).reshape(-1, 8).long() << (torch.arange(8) * bits)
-    stream = (words.sum(1, keepdim=True) >> (torch.arange(bits) * 8)) & 255
+    words = pad(codes, (0, -count % 8)).reshape(-1, 8).long() << (torch.arange(8, device=codes.device) * bits)
+    stream = (words.sum(1, keepdim=True) >> (torch.arange(bits, device=codes.device) * 8)) & 255
     return stream.to(torch.uint8).flatten()[: -(-count * bits // 8)]
 
 
@@ -167,5 +168,6 @@ def _unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return stream
     whole = pad(stream, (0, -stream.numel() % bits)).reshape(-1, bits).long()
-    words = (whole << (torch.arange(bits) * 8)).sum(1, keepdim=True)
-    return ((words >> (torch.arange(8) * bits)) & ((1 << bits) - 1)).to(torch.uint8).flatten()[:count]
+    words = (whole << (torch.arange(bits, device=stream.device) * 8)).sum(1, keepdim=True)
+    codes = (words >> (torch.arange(8, device=stream.device) * bits)) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten()[:count]

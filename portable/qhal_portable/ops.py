@@ -195,7 +195,7 @@ class PortableOps(QuantOps):
         async_op: bool = False,
     ) -> Any:
         """See `qhal/collectives.py` (numerics), `qhal/wire.py` (bytes) and `process_group.py` (errors and time)."""
-        pending = process_group.start(x, collective, codec, group, splits, decode, out)
+        pending = process_group.start(x, collective, codec, group, splits, decode, out, self.device)
         return pending if async_op else pending.wait()
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:

@@ -18,8 +18,8 @@ from qhal_portable.gemm import write
 class Pending:
     """A collective under way over a group. `wait` finishes it: the result, or the error, every time it is called."""
 
-    def __init__(self, steps: Steps, what: str, group: Any, out: Tensor | None) -> None:
-        self._steps, self._what, self._group, self._out = steps, what, group, out
+    def __init__(self, steps: Steps, what: str, group: Any, out: Tensor | None, device: torch.device) -> None:
+        self._steps, self._what, self._group, self._out, self._device = steps, what, group, out, device
         self._result: Result | None = None
         self._fault: QhalError | None = None
         self._buffers: tuple[Tensor, ...] = ()  # the work under way reads and writes them
@@ -51,8 +51,8 @@ class Pending:
             self._result = write(result, self._out) if isinstance(result, Tensor) else result
 
     def _launch(self, e: Exchange) -> None:
-        sent = torch.cat(e.messages)
-        arriving = torch.empty(sum(e.sizes), dtype=torch.uint8, device=sent.device)
+        sent = torch.cat(e.messages).to(self._device)
+        arriving = torch.empty(sum(e.sizes), dtype=torch.uint8, device=self._device)
         self._buffers, self._sizes = (arriving, sent), e.sizes
         sizes = [m.numel() for m in e.messages]
         try:
@@ -62,8 +62,9 @@ class Pending:
 
     def _lost(self, error: RuntimeError) -> NoReturn:
         raise CommError(
-            f"{self._what}: a rank died, or did not answer within the group's timeout, or the group carries no cpu "
-            f"tensors (gloo does): {str(error).splitlines()[0]}; end all ranks and start them again"
+            f"{self._what}: a rank died, or did not answer within the group's timeout, or the group carries no tensors "
+            f"on {self._device} (gloo carries the processor's): {str(error).splitlines()[0]}; end all ranks and start "
+            "them again"
         ) from error
 
 
@@ -75,6 +76,7 @@ def start(
     splits: Sequence[int] | None,
     decode: bool,
     out: Tensor | None,
+    device: torch.device,
 ) -> Pending:
     """Begin a collective: x is read and the header is on its way when this returns. The rest happens in `wait`."""
     if not dist.is_available() or not dist.is_initialized():
@@ -87,5 +89,5 @@ def start(
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise CommError(outside)
-    steps = Rank(x, collective, codec, splits, decode, rank, world, out).steps()
-    return Pending(steps, f"comm_quant {collective} on rank {rank} of {world}", group, out)
+    steps = Rank(x, collective, codec, splits, decode, rank, world, out, device).steps()
+    return Pending(steps, f"comm_quant {collective} on rank {rank} of {world}", group, out, device)

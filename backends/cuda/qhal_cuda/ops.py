@@ -1,19 +1,17 @@
 """CudaOps: what this backend executes today, said honestly.
 
 Products of 8 bits and of 16 run on the tensor cores through torch (`products.py`). Everything else is the portable
-operation on the GPU: exact, and far from fast. Collectives are not connected yet.
+operation on the GPU: exact, and far from fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from qhal.codecs import Codec, Collective
 from qhal.errors import UnsupportedError
 from qhal.interface import MemoryStats
 from qhal.requests import (
@@ -30,11 +28,8 @@ from qhal_cuda import products
 from qhal_portable.ops import PortableOps
 from qhal_portable.prepared import PreparedWeight, Run
 
-_WAITS = "reads lengths or counts on the host, so it waits for the device in every call; right, not fast"
-_NO_COLLECTIVES = Support(
-    "not_implemented", "collectives are not connected to NCCL yet; use cpu_reference over gloo meanwhile"
-)
-_HOST = (AttentionRequest, GroupedRequest, KVRequest)
+_WAITS = "reads lengths, counts or headers on the host, so it waits for the device in every call; right, not fast"
+_HOST = (AttentionRequest, CommRequest, GroupedRequest, KVRequest)
 
 
 class CudaOps(PortableOps):
@@ -89,8 +84,6 @@ class CudaOps(PortableOps):
 
     def supports(self, request: Request) -> Support:
         """The portable answer, made better where `products.py` has a path, and honest about what waits for the host."""
-        if isinstance(request, CommRequest):
-            return _NO_COLLECTIVES
         if isinstance(request, GemmRequest):
             return self._product(request)
         answer = super().supports(request)
@@ -112,21 +105,6 @@ class CudaOps(PortableOps):
             graph=True,
             batch_invariant=False,
         )
-
-    def comm_quant(
-        self,
-        x: Tensor,
-        collective: Collective,
-        codec: Codec,
-        group: Any,
-        *,
-        splits: Sequence[int] | None = None,
-        decode: bool = True,
-        out: Tensor | None = None,
-        async_op: bool = False,
-    ) -> Any:
-        """Not connected yet."""
-        raise UnsupportedError(_NO_COLLECTIVES)
 
     def _bind(self, w: PreparedWeight) -> Run:
         assert isinstance(w.request, GemmRequest)

@@ -40,4 +40,4 @@ def test_offline_operations_refuse_without_falling_back() -> None:
         ops.quantize(torch.zeros(1, 8), qhal.Format.parse("int8_row"))
     codec = qhal.Codec(qhal.Format.parse("int8_row"))
     moved = qhal.CommRequest(collective="all_reduce", codec=codec, world=2, x=torch.bfloat16, numel=64)
-    assert ops.supports(moved).level == "not_implemented"
+    assert ops.supports(moved).level == "conditional"  # waits for headers
