@@ -187,3 +187,23 @@ def test_moved_parts_are_exact_and_sums_are_fp32() -> None:
 def test_every_planted_fault_is_killed() -> None:
     found = hunt(qhal.select("cpu_reference"), [m for m in MUTANTS if m.group == "comm"], 0)
     assert [m["name"] for m in found["mutants"] if not m["killed"]] == [] and found["total"] >= 25
+
+
+def test_more_ranks_than_devices_are_skipped_and_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm_ranks, "_devices", lambda kind: 1)
+    case = next(c for c in CASES if c.size("w") == 2)
+    comm_ranks.end()
+    comm_ranks.expect([case], "cpu")
+    assert not comm_ranks._running
+    outcome = run_case(case, qhal.select("cpu_reference")).outcome
+    assert outcome.status is Status.SKIP and outcome.reason == "2 ranks need 2 devices; this machine has 1"
+
+
+def test_a_rank_that_ends_is_noticed_while_another_is_waited_for() -> None:
+    ranks = comm_ranks.Ranks(2, "cpu")
+    try:
+        ranks._processes[1].kill()
+        with pytest.raises(comm_ranks.Lost, match="rank 1 of 2 ended"):
+            ranks.ask(2, {})
+    finally:
+        ranks.close()

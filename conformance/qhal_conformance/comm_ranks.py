@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qhal.interface import QuantOps
 from qhal_conformance.cases import Case
@@ -75,18 +78,24 @@ class Ranks:
         return self._collect(world, ANSWER_S)
 
     def _collect(self, world: int, seconds: float) -> list[Answer]:
-        found: list[Answer] = []
-        for rank in range(world):
-            try:
-                line = self._lines[rank].get(timeout=seconds)
-            except queue.Empty:
-                raise Lost(f"rank {rank} of {world} did not answer within {seconds:.0f} s") from None
-            if not line:
-                code = self._processes[rank].wait()
-                said = self._errors[rank].read_text(errors="replace").strip().splitlines()
-                raise Lost(f"rank {rank} of {world} ended with code {code}" + (f": {said[-1][:200]}" if said else ""))
-            found.append(json.loads(line))
-        return found
+        """A line of each of the first `world` ranks; Lost as soon as one has ended, whoever else is waited for."""
+        found: dict[int, Answer] = {}
+        deadline = time.monotonic() + seconds
+        while len(found) < world:
+            for rank in (r for r in range(world) if r not in found):
+                try:
+                    line = self._lines[rank].get(timeout=_POLL_S)
+                except queue.Empty:
+                    if time.monotonic() > deadline:
+                        raise Lost(f"rank {rank} of {world} did not answer within {seconds:.0f} s") from None
+                    continue
+                if not line:
+                    code = self._processes[rank].wait()
+                    said = self._errors[rank].read_text(errors="replace").strip().splitlines()
+                    why = f": {said[-1][:200]}" if said else ""
+                    raise Lost(f"rank {rank} of {world} ended with code {code}{why}")
+                found[rank] = json.loads(line)
+        return [found[rank] for rank in range(world)]
 
     def close(self) -> None:
         """End every rank."""
@@ -110,6 +119,7 @@ def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
     lines.put("")
 
 
+_POLL_S = 0.02
 _running: list[Ranks] = []
 
 
@@ -131,9 +141,17 @@ def end() -> None:
 
 def expect(cases: Iterable[Case], device: str) -> None:
     """Start the ranks that these cases will ask: importing takes them seconds, in which other cases run."""
-    world = max((case.size("w") for case in cases if case.operation == "comm_quant"), default=0)
+    asked = (case.size("w") for case in cases if case.operation == "comm_quant")
+    most = _devices(device)
+    world = max((w for w in asked if most is None or w <= most), default=0)
     if world:
-        _ranks(max(world, 2), device)
+        _ranks(world, device)
+
+
+def _devices(kind: str) -> int | None:
+    """How many ranks find a device of that type; None: any number, or torch does not know."""
+    found = torch.accelerator.current_accelerator()
+    return None if found is None or found.type != kind else torch.accelerator.device_count()
 
 
 def recipe(ops: QuantOps) -> dict[str, Any]:
@@ -149,9 +167,11 @@ def recipe(ops: QuantOps) -> dict[str, Any]:
 
 def ask(ops: QuantOps, case: Case) -> list[Answer] | Outcome:
     """What every rank answers to a case; an outcome where it could not be asked."""
-    world = case.size("w")
+    world, most = case.size("w"), _devices(ops.device.type)
+    if most is not None and world > most:
+        return Outcome(Status.SKIP, reason=f"{world} ranks need {world} devices; this machine has {most}")
     try:
-        ranks = _ranks(max(world, 2), ops.device.type)
+        ranks = _ranks(max(world, min(most or 2, 2)), ops.device.type)
         made = ranks.ask(world, {"make": recipe(ops)})
         missing = [(r, a["missing"]) for r, a in enumerate(made) if "missing" in a]
         if missing:
