@@ -10,114 +10,27 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mischief import site
 from typer.testing import CliRunner
 
 import qhal
 from qhal_conformance import isolated, messages
 from qhal_conformance.cases import Case
 from qhal_conformance.commands import app
-from qhal_conformance.isolated import Session
+from qhal_conformance.isolated import CRASHES, CUT, Session
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import FailKind, Outcome, Status, Worst
 from qhal_conformance.runner import Record, run_case
+from qhal_conformance.worker_process import Lost, Silent
+
+__all__ = ["site"]
 
 CASE = next(case for case in catalogue(0) if case.id.startswith("gemm/bf16/m33_n97"))
-
-BACKENDS = '''
-"""One backend whose mischief is read from a file before each gemm; others that cannot be loaded."""
-import contextlib, ctypes, os, pathlib, random, signal, sys, time
-import numpy, torch, qhal
-from qhal.selection import Available, BackendInfo, Device
-from qhal_conformance.wrapping import Wrapped
-
-WORD = pathlib.Path(__file__).with_name("mischief.txt")
-
-KEPT = []
-def inference(): KEPT.append(torch.inference_mode()); KEPT[-1].__enter__()
-def raises(): raise ValueError("no such kernel\\nand a second line")
-def interrupt(): raise KeyboardInterrupt
-def prints():
-    print("hello from the kernel"); print("\\x1b[2Jloud", file=sys.stderr)
-    os.write(1, bytes(range(128, 256)) + b"\\n"); ctypes.CDLL(None).puts(b"from C")
-def floods():
-    while True: os.write(1, b"x" * 65536 + b"\\n")
-def closes():
-    sys.stdout.close()
-    with contextlib.suppress(OSError): os.close(1)
-def forks():
-    if os.fork() == 0: WORD.with_name("forked.txt").write_text(str(os.getpid()))
-def pipes(): os.closerange(3, 64)
-
-MISCHIEF = {
-    "raises": raises, "interrupt": interrupt, "prints": prints, "closes": closes, "forks": forks, "pipes": pipes,
-    "exit": lambda: sys.exit(3), "os-exit": lambda: os._exit(7), "segfault": lambda: ctypes.string_at(0),
-    "abort": os.abort, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hangs": lambda: time.sleep(600),
-    "floods": floods, "inference": inference,
-    "dtype": lambda: torch.set_default_dtype(torch.float64),
-    "device": lambda: torch.set_default_device("meta"),
-    "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
-    "grad": lambda: torch.set_grad_enabled(False),
-    "deterministic": lambda: torch.use_deterministic_algorithms(True),
-    "seed": lambda: torch.manual_seed(1), "numpy": lambda: numpy.random.seed(1), "random": lambda: random.seed(1),
-    "subnormals": lambda: torch.set_flush_denormal(True),
-    "precision": lambda: torch.set_float32_matmul_precision("medium"),
-    "autocast": lambda: torch.set_autocast_enabled("cpu", True),
-}
-
-class Bad(Wrapped):
-    name = "bad"
-    def gemm(self, x, w, *, input=0, out=None):
-        word = WORD.read_text()
-        y = self._inner.gemm(x, w, input=input, out=out)
-        if word in MISCHIEF: MISCHIEF[word]()
-        return {"none": None, "list": [1.0], "array": y.float().numpy()}.get(word, y)
-    def supports(self, request):
-        word = WORD.read_text()
-        if word == "supports-raises": raise RuntimeError("never asked")
-        if word == "supports-exits": raise SystemExit(2)
-        return {"supports-none": None, "supports-yes": True}.get(word, self._inner.supports(request))
-    def prepare(self, w, request, *, inputs=(), operand=None, bias=None, into=None):
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
-        return None if WORD.read_text() == "prepare-none" else made
-    def restore(self, thing):
-        return None if WORD.read_text() == "restore-none" else self._inner.restore(thing)
-    @property
-    def device(self):
-        if WORD.read_text() == "device-raises": raise OSError("device lost")
-        return self._inner.device
-
-def _info(name, load):
-    devices = Available((Device(0, "test"),))
-    return BackendInfo(name, qhal.INTERFACE_VERSION, 500, lambda: devices, load, load)
-
-def bad(): return _info("bad", lambda device: Bad(qhal.select("cpu_reference")))
-def load_crash(): return _info("load_crash", lambda device: ctypes.string_at(0))
-def load_exit(): return _info("load_exit", lambda device: sys.exit("needs a licence"))
-def load_hang(): return _info("load_hang", lambda device: time.sleep(600))
-def twice(): return _info("twice", lambda device: Bad(qhal.select("cpu_reference")))
-'''
-NAMES = ("bad", "load_crash", "load_exit", "load_hang", "twice")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The backends, registered like any vendor's package, and a second package that registers one of them again."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "bad_backends.py").write_text(BACKENDS)
-    (folder / "mischief.txt").write_text("")
-    for package, names in (("bad-backends", NAMES), ("copied-backends", ("twice",))):
-        info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        points = "".join(f"{name} = bad_backends:{name}\n" for name in names)
-        (info / "entry_points.txt").write_text(f"[qhal.backends]\n{points}")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +166,7 @@ def test_a_backend_that_does_not_load_again_is_not_tried_for_every_case(
     with monkeypatch.context() as changed:
         changed.setattr(session, "spec", "load_exit")
         second, third = session.run(CASE), session.run(CASE)
-    session._gone = ""
+    session.gone = ""
     assert session.run(CASE).outcome.status == Status.PASS
     assert "exit code 7" in first.outcome.reason and third.seconds < 1.0
     assert second.outcome.reason.startswith("not run: after a crash, backend 'load_exit' cannot be loaded")
@@ -268,6 +181,81 @@ def test_a_whole_run_of_a_backend_that_crashes_has_a_report(site: Path) -> None:
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["backend"]["distribution"] == "bad-backends"
     assert any(n.startswith("printed: ") for c in found["cases"] for n in c["notes"])
+
+
+class _Answers(Session):
+    """A session whose worker answers as it is told: with the status of a case, hung, or ended."""
+
+    def __init__(self) -> None:
+        self.told: Status | type[Lost] = Status.PASS
+        super().__init__("nothing")
+
+    def _start(self) -> dict[str, Any]:
+        return {}
+
+    def _again(self) -> None:
+        if self.gone:
+            raise Lost(self.gone)
+
+    def _ask(self, message: dict[str, Any], usual: float) -> dict[str, Any]:
+        if not isinstance(self.told, Status):
+            raise self.told("no answer")
+        outcome = Outcome(self.told, reason="so it is", elements=self.told == Status.PASS)
+        return {"record": messages.record_to(Record(CASE, outcome, 0.0, ""))}
+
+    def row(self, *told: Status | type[Lost]) -> list[str]:
+        """The reasons of cases that end so."""
+        found = []
+        for self.told in told:
+            found.append(self.run(CASE).outcome.reason)
+        return found
+
+
+def test_after_three_hangs_in_a_row_nothing_more_is_run() -> None:
+    """An answer of the device between them starts the count again; a refusal asks no device."""
+    session = _Answers()
+    session.row(Silent, Silent, Status.PASS, Silent, Status.ERROR, Silent, Silent)
+    assert not session.gone
+    assert session.row(Status.UNSUPPORTED, Lost, Silent)[-1] == "no answer"
+    assert session.gone == "not run: the backend hung in 3 cases in a row (" + ", ".join([CASE.id] * 3) + ")"
+    assert session.row(Status.PASS, Silent) == [session.gone] * 2
+
+
+def test_after_thirty_crashes_in_a_row_nothing_more_is_run() -> None:
+    session = _Answers()
+    session.row(*[Lost] * (CRASHES - 1), Status.ERROR, *[Lost] * (CRASHES - 1))
+    assert not session.gone
+    session.row(Lost)
+    assert (
+        session.gone == f"not run: the backend ended its process in {CRASHES} cases in a row ({CASE.id} to {CASE.id})"
+    )
+
+
+def test_a_backend_that_hangs_in_every_case_ends_the_run_soon(site: Path) -> None:
+    """One line for every case that was left; the verdict is fail."""
+    (site / "mischief.txt").write_text("hangs")
+    start = time.monotonic()
+    arguments = ["run", "--backend", "bad", "--filter", "gemm/int8", "--json", "--timeout", "0.7"]
+    result = CliRunner().invoke(app, arguments)
+    (site / "mischief.txt").write_text("")
+    cases = json.loads(result.stdout)["cases"]
+    rest = [c["reason"] for c in cases if not c["reason"].startswith("timeout after 0.7 s")]
+    assert result.exit_code == 1 and len(cases) - len(rest) == 3 and time.monotonic() - start < 45
+    assert len(rest) > 20 and len(set(rest)) == 1 and rest[0].startswith("not run: the backend hung in 3 cases")
+    assert all(c["status"] == "error" for c in cases) and cases[0]["id"] in rest[0]
+
+
+def test_the_end_of_the_time_skips_a_case_and_blames_nobody(site: Path) -> None:
+    (site / "mischief.txt").write_text("hangs")
+    with Session("bad") as short:
+        short.until = time.monotonic() + 0.5
+        record = short.run(CASE)
+        again = short.run(CASE)
+    (site / "mischief.txt").write_text("")
+    assert (record.outcome.status, record.outcome.reason) == (Status.SKIP, CUT) == (
+        again.outcome.status, again.outcome.reason
+    )  # fmt: skip
+    assert not short.gone and again.seconds < 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -25,6 +25,7 @@ from qhal_conformance import selftest as module
 from qhal_conformance.covering import MULTIPLY_ADDS, PROFILE, cases_for, form
 from qhal_conformance.mutants import MUTANTS
 from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.outcome import Status
 from qhal_conformance.runner import Record
 from qhal_conformance.selftest import Selftest, selftest
 from qhal_conformance.wrapping import Wrapped
@@ -49,7 +50,7 @@ def test_the_reference_is_never_called_wrong(family: str, monkeypatch: pytest.Mo
     """One checkpoint of every family: cases made for formats that the catalogue does not know are judged rightly."""
     few(monkeypatch)
     ckpt = open_checkpoint(path(cases(family)[0]) / "checkpoint")
-    found = selftest("cpu_reference", ckpt.layer_formats(), dtype=ckpt.dtype)
+    found = selftest("cpu_reference", ckpt.layer_formats(), dtype=ckpt.dtype, in_process=True)
     assert found.verdict in ("usable", "unproven") and not found.wrong, found.wrong
     assert all("not covered by the suite" in text for text in found.uncovered), found.uncovered
     assert found.records or found.uncovered
@@ -71,7 +72,7 @@ def test_the_reference_is_never_called_wrong(family: str, monkeypatch: pytest.Mo
 def test_a_planted_fault_makes_it_unusable(fault: str, formats: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch)
     mutant = next(m for m in MUTANTS if m.name == fault)
-    found = selftest(mutant.make(qhal.select("cpu_reference")), formats)
+    found = selftest(mutant.make(qhal.select("cpu_reference")), formats, in_process=True)
     assert found.verdict == "unusable" and not found and "/" in found.wrong[0]
 
 
@@ -84,7 +85,7 @@ def test_caches_and_rotations_are_asked_as_an_engine_does(monkeypatch: pytest.Mo
         ("layers.0.self_attn", replace(attention, window=4096)),
         ("layers.0.mlp", HADAMARD),
     ]
-    found = selftest("cpu_reference", [kv], also=asked)
+    found = selftest("cpu_reference", [kv], also=asked, in_process=True)
     assert found.verdict == "usable" and [form.passed > 0 for form in found.forms] == [True] * 4
     assert {r.case.operation for r in found.records} == {"quant_kv", "attention", "hadamard"}
 
@@ -104,10 +105,10 @@ class _Half(Wrapped):
 def test_what_is_refused_or_a_downgrade_is_unusable_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch)
     ops = _Half(qhal.select("cpu_reference"))
-    refused = selftest(ops, [layer(INT4), replace(layer(INT4), name="other")])
+    refused = selftest(ops, [layer(INT4), replace(layer(INT4), name="other")], in_process=True)
     assert refused.verdict == "unusable" and not refused.records and len(refused.wrong) == 1
     assert "layers.0.mlp.down_proj and 1 more" in refused.wrong[0] and "no int4 yet" in refused.wrong[0]
-    lower = selftest(ops, [layer(FP8, FP8)])
+    lower = selftest(ops, [layer(FP8, FP8)], in_process=True)
     assert lower.verdict == "unusable" and "a downgrade: asked is e4m3fn.row*fp32 x" in lower.wrong[0]
 
 
@@ -121,14 +122,15 @@ def test_supports_that_misbehaves_is_unusable(answer: Any, words: str, monkeypat
                 raise answer
             return answer  # type: ignore[no-any-return]
 
-    found = selftest(Odd(qhal.select("cpu_reference")), also=[("layers.0.mlp", HADAMARD)])
+    found = selftest(Odd(qhal.select("cpu_reference")), also=[("layers.0.mlp", HADAMARD)], in_process=True)
     assert found.verdict == "unusable" and words in found.wrong[0]
 
 
 def test_what_no_case_covers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch)
     turned = HadamardRequest(kinds=kinds([Diagonal(torch.ones(64))]), n=64, x=torch.bfloat16)
-    found = selftest("cpu_reference", [layer(INT4, operand=FP8), layer(INT8)], also=[("layers.1.mlp", turned)])
+    also = [("layers.1.mlp", turned)]
+    found = selftest("cpu_reference", [layer(INT4, operand=FP8), layer(INT8)], also=also)
     assert found.verdict == "unproven" and len(found.uncovered) == 2 and not found.wrong
     assert "as e4m3fn.row*fp32" in found.uncovered[0] and "layers.1.mlp" in found.uncovered[1]
     assert any(form.passed for form in found.forms)
@@ -139,7 +141,7 @@ def test_what_no_case_covers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         def linear(self, x: Any, layer: Any, *, decode: bool = False, out: Any = None) -> Any:
             return super().linear(x, layer, decode=decode, out=out)
 
-    fused = selftest(Fused(qhal.select("cpu_reference")), [layer(INT8)])
+    fused = selftest(Fused(qhal.select("cpu_reference")), [layer(INT8)], in_process=True)
     assert fused.uncovered == ("not covered by the suite: the fused `linear` of wrapped",)
 
 
@@ -150,8 +152,9 @@ def test_a_case_whose_inputs_cannot_be_made_is_no_fault_of_the_backend(monkeypat
         raise ValueError("no such numbers")
 
     monkeypatch.setitem(OPERATIONS, "gemm", replace(OPERATIONS["gemm"], sha=broken))
-    found = selftest("cpu_reference", [layer(Format.parse("int5.g32*fp16"))])
-    assert found.verdict == "unproven" and not found.records and "no such numbers" in found.uncovered[0]
+    found = selftest("cpu_reference", [layer(Format.parse("int5.g32*fp16"))], in_process=True)
+    assert found.verdict == "unproven" and "the suite cannot make the inputs: ValueError: no such numbers" in str(found)
+    assert {r.outcome.status for r in found.records} == {Status.SKIP}
 
 
 def test_the_budget_ends_it_and_every_form_comes_before_second_cases() -> None:
@@ -162,7 +165,8 @@ def test_the_budget_ends_it_and_every_form_comes_before_second_cases() -> None:
         if record.case.operation != "contract":
             time.sleep(0.2)
 
-    found = selftest("cpu_reference", [layer(INT4), layer(INT8), layer(INT8, INT8)], budget=4.0, seen=slowly)
+    layers = [layer(INT4), layer(INT8), layer(INT8, INT8)]
+    found = selftest("cpu_reference", layers, budget=4.0, in_process=True, seen=slowly)
     contract = sum(1 for case in catalogue(0) if case.operation == "contract")
     assert {r.case.operation for r in order[:contract]} == {"contract"}
     if len(order) >= contract + 4:  # a machine that is slower than the budget shows less
@@ -185,7 +189,7 @@ def test_without_formats_everything_that_is_claimed_is_touched(monkeypatch: pyte
             return super().__getattribute__(name)
 
     few(monkeypatch)
-    nothing = selftest(Nothing(qhal.select("cpu_reference")))
+    nothing = selftest(Nothing(qhal.select("cpu_reference")), in_process=True)
     assert nothing.verdict == "unusable" and "executes nothing" in nothing.wrong[0]
 
 
@@ -224,6 +228,7 @@ def test_the_command_and_its_exit_codes(tmp_path: Path, monkeypatch: pytest.Monk
     found = json.loads(done.stdout)
     assert done.exit_code == 0 and found["verdict"] == "usable" and found["checkpoint"] == folder
     assert any("attention" in form["form"] and form["passed"] for form in found["forms"])
+    assert isinstance(cli.invoke(app, ["selftest", "-b", "nowhere"]).exception, qhal.BackendError)
     for verdict, code in (("unusable", 1), ("unproven", 3)):
         wrong, uncovered = (("x: wrong [sic]",), ()) if code == 1 else ((), ("x: not covered",))
         made = Selftest("b", wrong, uncovered, (), (), (), 1.0)
@@ -231,4 +236,3 @@ def test_the_command_and_its_exit_codes(tmp_path: Path, monkeypatch: pytest.Monk
         done = cli.invoke(app, ["selftest", "-b", "cpu_reference"])
         assert done.exit_code == code and f"b: {verdict}" in done.stdout and (*wrong, *uncovered)[0] in done.stdout
     assert cli.invoke(app, ["selftest", "--budget", "0"]).exit_code == 2
-    assert isinstance(cli.invoke(app, ["selftest", "-b", "nowhere"]).exception, qhal.NoBackendError)

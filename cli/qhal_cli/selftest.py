@@ -7,15 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-import qhal
-from qhal.interface import QuantOps
 from qhal.layer_formats import KVFormat
-from qhal.requests import AttentionRequest, KVRequest
 from qhal_cli.checkpoints import KVFormatOption
 from qhal_cli.output import Json, console, emit, literal, progress, table
 from qhal_conformance import selftest as suite
 from qhal_conformance.runner import Record
-from qhal_engines.kv_plan import plan_with_caches
+from qhal_engines.kv_plan import cache_requests
 from qhal_schemes import open_checkpoint
 
 CODES = {"usable": 0, "unusable": 1, "unproven": 3}
@@ -29,27 +26,30 @@ def selftest(
     ] = None,
     kv_format: KVFormatOption = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds; what is not reached leaves it unproven.")] = 60,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="For debuggers: no process of its own, a crash or hang is this one's.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Is this backend right for this checkpoint? usable, unusable or unproven, in a minute at most.
 
     With --for: every request of its layers and caches, by cases made for their formats and sizes and by those of the
     conformance suite. Without: a little of every operation that the backend claims. Exits with 0 usable, 1 unusable,
-    3 unproven. It is no conformance result: `qhal conformance run` gives that.
+    3 unproven. It is no conformance result: `qhal conformance run` gives that. A process of its own loads the backend:
+    one that crashes or hangs is unusable, with one line of why.
 
     Examples:
       qhal selftest --backend cpu_reference --for CKPT
       qhal selftest --budget 20 --json
     """
-    ops = qhal.select(backend)
     with progress() as shown:
         task = shown.add_task("selftest", total=None)
 
         def seen(record: Record, planned: int) -> None:
             shown.update(task, advance=1, total=planned, description=f"selftest {record.case.operation}")
 
-        asked = {} if checkpoint is None else _asked(checkpoint, ops, kv_format)
-        found = suite.selftest(ops, budget=budget, seen=seen, **asked)
+        asked = {} if checkpoint is None else _asked(checkpoint, kv_format)
+        found = suite.selftest(backend, budget=budget, in_process=in_process, seen=seen, **asked)
     if json:
         emit({**found.to_json(), "checkpoint": None if checkpoint is None else str(checkpoint)})
     else:
@@ -57,16 +57,11 @@ def selftest(
     raise typer.Exit(CODES[found.verdict])
 
 
-def _asked(folder: Path, ops: QuantOps, kv_format: str | None) -> dict[str, Any]:
+def _asked(folder: Path, kv_format: str | None) -> dict[str, Any]:
     """What an engine will ask: the layers, and the caches with the attention over them as `qhal plan` has them."""
     ckpt = open_checkpoint(folder)
-    caches = [
-        (entry.name, entry.request)
-        for entry in plan_with_caches(ckpt, ops, "report", kv_format).entries
-        if isinstance(entry.request, KVRequest | AttentionRequest)
-    ]
     layers = [f for f in ckpt.layer_formats() if not isinstance(f, KVFormat)]
-    return {"formats": layers, "also": caches, "dtype": ckpt.dtype}
+    return {"formats": layers, "also": cache_requests(ckpt, kv_format), "dtype": ckpt.dtype}
 
 
 def _print(found: suite.Selftest) -> None:

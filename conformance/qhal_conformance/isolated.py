@@ -9,44 +9,37 @@ the backend prints becomes notes of its case. `runner.py` runs the same cases in
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import tempfile
+import base64
+import pickle
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from multiprocessing import Pipe
-from pathlib import Path
+from math import inf
 from typing import Any
 
 from qhal.errors import BackendError
+from qhal.requests import Request
 from qhal_conformance import messages
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.outcome import Outcome, Status
 from qhal_conformance.runner import Record
+from qhal_conformance.worker_process import Lost, Silent, WorkerProcess
 
 TIMEOUTS = {0: 60.0, 1: 300.0}
 """Seconds that a case of a level may take, compilation of its kernels included, before its worker is ended."""
 LOADING = 120.0
 """Seconds that importing the suite, probing and loading a backend may take, if the case's own limit is not longer."""
-_GRACE = 1.0
-_LISTENING = "multiprocessing/connection.py"  # where the worker's own thread waits
-_NOTED = 5
-CLOSED = 93
-"""Exit code of a worker that finds its pipe closed."""
-_OUTPUT_KEPT = 1 << 24
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from qhal_conformance.worker import main; main({}, {!r})"
-)
+HANGS, CRASHES = 3, 30
+"""So many in a row, and nothing more is run. A crash costs a start, some seconds, where a hang costs its whole timeout,
+and its line tells more: thirty take about as long as three hangs, and pass over the kernels of one operation."""
+CUT = "the time is over"
+"""The reason of a case that `until` kept from its timeout: it was skipped."""
+
+
+class NotLoadedError(BackendError):
+    """The process in which a backend was to be loaded ended, or said nothing in time."""
 
 
 def run_cases(
@@ -69,20 +62,21 @@ def run_cases(
     return records
 
 
-class _Lost(Exception):  # noqa: N818 - an event of the protocol
-    """The worker is gone, or did not answer; the text is why."""
-
-
 class Session:
     """A worker with a backend, for as many cases as there are. Close it, or use it in a `with` block.
 
+    until  the moment of `time.monotonic` at which everything ends; a case that it cuts is skipped, not wrong
     about  what the report says of the backend, its device and environment (`report.about`)
+    made   module and name of the class that `qhal.select` gave
+    gone   why no case is run any more, "" as long as they are
     """
 
-    def __init__(self, spec: str, *, timeout: float | None = None) -> None:
-        self.spec, self.timeout = spec, timeout
-        self._worker: _Worker | None = None
-        self._gone = ""
+    def __init__(self, spec: str, *, timeout: float | None = None, until: float = inf) -> None:
+        self.spec, self.timeout, self.until = spec, timeout, until
+        self.gone = self.made = ""
+        self._cut = False
+        self._worker: WorkerProcess | None = None
+        self._unanswered: dict[str, list[str]] = {"hung": [], "ended its process": []}
         self.about = self._start()
 
     def __enter__(self) -> Session:
@@ -100,18 +94,21 @@ class Session:
     def run(self, case: Case) -> Record:
         """One case; a lost worker is its outcome and not an exception."""
         start = time.perf_counter()
-        limit = TIMEOUTS[case.level] if self.timeout is None else self.timeout
         try:
             if self._worker is None:
                 self._again()
-            worker = self._worker
-            assert worker is not None
-            found = worker.ask({"case": messages.case_to(case)}, limit)
+            found = self._ask({"case": messages.case_to(case)}, TIMEOUTS[case.level])
             record = messages.record_from(case, found["record"])
-        except _Lost as lost:
-            outcome = Outcome(Status.ERROR, reason=str(lost))
+        except Lost as lost:
+            cut = isinstance(lost, Silent) and self._cut
+            outcome = Outcome(Status.SKIP, reason=CUT) if cut else Outcome(Status.ERROR, reason=str(lost))
             seconds = time.perf_counter() - start
             record = Record(case, outcome, seconds, OPERATIONS[case.operation].sha(case), stuck=True)
+            if not cut and not self.gone:
+                self._count(case, "hung" if isinstance(lost, Silent) else "ended its process")
+        else:
+            if record.outcome.executed:  # an answer that asked the device for nothing says nothing about it
+                self._unanswered = {how: [] for how in self._unanswered}
         printed = () if self._worker is None else self._worker.printed()
         if record.stuck:
             self.close()
@@ -126,20 +123,52 @@ class Session:
             return []
         try:
             asked = {"claims": [messages.case_to(case) for case in cases]}
-            rows: list[dict[str, Any]] = self._worker.ask(asked, self.timeout or LOADING)["rows"]
-        except _Lost:
+            rows: list[dict[str, Any]] = self._ask(asked, LOADING)["rows"]
+        except Lost:
             self.close()
             return []
         return rows
 
-    def _start(self) -> dict[str, Any]:
-        self._worker = worker = _Worker()
+    def refusals(self, requests: Sequence[Request]) -> tuple[list[str | None], list[str]]:
+        """(why each request will not be executed as it is asked, or None; the names of fused composites).
+
+        BackendError if the worker was lost over that.
+        """
+        asked = {"requests": base64.b64encode(pickle.dumps(list(requests))).decode()}  # read by our own worker
         try:
-            found = worker.ask({"spec": self.spec}, max(LOADING, self.timeout or 0.0))
-        except _Lost as lost:
+            if self._worker is None:
+                self._again()
+            found = self._ask(asked, TIMEOUTS[0])
+        except Lost as lost:
+            self.close()
+            raise BackendError(f"asked what it supports: {lost}") from None
+        return found["refusals"], found["fusions"]
+
+    def _ask(self, message: dict[str, Any], usual: float) -> dict[str, Any]:
+        assert self._worker is not None
+        return self._worker.ask(message, self._limit(usual if self.timeout is None else self.timeout))
+
+    def _limit(self, seconds: float) -> float:
+        left = max(self.until - time.monotonic(), 0.0)
+        self._cut = left < seconds
+        return min(seconds, left)
+
+    def _count(self, case: Case, how: str) -> None:
+        """Give up on a backend that has not answered for a while."""
+        ids = self._unanswered[how]
+        ids.append(case.id)
+        if len(ids) == (HANGS if how == "hung" else CRASHES):
+            shown = ", ".join(ids) if len(ids) <= HANGS else f"{ids[0]} to {ids[-1]}"
+            self.gone = f"not run: the backend {how} in {len(ids)} cases in a row ({shown})"
+
+    def _start(self) -> dict[str, Any]:
+        self._worker = worker = WorkerProcess()
+        try:
+            found = worker.ask({"spec": self.spec}, self._limit(max(LOADING, self.timeout or 0.0)))
+        except Lost as lost:
             said = "".join(f"; {line}" for line in worker.printed()[-1:])
             self.close()
-            raise BackendError(f"backend {self.spec!r} cannot be loaded: {lost}{said}") from None
+            raise NotLoadedError(f"backend {self.spec!r} cannot be loaded: {lost}{said}") from lost
         except BaseException:
             self.close()
             raise
@@ -149,118 +178,20 @@ class Session:
         worker.printed()  # what is said while loading belongs to no case
         for text in found["warnings"]:
             warnings.warn(text, stacklevel=3)
+        self.made = found["made"]
         about: dict[str, Any] = found["about"]
         return about
 
     def _again(self) -> None:
         """A fresh worker; a backend that does not load any more is not tried for every case that is left."""
-        if not self._gone:
+        if not self.gone:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # said once
                     self._start()
                 return
             except BackendError as error:
-                self._gone = str(error).splitlines()[0]
-        raise _Lost(f"not run: after a crash, {self._gone}")
-
-
-class _Worker:
-    """One process, its pipe, and the file that takes its output."""
-
-    def __init__(self) -> None:
-        self._pipe, theirs = Pipe()
-        self._folder = tempfile.TemporaryDirectory(prefix="qhal-worker-", ignore_cleanup_errors=True)
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # cutting it leaves no hole
-        descriptor = theirs.fileno()
-        command = [sys.executable, "-u", "-c", _START.format(descriptor, self._folder.name), json.dumps(sys.path)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
-            pass_fds=(descriptor,),
-            start_new_session=True,  # Ctrl-C reaches the runner alone; one signal ends what the worker started
-        )
-        theirs.close()
-        self._end = weakref.finalize(self, _kill, self._process)
-
-    def ask(self, message: dict[str, Any], limit: float) -> dict[str, Any]:
-        """The answer to a message. _Lost if the process ends or `limit` seconds pass."""
-        deadline = time.monotonic() + limit
-        try:
-            self._pipe.send_bytes(messages.encode(message))
-            while True:
-                left = deadline - time.monotonic()
-                if self._pipe.poll(min(max(left, 0.0), 0.1)):
-                    return messages.decode(self._pipe.recv_bytes())
-                if self._process.poll() is not None and not self._pipe.poll(0):
-                    break
-                if left <= 0:
-                    raise _Lost(self._timeout(limit))
-                if os.fstat(self._output.fileno()).st_size > _OUTPUT_KEPT:
-                    os.ftruncate(self._output.fileno(), 0)
-        except (EOFError, OSError, ValueError):
-            pass  # the process has ended, or closed the pipe
-        raise _Lost(self._ending())
-
-    def _timeout(self, limit: float) -> str:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGABRT)  # the worker writes where it stands
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GRACE)
-        return f"timeout after {limit:g} s{self._where()}"
-
-    def _ending(self) -> str:
-        try:
-            code = self._process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            code = CLOSED
-        if code == CLOSED:
-            return "the backend closed the pipe of the suite"
-        if code >= 0:
-            return f"the process of the backend ended with exit code {code}{self._where()}"
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"the process of the backend was ended by {name}{hint}{self._where()}"
-
-    def _where(self) -> str:
-        """` at file.py:12 in gemm`, from what the interpreter wrote about a crash; "" if it wrote nothing."""
-        frames = re.findall(r'^(Current thread|Thread) .*\n  File "(.*)", line (\d+) in (\S+)', self._read(), re.M)
-        frames = [frame for frame in frames if not frame[1].endswith(_LISTENING)]
-        frames.sort(key=lambda frame: frame[0] != "Current thread")
-        return f" at {Path(frames[0][1]).name}:{frames[0][2]} in {frames[0][3]}" if frames else ""
-
-    def _read(self) -> str:
-        size = os.fstat(self._output.fileno()).st_size
-        return os.pread(self._output.fileno(), 1 << 16, max(size - (1 << 16), 0)).decode("utf-8", "replace")
-
-    def printed(self) -> tuple[str, ...]:
-        """The last lines that were printed since the last call, each as a note."""
-        lines = [_shown(line) for line in self._read().splitlines() if line.strip()]
-        os.ftruncate(self._output.fileno(), 0)
-        crash = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error:")), len(lines))
-        return tuple(f"printed: {line}" for line in lines[:crash][-_NOTED:])
-
-    def end(self) -> None:
-        """Kill the process and everything it started."""
-        self._end()
-        self._pipe.close()
-        self._output.close()
-        self._folder.cleanup()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _shown(line: str) -> str:
-    """At most 200 characters, none of which moves a terminal's cursor."""
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line.rstrip())
-    return text if len(text) <= 200 else text[:199] + "…"
+                if self._cut and isinstance(error.__cause__, Silent):
+                    raise error.__cause__ from None
+                self.gone = f"not run: after a crash, {str(error).splitlines()[0]}"
+        raise Lost(self.gone)

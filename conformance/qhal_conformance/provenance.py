@@ -45,6 +45,11 @@ def resolved(ops: QuantOps, spec: str) -> str:
     return (ops.name or name) if name == "auto" else name if index is None else f"{name}:{index}"
 
 
+def kind(ops: QuantOps) -> str:
+    """Module and name of the class that the operations are an object of."""
+    return f"{type(ops).__module__}.{type(ops).__qualname__}"
+
+
 def backend(ops: QuantOps, spec: str) -> dict[str, Any]:
     """The distribution that registers the backend, and the sha256 of every file of its package as it lies on disk."""
     name = spec.partition(":")[0]

@@ -21,6 +21,9 @@ from qhal_conformance.outcome import FailKind, Outcome, Status, failed
 from qhal_conformance.problem import Fault, first_line
 from qhal_conformance.watched import Watched, seconds
 
+NO_INPUTS = "the suite cannot make the inputs"
+"""How the reason of a case begins that no backend has to answer for."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -43,6 +46,11 @@ def run_case(case: Case, ops: QuantOps) -> Record:
     watched, stuck = Watched(ops), False
     start = time.perf_counter()
     try:
+        sha = OPERATIONS[case.operation].sha(case)
+    except Exception as error:  # a case that was made for a request of somebody's
+        outcome = Outcome(Status.SKIP, reason=f"{NO_INPUTS}: {type(error).__name__}: {first_line(error)}")
+        return Record(case, outcome, time.perf_counter() - start, "")
+    try:
         watch = Watch(watched.device)
         outcome = _outcome(case, watched)
         changed, left = watch.changes()
@@ -52,7 +60,7 @@ def run_case(case: Case, ops: QuantOps) -> Record:
     except Exception as error:
         outcome = Outcome(Status.ERROR, reason=raised(error))
     elapsed = time.perf_counter() - start
-    return Record(case, outcome, elapsed, OPERATIONS[case.operation].sha(case), seconds(watched), stuck)
+    return Record(case, outcome, elapsed, sha, seconds(watched), stuck)
 
 
 def _outcome(case: Case, ops: QuantOps) -> Outcome:

@@ -14,21 +14,25 @@ from typing import Any, Literal
 
 import torch
 
-import qhal
+from qhal.errors import BackendError
 from qhal.interface import QuantOps
 from qhal.layer_formats import LayerFormat
 from qhal.layers import requests
-from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, HadamardRequest, QuantizeRequest, Request, Support
+from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, QuantizeRequest, Request
+from qhal_conformance.asking import Apart, Asked, Here
 from qhal_conformance.cases import Case
-from qhal_conformance.covering import PROFILE, cases_for
+from qhal_conformance.covering import cases_for
 from qhal_conformance.covering import form as form_of
-from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.isolated import NotLoadedError
+from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.problem import first_line
-from qhal_conformance.runner import Record, run_cases
+from qhal_conformance.report import repro
+from qhal_conformance.runner import NO_INPUTS, Record
 
 BUDGET = 60.0
 """Seconds."""
+Need = tuple[str, Request]
 Seen = Callable[[Record, int], None]
 _PER_SUBJECT = 2
 
@@ -92,79 +96,84 @@ def selftest(
     also: Iterable[tuple[str, Request]] = (),
     dtype: torch.dtype = torch.bfloat16,
     budget: float = BUDGET,
+    in_process: bool = False,
     seen: Seen = lambda record, planned: None,
 ) -> Selftest:
     """Run what matters, in order of importance, until the budget is used up.
 
-    backend  the operations, or what `qhal.select` takes
-    formats  of the layers that will run (`Checkpoint.layer_formats()`)
-    also     (layer name, request) of what an engine asks beyond the layers themselves, such as attention; with neither:
-             a little of everything that is claimed
-    dtype    of the activations
-    budget   seconds; a case that has begun is finished
-    seen     called after every case with its record and how many are planned
+    backend     the operations as `qhal.select` gave them, or what it takes
+    formats     of the layers that will run (`Checkpoint.layer_formats()`)
+    also        (layer name, request) of what an engine asks beyond the layers themselves, such as attention; with
+                neither: a little of everything that is claimed
+    dtype       of the activations
+    budget      seconds, the start of the worker included; a case may take a third of it
+    in_process  ask this very object, in this process: for debuggers, and where a second process cannot have the device.
+                A crash or a hang of the backend is then the caller's, and a case that has begun is finished
+    seen        called after every case with its record and how many are planned
+
+    Otherwise a process of its own loads the backend again, with its own share of the device's memory, and is ended
+    before this returns. BackendError where there is no such backend, or an object was not made by `qhal.select`.
     """
-    start = time.perf_counter()
-    ops = qhal.select(backend) if isinstance(backend, str) else backend
+    start = time.monotonic()
+    beside = list(also)
+    needs = None if formats is None and not beside else [*_needs(formats or (), dtype), *beside]
+    asked: Asked
+    try:
+        asked = Here(backend, start + budget) if in_process else Apart(backend, start + budget, budget / 3)
+    except NotLoadedError as error:
+        name = backend if isinstance(backend, str) else backend.name
+        return Selftest(name, (str(error),), (), (), (), (), time.monotonic() - start)
+    with asked:
+        found = _judged(asked, needs, dtype, seen)
+    if found.unreached and not asked.gone:
+        first = found.unreached[0].id
+        planned = len(found.records) + len(found.unreached)
+        text = f"not reached in {budget:g} s: {len(found.unreached)} of {planned} cases, {first} first"
+        found = replace(found, uncovered=(*found.uncovered, text))
+    return replace(found, seconds=time.monotonic() - start)
+
+
+def _judged(asked: Asked, needs: list[Need] | None, dtype: torch.dtype, seen: Seen) -> Selftest:
     wrong: list[str] = []
     uncovered: list[str] = []
-    beside = list(also)
-    whole = formats is None and not beside
-    forms = _claimed() if whole else _needed(ops, formats or (), beside, dtype, wrong, uncovered)
+    try:
+        forms = _claimed() if needs is None else _needed(asked, needs, dtype, wrong, uncovered)
+    except BackendError as error:
+        return Selftest(asked.name, (first_line(error),), (), (), (), (), 0.0)
     plan = _in_turns([_contract(), *(form.cases for form in forms)])
     records: list[Record] = []
-    reached = 0
-
-    def within() -> Iterator[Case]:
-        nonlocal reached
-        for case in plan:
-            if time.perf_counter() - start > budget:
-                return
-            reached += 1
-            if case.profile != PROFILE or _inputs(case, uncovered):
-                yield case
-
-    def noted(record: Record) -> None:
+    for case in plan:
+        record = asked.run(case)
+        if record is None:
+            break
         records.append(record)
         seen(record, len(plan))
-
-    _run(ops, within(), noted)
+    unreached = tuple(plan[len(records) :])
+    wrong += [_wrong(r, asked.spec) for r in records if r.outcome.status in (Status.FAIL, Status.ERROR)]
+    wrong += [asked.gone] if asked.gone else []
+    skipped = [r for r in records if r.outcome.reason.startswith(NO_INPUTS)]
+    uncovered += [f"not covered by the suite: {r.case.id}: {r.outcome.reason}" for r in skipped]
     done = {record.case.id: record for record in records}
-    unreached = tuple(plan[reached:])
-    wrong += [_wrong(r, ops.name) for r in records if r.outcome.status in (Status.FAIL, Status.ERROR)]
-    if unreached:
-        uncovered.append(f"not reached in {budget:g} s: {len(unreached)} of {len(plan)} cases, {unreached[0].id} first")
     for form in forms:
         _account(form, done)
-        if not whole and form.cases and not form.passed and not wrong and not unreached:
+        if needs is not None and form.cases and not form.passed and not wrong and not unreached:
             uncovered.append(f"{form.name}: no case of it could be run ({form.refused or 'no inputs'})")
-    if whole and not any(form.passed for form in forms) and not wrong:
-        wrong.append(f"{ops.name} executes nothing that the suite asks for")
-    seconds = time.perf_counter() - start
-    found = tuple(form for form in forms if form.passed or not whole)
-    return Selftest(ops.name, tuple(wrong), tuple(uncovered), found, tuple(records), unreached, seconds)
+    if needs is None and not any(form.passed for form in forms) and not wrong and not unreached:
+        wrong.append(f"{asked.name} executes nothing that the suite asks for")
+    shown = tuple(form for form in forms if form.passed or needs is not None)
+    return Selftest(asked.name, tuple(wrong), tuple(uncovered), shown, tuple(records), unreached, 0.0)
 
 
-def _run(ops: QuantOps, cases: Iterable[Case], seen: Callable[[Record], None]) -> None:
-    """One case after the other, in this process. `cases` ends when the time is over."""
-    run_cases(ops, cases, seen)
-
-
-def _needed(
-    ops: QuantOps,
-    formats: Iterable[LayerFormat],
-    also: Iterable[tuple[str, Request]],
-    dtype: torch.dtype,
-    wrong: list[str],
-    uncovered: list[str],
-) -> list[Form]:
+def _needed(asked: Asked, needs: list[Need], dtype: torch.dtype, wrong: list[str], uncovered: list[str]) -> list[Form]:
     """The forms of everything that will be asked; what is refused or has no case is said at once."""
     layers: dict[Request, list[str]] = {}
-    for name, need in [*_needs(formats, dtype), *also]:
+    for name, need in needs:
         layers.setdefault(need, []).append(name)
+    inner = [quantization for need in layers for quantization in _quantizations(need, dtype)]
+    reasons, fusions = asked.refusals(list(dict.fromkeys([*layers, *inner])))
     forms: dict[Request, Form] = {}
     for need, names in layers.items():
-        if (reason := _refused(ops, need)) is not None:
+        if (reason := reasons[need]) is not None:
             wrong.append(f"{_shown(names)}: {need}: {reason}")
             continue
         found = forms.setdefault(form_of(need), Form(str(need)))
@@ -174,10 +183,10 @@ def _needed(
         if not found.cases:
             uncovered.append(f"not covered by the suite: {found.name} ({_shown(found.layers)})")
     for need in list(forms):  # a product quantizes its x with the bits of `quantize`, where that is claimed too
-        for inner in _quantizations(need, dtype):
-            if inner not in forms and _refused(ops, inner) is None:
-                forms[inner] = Form(str(inner), list(forms[need].layers), cases_for(inner))
-    uncovered += [f"not covered by the suite: the fused `{name}` of {ops.name}" for name in sorted(ops.fusions)]
+        for quantization in _quantizations(need, dtype):
+            if quantization not in forms and reasons.get(quantization, "not asked") is None:
+                forms[quantization] = Form(str(quantization), list(forms[need].layers), cases_for(quantization))
+    uncovered += [f"not covered by the suite: the fused `{name}` of {asked.name}" for name in fusions]
     return list(forms.values())
 
 
@@ -205,22 +214,6 @@ def _quantizations(need: Request, dtype: torch.dtype) -> Iterator[QuantizeReques
         yield from (QuantizeRequest(x=dtype, format=x, static=any(gemm.static)) for x in gemm.x if not x.plain)
     elif isinstance(gemm, HadamardRequest) and gemm.quantize is not None:
         yield QuantizeRequest(x=gemm.x, format=gemm.quantize)
-
-
-def _refused(ops: QuantOps, request: Request) -> str | None:
-    """Why a request will not be executed as it is asked, or None."""
-    try:
-        support = ops.supports(request)
-    except Exception as error:
-        return f"supports must never raise; it raised {type(error).__name__}: {first_line(error)}"
-    if not isinstance(support, Support):
-        return f"supports returned {type(support).__name__}, must be a Support"
-    if not support:
-        return f"refused, {support.level}: {support.reason}"
-    asked, runs = Arithmetic.of(request), support.arithmetic
-    if asked is not None and runs is not None and (asked.x, asked.w) != (runs.x, runs.w):
-        return f"a downgrade: asked is {asked}, would run {runs}"
-    return None
 
 
 def _claimed() -> list[Form]:
@@ -251,16 +244,6 @@ def _in_turns(lists: list[list[Case]]) -> list[Case]:
     return list({case.id: case for case in [*first, *turns]}.values())
 
 
-def _inputs(case: Case, uncovered: list[str]) -> bool:
-    """Whether the suite can make the inputs of a case made for a form; if not, that is no fault of a backend."""
-    try:
-        OPERATIONS[case.operation].sha(case)
-    except Exception as error:
-        uncovered.append(f"not covered by the suite: {case.id}: {type(error).__name__}: {first_line(error)}")
-        return False
-    return True
-
-
 def _account(form: Form, done: dict[str, Record]) -> None:
     for case in form.cases:
         outcome = done[case.id].outcome if case.id in done else None
@@ -270,9 +253,8 @@ def _account(form: Form, done: dict[str, Record]) -> None:
             form.refused = outcome.reason
 
 
-def _wrong(record: Record, backend: str) -> str:
-    again = "" if record.case.profile == PROFILE else f"; qhal conformance repro '{record.case.id}' --backend {backend}"
-    return f"{record.case.id}: {record.outcome.reason}{again}"
+def _wrong(record: Record, spec: str) -> str:
+    return f"{record.case.id}: {record.outcome.reason}; {repro(record.case.id, spec)}"
 
 
 def _shown(names: list[str]) -> str:

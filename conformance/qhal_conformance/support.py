@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qhal.interface import QuantOps
+from qhal.requests import Arithmetic, Request, Support
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.problem import first_line
@@ -30,6 +31,22 @@ def rows(ops: QuantOps, cases: Iterable[Case]) -> list[dict[str, Any]]:
         if key not in found or LEVELS.index(row["level"]) > LEVELS.index(found[key]["level"]):
             found[key] = row
     return list(found.values())
+
+
+def refused(ops: QuantOps, request: Request) -> str | None:
+    """Why a request will not be executed as it is asked, or None. Whatever `supports` raises is such a reason."""
+    try:
+        support = ops.supports(request)
+    except Exception as error:
+        return f"supports must never raise; it raised {type(error).__name__}: {first_line(error)}"
+    if not isinstance(support, Support):
+        return f"supports returned {type(support).__name__}, must be a Support"
+    if not support:
+        return f"refused, {support.level}: {support.reason}"
+    asked, runs = Arithmetic.of(request), support.arithmetic
+    if asked is not None and runs is not None and (asked.x, asked.w) != (runs.x, runs.w):
+        return f"a downgrade: asked is {asked}, would run {runs}"
+    return None
 
 
 def _answer(ops: QuantOps, case: Case) -> dict[str, str]:

@@ -6,10 +6,12 @@ the session reads. Started by the session: `main(descriptor, folder)`; nothing h
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import faulthandler
 import os
+import pickle
 import queue
 import resource
 import sys
@@ -21,12 +23,12 @@ from typing import Any
 
 import qhal
 from qhal.interface import QuantOps
-from qhal_conformance import comm_ranks, messages, report, support
+from qhal_conformance import comm_ranks, messages, provenance, report, support
 from qhal_conformance.cases import Case
-from qhal_conformance.isolated import CLOSED
 from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.outcome import Outcome, Status
 from qhal_conformance.runner import Record, raised, run_case
+from qhal_conformance.worker_process import CLOSED
 
 
 def main(descriptor: int, folder: str) -> None:
@@ -48,6 +50,10 @@ def main(descriptor: int, folder: str) -> None:
             cases = [messages.case_from(case) for case in asked["claims"]]
             answer = {"rows": support.rows(ops, cases)}
             comm_ranks.expect(cases, ops.device.type)
+        elif "requests" in asked:
+            requests = pickle.loads(base64.b64decode(asked["requests"]))  # written by our own session
+            refusals = [support.refused(ops, request) for request in requests]
+            answer = {"refusals": refusals, "fusions": sorted(str(name) for name in ops.fusions)}
         else:
             answer = _answer(messages.case_from(asked["case"]), ops)
         output.settle()
@@ -65,7 +71,7 @@ def _load(spec: str) -> tuple[QuantOps | None, dict[str, Any]]:
         except BaseException as error:  # SystemExit and KeyboardInterrupt of a backend are its own failure
             return None, {"failed": f"backend {spec!r} cannot be loaded: {raised(error)}"}
     texts = dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning))
-    return ops, {"about": about, "warnings": list(texts)}
+    return ops, {"about": about, "warnings": list(texts), "made": provenance.kind(ops)}
 
 
 def _answer(case: Case, ops: QuantOps) -> dict[str, Any]:

@@ -182,6 +182,19 @@ def plan_with_caches(
     )
 
 
+def cache_requests(checkpoint: Checkpoint, kv_format: str | None = None) -> list[tuple[str, Request]]:
+    """(layer, request) of every cache, and of the attention over it, that `plan_with_caches` has. Asks no backend."""
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    if kv_format in (None, "auto") and text.get("kv_lora_rank"):
+        said = [f for f in checkpoint.layer_formats() if isinstance(f, KVFormat)]
+        return [(f.name, kv_request(f, page=PAGE)) for f in said]
+    caches = cache_layers(checkpoint, kv_format)
+    found: list[tuple[str, Request]] = [(c.format.name, c.request) for c in caches]
+    for cache in caches:
+        found += [(cache.attention.name, cache.attention_request(phase, checkpoint.dtype)) for phase in PHASES]
+    return found
+
+
 def resolve_with_caches(
     checkpoint: Checkpoint,
     ops: QuantOps,

@@ -1,0 +1,114 @@
+"""selftest of backends that crash and hang: unusable with one line of why, in time, and the caller lives."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mischief import site
+from typer.testing import CliRunner
+
+import qhal
+from qhal import Format, LinearFormat
+from qhal_cli.app import app
+from qhal_conformance import selftest as module
+from qhal_conformance.asking import Apart
+from qhal_conformance.selftest import Selftest, selftest
+from qhal_conformance.wrapping import Wrapped
+
+__all__ = ["site"]
+INT8 = Format.parse("int8.row*fp32")
+LAYERS = [LinearFormat("layers.0.mlp.down_proj", 128, 256, INT8, None)]
+GRACE = 6.0
+"""Seconds in which a worker that hangs is ended, on a busy machine."""
+
+
+def bad(site: Path, word: str, budget: float = 60.0, name: str = "bad") -> Selftest:
+    """What selftest finds; it keeps to its time."""
+    (site / "mischief.txt").write_text(word)
+    start = time.monotonic()
+    try:
+        found = selftest(name, LAYERS, budget=budget)
+    finally:
+        (site / "mischief.txt").write_text("")
+    assert time.monotonic() - start < budget + GRACE and "\n" not in "".join(found.wrong)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the contract's rules, which are the same in every test; three cases."""
+    cases_for = module.cases_for
+    monkeypatch.setattr(module, "_contract", list)
+    monkeypatch.setattr(module, "cases_for", lambda need: cases_for(need)[:3])
+
+
+def test_a_backend_that_crashes_is_unusable(site: Path) -> None:
+    found = bad(site, "segfault")
+    assert found.verdict == "unusable" and len(found.wrong) == len(found.records) == 3
+    assert "ended by SIGSEGV at" in found.wrong[0]
+    assert f"; qhal conformance repro '{found.records[0].case.id}' --backend bad" in found.wrong[0]
+
+
+def test_a_backend_that_hangs_is_unusable_when_a_third_of_the_time_is_over(site: Path) -> None:
+    found = bad(site, "hangs", budget=9)
+    assert found.verdict == "unusable" and "timeout after 3 s at bad_backends.py" in found.wrong[0]
+
+
+def test_a_case_that_the_end_of_the_time_cuts_is_no_fault(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had less than its third."""
+    monkeypatch.setattr(module, "Apart", partial(_patient, module.Apart))
+    found = bad(site, "hangs", budget=6)
+    assert found.verdict == "unproven" and not found.records and "not reached in 6 s: 3 of 3" in found.uncovered[0]
+
+
+def _patient(apart: type[Apart], backend: str, until: float, share: float) -> Apart:
+    return apart(backend, until, 3 * share)
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "budget", "line"),
+    [
+        ("supports-hangs", "bad", 9, "asked what it supports: timeout after 3 s at bad_backends.py"),
+        ("supports-exits", "bad", 60, "asked what it supports: the process of the backend ended with exit code 2"),
+        ("supports-raises", "bad", 60, "supports must never raise; it raised RuntimeError: never asked"),
+        (
+            "",
+            "load_crash",
+            60,
+            "'load_crash' cannot be loaded: the process of the backend was ended by SIGSEGV",
+        ),
+        ("", "load_hang", 6, "backend 'load_hang' cannot be loaded: timeout after 6 s"),
+    ],
+)
+def test_what_goes_wrong_before_the_first_case(site: Path, word: str, name: str, budget: float, line: str) -> None:
+    found = bad(site, word, budget, name)
+    assert found.verdict == "unusable" and line in found.wrong[0] and not found.records
+
+
+def test_a_backend_that_does_not_start_again_is_said_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qhal_conformance.isolated.CRASHES", 1)
+    found = bad(site, "os-exit")
+    assert len(found.records) == 1 and len(found.wrong) == 2 and found.unreached and not found.uncovered
+    assert found.wrong[1].startswith("not run: the backend ended its process in 1 cases in a row")
+
+
+def test_an_object_is_made_again_by_its_name(site: Path) -> None:
+    """What select gave is; anything else is refused, and asked in this process if the caller wants that."""
+    ops = qhal.select("cpu_reference")
+    assert selftest(ops, LAYERS).verdict == "usable"
+    with pytest.raises(qhal.BackendError, match="no installed backend has that name"):
+        selftest(Wrapped(ops), LAYERS)
+    posing = type("Posing", (Wrapped,), {"name": "cpu_reference"})(ops)
+    with pytest.raises(qhal.BackendError, match="there it is a qhal_cpu_reference"):
+        selftest(posing, LAYERS)
+    assert selftest(posing, LAYERS, in_process=True).verdict == "usable"
+
+
+def test_the_command_lives(site: Path) -> None:
+    (site / "mischief.txt").write_text("segfault")
+    done = CliRunner().invoke(app, ["selftest", "-b", "bad", "--budget", "6"])
+    (site / "mischief.txt").write_text("")
+    assert done.exit_code == 1 and "SIGSEGV" in done.stdout and "bad: unusable" in done.stdout
