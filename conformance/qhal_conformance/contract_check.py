@@ -26,14 +26,17 @@ RULES: dict[str, Callable[[Case, QuantOps], int]] = {
     **contract_graphs.RULES,
     **STEADY_RULES,
 }
-OPTIONAL = {"memory-comes-back"}
-"""A backend that does not count its memory cannot be asked."""
+OPTIONAL = {"memory-comes-back", "batch-invariance"}
+"""A backend that does not count its memory, or does not declare that batches change nothing, cannot be asked."""
+PROFILES = {"limits-hold": "kv", "experts-by-their-index": "moe", "inputs-by-index": "core-int8"}
+"""Rules about what only these profiles need; all others can be asked of a backend that multiplies plain floats."""
 
 
 def cases(level: int) -> list[Case]:
     """One case per rule."""
     shape = (("m", 16), ("n", 64), ("k", 256))
-    return [Case("contract", name, shape, "bf16", "normal", required=name not in OPTIONAL) for name in RULES]
+    made = [(name, PROFILES.get(name, "core"), name not in OPTIONAL) for name in RULES]
+    return [Case("contract", name, shape, "bf16", "normal", profile=p, required=r) for name, p, r in made]
 
 
 def request_of(case: Case) -> Request | None:

@@ -304,8 +304,9 @@ def _without_window(request: Any) -> Any:
     return replace(request, window=None) if isinstance(request, AttentionRequest) else request
 
 
+_PROFILES = {"input-index-ignored": "core-int8", "first-expert-off": "moe", "limits-ignored": "kv"}
 CLAIM_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = tuple(
-    (name, "core", (kind.__doc__ or "").strip() if fault is None else fault, kind)
+    (name, _PROFILES.get(name, "core"), (kind.__doc__ or "").strip() if fault is None else fault, kind)
     for name, fault, kind in (
         ("weights-share-buffer", None, WeightsShareBuffer),
         ("restore-rolls-rows", None, RestoreRollsRows),
