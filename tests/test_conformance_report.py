@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,6 +246,17 @@ def test_an_emulator_never_counts_as_a_device(monkeypatch: pytest.MonkeyPatch) -
     found = report.build(ops, "cpu_reference", run_cases(ops, chosen("hadamard/sylvester64")), 0, "x", 1.0)
     assert found["evidence"] == {"hadamard": {"chip9": "L2 emulated"}} and "L2 emulated" in markdown(found)
     assert provenance.device(ops, "no_such_backend")["evidence"] == "L2 emulated"  # no probe found it
+
+
+@pytest.mark.parametrize(
+    ("arch", "level"), [("chip9", "L2 emulated"), ("cpu", "L2 emulated"), (f"{platform.machine()} wide", "L3 device")]
+)
+def test_a_processor_is_no_accelerator_whatever_a_probe_says(
+    arch: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vendor's code that a switch sends to the processor, with a probe that forgot to say so."""
+    monkeypatch.setattr(provenance, "probe", lambda info: Available((Device(0, arch, evidence="L3"),)))
+    assert provenance.device(qhal.select("cpu_reference"), "cpu_reference")["evidence"] == level
 
 
 def test_the_backend_is_known_by_its_files(good: Report) -> None:

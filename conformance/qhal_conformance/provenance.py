@@ -92,6 +92,8 @@ def device(ops: QuantOps, spec: str) -> dict[str, Any]:
     """The device as the interface and the backend's probe tell it. Driver and runtime versions are among the facts.
 
     The evidence is "L3 device" only if the probe found the device on this machine and does not call it an emulator.
+    Where tensors live on the processor, it must also be the processor that the probe found: an accelerator's code that
+    runs there is emulated, whatever its probe says.
     """
     name, _, index = spec.partition(":")
     found: dict[str, Any] = {
@@ -107,13 +109,11 @@ def device(ops: QuantOps, spec: str) -> dict[str, Any]:
     if isinstance(state, Available):
         for d in state.devices:
             if not index or str(d.index) == index:
+                stands_in = found["type"] == "cpu" and not d.arch.startswith(platform.machine())
+                level = "L2" if stands_in else d.evidence
                 facts = {str(key): str(value) for key, value in d.facts.items()}
-                found.update(
-                    arch=d.arch,
-                    count=len(state.devices),
-                    evidence=EVIDENCE.get(d.evidence, EVIDENCE["L2"]),
-                    facts=facts,
-                )
+                found.update(arch=d.arch, count=len(state.devices), facts=facts)
+                found["evidence"] = EVIDENCE.get(level, EVIDENCE["L2"])
                 found["memory"] = found["memory"] or d.memory
                 break
     return found

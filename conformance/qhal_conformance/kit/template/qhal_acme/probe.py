@@ -29,4 +29,5 @@ def probe() -> Available | Unavailable:
 
 
 def _device(kind: str, index: int) -> Device:
-    return Device(index, arch=kind, facts={"torch": torch.__version__})
+    """On the processor the same code is only emulated, and reports say so: L2, never L3."""
+    return Device(index, arch=kind, facts={"torch": torch.__version__}, evidence="L2" if kind == "cpu" else "L3")
