@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from qhal.requests import Arithmetic, GemmRequest, HadamardRequest, NumericsClas
 from qhal.rotations import Diagonal, Hadamard, kinds
 from qhal_cli.app import app
 from qhal_conformance import selftest as module
-from qhal_conformance.covering import MULTIPLY_ADDS, PROFILE, cases_for, form
+from qhal_conformance.covering import MULTIPLY_ADDS, PROFILE, cases_for, form, named
 from qhal_conformance.mutants import MUTANTS
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
@@ -54,6 +55,9 @@ def test_the_reference_is_never_called_wrong(family: str, monkeypatch: pytest.Mo
     assert found.verdict in ("usable", "unproven") and not found.wrong, found.wrong
     assert all("not covered by the suite" in text for text in found.uncovered), found.uncovered
     assert found.records or found.uncovered
+    for record in found.records:  # `qhal conformance repro` knows every id, with any seed
+        assert named(record.case.id) in (record.case, *catalogue(1))
+        assert named(record.case.reseeded(7).id).seed == 7
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,40 @@ def test_every_required_case_covers_its_own_request() -> None:
         request = OPERATIONS[case.operation].request(case)
         if request is not None and case.required and not case.has("exact"):
             assert case in cases_for(request), case.id
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "gemm/int4.g32*bf16/m16_n64_k4096/bf16/onehot+biass/0",
+        "gemm/int4.g32*bf16/m16_n64_k4096/bf16/onehot+strided/0",
+        "gemm/int4.g32*bf16/m16_n64_k4096/int8/onehot/0",
+        "gemm/int4.g32*bf16/m16_n99999999_k4096/bf16/onehot/0",
+        "gemm/int4.g32*bf16/m16_k4096/bf16/onehot/0",
+        "gemm/int4.g32*bf16/m16_nn_k4096/bf16/onehot/0",
+        "gemm/int9.g32*bf16/m16_n64_k4096/bf16/onehot/0",
+        "gemm/int4.g32*bf16/m16_n64_k4096/bf16/onehot/x",
+        "attention/int8.row*fp32/l9_h4_g2_d64_p16/bf16/uniform/0",
+        "contract/refits/m16_n64_k4096/bf16/normal/0",
+        "vq_decode/no-such/m16/bf16/identity/0",
+        "gemm",
+        "",
+    ],
+)
+def test_an_id_that_nobody_makes_is_refused(wrong: str) -> None:
+    """A misspelt option would otherwise be a case without it, which passes."""
+    with pytest.raises(qhal.FormatError, match="no case"):
+        named(wrong)
+
+
+def test_the_command_that_a_failure_prints_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    mutant = next(m for m in MUTANTS if m.name == "nibble-swap-last")
+    found = selftest(mutant.make(qhal.select("cpu_reference")), [layer(INT4, k=352)], in_process=True)
+    made = next(text for text in found.wrong if "_k352/" in text)
+    command = made.rpartition("; ")[2].replace("wrapped", "cpu_reference")
+    done = cli.invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0 and "status     pass" in done.stdout and "_k352/" in done.stdout
 
 
 def test_forms_differ_where_kernels_do() -> None:

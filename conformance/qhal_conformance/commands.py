@@ -20,7 +20,8 @@ from qhal.errors import QhalError
 from qhal.interface import QuantOps
 from qhal_conformance import describe, isolated, rendering, report, report_commands, table
 from qhal_conformance import support as claims
-from qhal_conformance.cases import Case, find
+from qhal_conformance.cases import Case
+from qhal_conformance.covering import named
 from qhal_conformance.operations import catalogue
 from qhal_conformance.options import AsJson, Backend, Filter, Level, chosen, dump, progress, selected, usage
 from qhal_conformance.proof_commands import add_to
@@ -133,7 +134,9 @@ def show(case_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson 
 def repro(
     case_id: Annotated[str, typer.Argument(metavar="ID")], backend: Backend = "cpu_reference", as_json: AsJson = False
 ) -> None:
-    """Run one case and say everything about it; the last number of the id is a seed and may be changed.
+    """Run one case, also one that `qhal selftest` made, and say everything about it.
+
+    The last number of the id is a seed and may be changed.
 
     Example: `qhal conformance repro 'gemm/int4.g32*bf16/m256_n96_k256/bf16/onehot/0' --backend cpu_reference`
     """
@@ -216,6 +219,6 @@ add_to(app)
 
 def _find(case_id: str) -> Case:
     try:
-        return find(catalogue(1), case_id)
+        return named(case_id)
     except QhalError as error:
         raise usage(str(error)) from None

@@ -6,13 +6,12 @@ the catalogue covers requests by itself; what has no case is said, never assumed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from qhal.elements import dtype_name
-from qhal.errors import QhalError
+from qhal.errors import FormatError, QhalError
 from qhal.formats import Format
 from qhal.requests import (
     AttentionRequest,
@@ -23,8 +22,9 @@ from qhal.requests import (
     QuantizeRequest,
     Request,
 )
-from qhal_conformance.cases import Case
+from qhal_conformance.cases import Case, find
 from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.problem import DTYPES
 
 MULTIPLY_ADDS = 1 << 24
 """The most that a case may cost; n is cut to it, K never: the sum is what is tested."""
@@ -81,6 +81,43 @@ def covers(case: Case, need: Request) -> bool:
     return asked is not None and form(asked) == form(need)
 
 
+def named(wanted: str) -> Case:
+    """The case with this id: of the catalogue, or one made for a request, whose sizes and formats the id spells.
+
+    FormatError for every other id: a word that nobody knows would be a question that nobody asked.
+    """
+    try:
+        return find(catalogue(1), wanted)
+    except FormatError:
+        case = _spelled(wanted)
+        if case is None or case.id not in _ids(case):
+            raise
+        return case
+
+
+def _spelled(wanted: str) -> Case | None:
+    """What an id says, if it has the form of one (`Case.id`); nothing of it is known to make sense yet."""
+    operation, _, rest = wanted.partition("/")
+    subject, *last = rest.rsplit("/", 4)
+    if operation not in OPERATIONS or len(last) != 4 or not last[3].isdecimal():
+        return None
+    sizes = [re.fullmatch(r"([a-z])(\d+)", size) for size in last[0].split("_")]
+    shape = tuple((size[1], int(size[2])) for size in sizes if size is not None)
+    data, *options = last[2].split("+")
+    return _case(operation, subject, shape, last[1], data, tuple(options), int(last[3]))
+
+
+def _ids(case: Case) -> set[str]:
+    """The cases that are made for the request of this one."""
+    try:
+        request = OPERATIONS[case.operation].request(case)
+        if isinstance(request, GemmRequest):
+            request = replace(request, out=DTYPES[case.out])
+        return set() if request is None else {made.reseeded(case.seed).id for made in _made(request)}
+    except (QhalError, ValueError, KeyError, AssertionError):
+        return set()
+
+
 def _made(request: Request) -> Iterator[Case]:
     """Cases for this very request at its own sizes; `covers` judges whether they are what was asked."""
     if isinstance(request, GemmRequest):
@@ -91,15 +128,17 @@ def _made(request: Request) -> Iterator[Case]:
         options = ("static",) * request.static
         for data in ("grid", "codes", "zero", "ties"):
             shape = (("m", 17), ("k", 256))
-            yield _case("quantize", str(request.format), shape, request.x, data, options)
+            yield _case("quantize", str(request.format), shape, dtype_name(request.x), data, options)
     elif isinstance(request, HadamardRequest) and request.kinds and isinstance(request.kinds[0][1], int):
         for data in ("normal", "impulse", "outlier"):
-            yield _case("hadamard", f"sylvester{request.kinds[0][1]}", (("m", 5), ("n", request.n)), request.x, data)
+            yield _case(
+                "hadamard", f"sylvester{request.kinds[0][1]}", (("m", 5), ("n", request.n)), dtype_name(request.x), data
+            )
     elif isinstance(request, KVRequest) and _paged(request):
         subject = str(request.k) if request.k == request.v else f"{request.k}~{request.v}"
         sizes = (("t", 37), ("g", request.heads), ("d", request.k_dim), ("p", request.page))
         for data in ("scattered", "positive"):
-            yield _case("quant_kv", subject, sizes, torch.bfloat16, data)
+            yield _case("quant_kv", subject, sizes, "bf16", data)
     elif isinstance(request, AttentionRequest) and _paged(request.kv):
         yield from _attention(request)
 
@@ -111,7 +150,7 @@ def _gemm(r: GemmRequest) -> Iterator[Case]:
     options = ("gidx",) * r.group_index + ("static",) * any(r.static) + ("bias",) * r.bias
     for data, rows in zip(_DATA, _ROWS, strict=True):
         shape = (("m", rows), ("n", _rows_of(r.n, r.k, rows)), ("k", r.k))
-        yield Case("gemm", subject, shape, out, data, 0, "contiguous", options, PROFILE, 1, False)
+        yield _case("gemm", subject, shape, out, data, options)
 
 
 def _grouped(r: GroupedRequest) -> Iterator[Case]:
@@ -123,7 +162,7 @@ def _grouped(r: GroupedRequest) -> Iterator[Case]:
     shape = (("e", 5), ("n", _rows_of(gemm.n, gemm.k, 66)), ("k", gemm.k))
     for data, counts in (("onehot", "uneven"), ("codes", "one"), ("normal", "uneven")):
         options = (r.groups, *("static",) * any(gemm.static), *("bias",) * gemm.bias, *acted, counts)
-        yield Case("grouped_gemm", subject, shape, out, data, 0, "contiguous", options, PROFILE, 1, False)
+        yield _case("grouped_gemm", subject, shape, out, data, options)
 
 
 def _attention(r: AttentionRequest) -> Iterator[Case]:
@@ -145,7 +184,7 @@ def _attention(r: AttentionRequest) -> Iterator[Case]:
     )
     sizes = (("l", batch), ("h", r.heads), ("g", r.kv.heads), ("d", r.kv.k_dim), ("p", r.kv.page))
     for data in ("uniform", "normal", "positive"):
-        yield _case("attention", str(r.kv.k), sizes, r.out, data, options)
+        yield _case("attention", str(r.kv.k), sizes, out, data, options)
 
 
 def _paged(r: KVRequest) -> bool:
@@ -162,12 +201,13 @@ def _case(
     operation: str,
     subject: str,
     shape: tuple[tuple[str, int], ...],
-    dtype: torch.dtype,
+    out: str,
     data: str,
     options: tuple[str, ...] = (),
+    seed: int = 0,
 ) -> Case:
     # level 1: its inputs are not kept beside those of the small cases
-    return Case(operation, subject, shape, dtype_name(dtype), data, 0, "contiguous", options, PROFILE, 1, False)
+    return Case(operation, subject, shape, out, data, seed, "contiguous", options, PROFILE, 1, False)
 
 
 def _rows_of(n: int, k: int, rows: int) -> int:
