@@ -94,6 +94,15 @@ def test_caches_and_rotations_are_asked_as_an_engine_does(monkeypatch: pytest.Mo
     assert {r.case.operation for r in found.records} == {"quant_kv", "attention", "hadamard"}
 
 
+def test_clipped_inputs_are_asked_at_the_layers_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    clipped = [layer(INT8, INT8, clip=True, k=288)]
+    found = selftest("cpu_reference", clipped, in_process=True)
+    assert found.verdict == "usable" and any("_k288/bf16/outlier+clip" in r.case.id for r in found.records)
+    ignored = next(m for m in MUTANTS if m.name == "clip-ignored").make(qhal.select("cpu_reference"))
+    assert selftest(ignored, clipped, in_process=True).verdict == "unusable"
+
+
 class _Half(Wrapped):
     """Refuses int4, runs fp8 as bf16."""
 

@@ -147,7 +147,7 @@ def _gemm(r: GemmRequest) -> Iterator[Case]:
     x = r.x[0]
     subject = str(r.w) if x.plain else f"{r.w}~{x}"
     out = x.element if x.plain else "bf16" if r.out is None else dtype_name(r.out)
-    options = ("gidx",) * r.group_index + ("static",) * any(r.static) + ("bias",) * r.bias
+    options = ("gidx",) * r.group_index + ("static",) * any(r.static) + ("clip",) * r.clip + ("bias",) * r.bias
     for data, rows in zip(_DATA, _ROWS, strict=True):
         shape = (("m", rows), ("n", _rows_of(r.n, r.k, rows)), ("k", r.k))
         yield _case("gemm", subject, shape, out, data, options)

@@ -67,7 +67,18 @@ def cases(level: int) -> list[Case]:
         found += _smoke(pair, number)
         if level >= 1:
             found += _wide(pair, number)
+    found += _clipped()
     return list({case.id: case for case in found}.values())
+
+
+def _clipped() -> list[Case]:
+    """Inputs that keep a part of their range: a smaller scale, or x is cut first. `GemmRequest.clip` may be refused."""
+    row, shape = "int8.row*fp32", (("m", 17), ("n", 64), ("k", 160))
+    asked = (("core-int8", row, row), ("core-int8", row, f"{row}@clip=range"), ("core-fp8", *("e4m3fn.row*fp32",) * 2))
+    return [
+        Case("gemm", f"{w}~{x}", shape, "bf16", "outlier", options=("clip",), profile=profile, required=False)
+        for profile, w, x in asked
+    ]
 
 
 def _shapes(pair: Pair) -> tuple[tuple[int, int, int], ...]:

@@ -23,6 +23,9 @@ from qhal_conformance.reference import Product, decoding_steps
 from qhal_conformance.remembering import remembered
 from qhal_conformance.tolerance import Verdict, judge
 
+CLIP = (0.75, 0.625)
+"""What is kept of the range of a clipped input, below and above: two numbers, so that neither can stand for both."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,7 +43,7 @@ class Problem:
 def request_of(case: Case) -> GemmRequest:
     """What an engine would ask before it loads the weight."""
     w_name, _, x_name = case.subject.partition("~")
-    coded = bool(x_name) and case.data == "codes" and not case.has("static")
+    coded = _coded(case)
     x = Format.parse(x_name or case.out)
     m = case.size("m")
     return GemmRequest(
@@ -50,11 +53,17 @@ def request_of(case: Case) -> GemmRequest:
         m=(m, m),
         x=(x,),
         static=(True,) if case.has("static") else (),
+        clip=case.has("clip"),
         out=DTYPES[case.out] if coded or len(case.id) % 2 else None,
         bias=case.has("bias"),
         group_index=case.has("gidx"),
         numerics=NumericsClass.EXACT if case.has("exact") else None,
     )
+
+
+def _coded(case: Case) -> bool:
+    """Whether x arrives quantized: every code of it occurs."""
+    return "~" in case.subject and case.data == "codes" and not case.has("static") and not case.has("clip")
 
 
 @remembered
@@ -72,14 +81,15 @@ def build(case: Case) -> Problem:
     if x_format.plain:
         x = datasets.activation(case.id, m, request.k, case.data, case.out)
         value = plain(x)
-    elif case.data == "codes" and not case.has("static"):
+    elif _coded(case):
         x = datasets.weight(case.id, "x", x_format, m, request.k, case.data)
         value = decode(x)
     else:
         x = datasets.activation(case.id, m, request.k, case.data, case.out)
         static = _static_scale(x, x_format) if case.has("static") else None
-        operands = (Operand(x_format, None if static is None else torch.from_numpy(static)),)
-        value = decode(encode.quantize(x, x_format, scale=static))
+        clip = CLIP if request.clip else (1.0, 1.0)
+        operands = (Operand(x_format, None if static is None else torch.from_numpy(static), clip=clip),)
+        value = decode(encode.quantize(x, x_format, scale=static, clip=clip))
     steps = decoding_steps(request.w) + (0 if x_format.plain else decoding_steps(x_format))
     product = Product(value, decode(w), bias, steps, x_format.plain, case.out if case.out == "fp16" else "bf16")
     return Problem(request, w, x, operands, bias, product, _fingerprint(w, x, operands, bias))
@@ -102,6 +112,8 @@ def _fingerprint(w: QTensor, x: F32 | QTensor, operands: tuple[Operand, ...], bi
     for o in operands:
         if o.scale is not None:
             arrays["x.scale"] = to_numpy(o.scale)
+        if o.clipped:
+            arrays["x.clip"] = np.array(o.clip, np.float32)
     if bias is not None:
         arrays["bias"] = bias
     return fingerprint(arrays)

@@ -17,6 +17,7 @@ from qhal_conformance.faults_cache import CACHE_FAULTS
 from qhal_conformance.faults_comm import COMM_FAULTS
 from qhal_conformance.faults_contract import CONTRACT_FAULTS
 from qhal_conformance.faults_forms import FORM_FAULTS
+from qhal_conformance.faults_inputs import INPUT_FAULTS
 from qhal_conformance.faults_mla import MLA_FAULTS
 from qhal_conformance.faults_paging import PAGING_FAULTS
 from qhal_conformance.faults_product import PRODUCT_FAULTS
@@ -75,6 +76,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
     for group, faults in (
         ("weight", WEIGHT_FAULTS),
         ("product", PRODUCT_FAULTS),
+        ("product", INPUT_FAULTS),
         ("quantize", QUANTIZE_FAULTS),
         ("cache", CACHE_FAULTS),
         ("rotation", ROTATION_FAULTS),
