@@ -1,4 +1,7 @@
-"""Rules about prepared weights: back as they were, refitted in place, independent of each other, inputs by index."""
+"""Rules about prepared weights: back as they were, independent of each other, inputs by index.
+
+Refits are in `steady_check.py`.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,12 @@ def _weights(case: Case, ops: QuantOps) -> Iterator[Weights]:
         if ops.supports(request):
             first, second = (weight(case, name, tag).to(ops.device) for tag in ("w", "refit"))
             yield f"gemm of {name}", request, first, second, lambda p: ops.gemm(x, p)
+    yield from experts_and_codebooks(case, ops)
+
+
+def experts_and_codebooks(case: Case, ops: QuantOps) -> Iterator[Weights]:
+    """The same for what is no single matrix of codes."""
+    x = activation(case, ops)
     grouped = GroupedRequest(gemm=gemm_request(case, FORMATS[0]), experts=EXPERTS, groups="indexed")
     if ops.supports(grouped):
         ids = torch.arange(x.shape[0], dtype=torch.int32, device=ops.device).reshape(-1, 1) % EXPERTS
@@ -55,25 +64,6 @@ def _stack(case: Case, tag: str) -> QTensor:
     return QTensor.stack([weight(case, FORMATS[0], f"{tag}{e}") for e in range(EXPERTS)])
 
 
-def refit_keeps_addresses(case: Case, ops: QuantOps) -> int:
-    """prepare(into=) puts new values at the old addresses; product and restore of the old object are the new ones."""
-    checked = 0
-    for name, request, old, new, product in _weights(case, ops):
-        prepared = ops.prepare(old, request)
-        addresses = {key: t.data_ptr() for key, t in prepared.tensors().items()}
-        wanted = product(ops.prepare(new, request)).clone()
-        again = ops.prepare(new, request, into=prepared)
-        if {key: t.data_ptr() for key, t in again.tensors().items()} != addresses:
-            text = f"{name}: prepare(into=) moved a tensor; a captured graph would read the old one"
-            raise Fault(FailKind.EXACT, text)
-        if not same_bits(product(prepared).clone(), wanted):
-            text = f"{name}: after prepare(into=) the old object does not compute the new values"
-            raise Fault(FailKind.EXACT, text)
-        _restored(ops, prepared, new, f"{name}: after prepare(into=), restore")
-        checked += len(addresses)
-    return checked
-
-
 def weights_are_independent(case: Case, ops: QuantOps) -> int:
     """Two weights of one request, used in turn: each computes its own numbers and restores to itself."""
     checked = 0
@@ -86,13 +76,13 @@ def weights_are_independent(case: Case, ops: QuantOps) -> int:
         if shared - {0}:
             raise Fault(FailKind.EXACT, f"{name}: two prepared weights share a tensor")
         for _ in range(2):
-            for made, wanted in ((one, alone), (two, other)):
-                if not same_bits(product(made).clone(), wanted):
+            for made, wanted, not_this in ((one, alone, other), (two, other, alone)):
+                if not agrees(made, product(made).clone(), wanted, not_this):
                     raise Fault(FailKind.EXACT, f"{name}: a weight computes other numbers after another was prepared")
                 checked += 1
         if same_bits(alone, other):
             raise Fault(FailKind.EXACT, f"{name}: two weights of different numbers give one result")
-        _restored(ops, one, first, f"{name}: restore")
+        restored(ops, one, first, f"{name}: restore")
     return checked
 
 
@@ -104,15 +94,23 @@ def restore_gives_back(case: Case, ops: QuantOps) -> int:
         request = gemm_request(case, name)
         if ops.supports(request):
             w = weight(case, name)
-            _restored(ops, ops.prepare(w.to(ops.device), request), w, f"{name}: restore(prepare(w))")
+            restored(ops, ops.prepare(w.to(ops.device), request), w, f"{name}: restore(prepare(w))")
             checked += 1
     for name, request, w, _, _ in _weights(case, ops):
-        _restored(ops, ops.prepare(w, request), w, f"{name}: restore(prepare(w))")
+        restored(ops, ops.prepare(w, request), w, f"{name}: restore(prepare(w))")
         checked += 1
     return checked
 
 
-def _restored(ops: QuantOps, prepared: Prepared, w: QTensor | CodebookTensor, what: str) -> None:
+def agrees(prepared: Prepared, got: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal bits where the backend declares them; else nearer to the wanted result than to another weight's."""
+    if prepared.support.deterministic or same_bits(got, wanted):
+        return same_bits(got, wanted)
+    near, far = (float((got.double() - t.double()).norm()) for t in (wanted, other))
+    return near < far
+
+
+def restored(ops: QuantOps, prepared: Prepared, w: QTensor | CodebookTensor, what: str) -> None:
     """Bit for bit; a float code for -0 may come back as +0."""
     back = ops.restore(prepared)
     if isinstance(w, CodebookTensor):
@@ -166,9 +164,10 @@ def inputs_by_index(case: Case, ops: QuantOps) -> int:
         weight(case, "int8.row*fp32").to(ops.device), request, inputs=(Operand(eight), Operand(sixteen))
     )
     x = activation(case, ops)
+    results = [ops.gemm(x, prepared, input=index).clone() for index in (0, 1)]
     for index, f in enumerate((eight, sixteen)):
-        plain = ops.gemm(x, prepared, input=index).clone()
-        if not same_bits(plain, ops.gemm(ops.quantize(x, f, for_=prepared), prepared).clone()):
+        coded = ops.gemm(ops.quantize(x, f, for_=prepared), prepared).clone()
+        if not agrees(prepared, coded, results[index], results[1 - index]):
             raise Fault(FailKind.EXACT, f"gemm(x, input={index}) differs from gemm(quantize(x, {f}))")
     return 2 * x.numel()
 
@@ -178,7 +177,6 @@ def _quantize(f: Format) -> QuantizeRequest:
 
 
 RULES: dict[str, Callable[[Case, QuantOps], int]] = {
-    "refit-keeps-addresses": refit_keeps_addresses,
     "weights-are-independent": weights_are_independent,
     "restore-gives-back": restore_gives_back,
     "experts-by-their-index": experts_by_their_index,

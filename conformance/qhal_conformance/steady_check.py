@@ -11,13 +11,15 @@ from dataclasses import replace
 
 import torch
 
+from qhal.codebooks import CodebookTensor
 from qhal.formats import Format
 from qhal.interface import QuantOps
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest
+from qhal.requests import GemmRequest, GroupedRequest, VQRequest
 from qhal.tensors import QTensor, same_bits
 from qhal_conformance import datasets
 from qhal_conformance.cases import Case
+from qhal_conformance.contract_weights import agrees, experts_and_codebooks, restored
 from qhal_conformance.decode import decode, numbers, plain
 from qhal_conformance.generator import F32, Stream
 from qhal_conformance.outcome import FailKind
@@ -102,24 +104,43 @@ def many_calls(case: Case, ops: QuantOps) -> int:
 
 
 def refits(case: Case, ops: QuantOps) -> int:
-    """Two refits, bias included: after each the object computes, and restores to, the newest values."""
+    """Two refits, bias included, at the old addresses: the old object computes, and restores to, the newest values."""
     checked = 0
     for name, request in _claimed(case, ops, bias=True):
         host = _x(case, "x")
         x = torch.from_numpy(host).bfloat16().to(ops.device)
-        prepared: Prepared | None = None
-        for tag in ("w", "second", "third"):
-            w, bias = _weight(case, name, tag), _bias(case, tag).to(ops.device)
-            prepared = ops.prepare(w.to(ops.device), request, bias=bias, into=prepared)
+        tags = ("w", "second", "third")
+        biases = [_bias(case, tag).to(ops.device) for tag in tags]
+        weights = [_weight(case, name, tag) for tag in tags]
+        prepared = ops.prepare(weights[0].to(ops.device), request, bias=biases[0])
+        for tag, w, bias in zip(tags[1:], weights[1:], biases[1:], strict=True):
+            _refit(ops, prepared, w.to(ops.device), f"gemm of {name}", bias)
             wanted = ops.gemm(x, ops.prepare(w.to(ops.device), request, bias=bias)).clone()
             what = f"refitting instead of preparing the {tag} weight"
             _same(ops.gemm(x, prepared).clone(), wanted, _product(host, w, bias), ops, request, what)
-            back = ops.restore(prepared)
-            value = decode(back.to("cpu")).value if isinstance(back, QTensor) else None
-            if value is None or not bool((value == decode(w).value).all()):
-                raise Fault(FailKind.EXACT, f"{name}: after prepare(into=) restore does not give the {tag} weight")
             checked += 1
+    for name, request, old, new, product in experts_and_codebooks(case, ops):
+        prepared = ops.prepare(old, request)
+        before = product(prepared).clone()
+        _refit(ops, prepared, new, name)
+        wanted = product(ops.prepare(new, request)).clone()
+        if not agrees(prepared, product(prepared).clone(), wanted, before):
+            raise Fault(FailKind.EXACT, f"{name}: after prepare(into=) the old object does not compute the new values")
+        checked += 1
     return checked
+
+
+def _refit(
+    ops: QuantOps, prepared: Prepared, w: QTensor | CodebookTensor, name: str, bias: torch.Tensor | None = None
+) -> None:
+    """New values in a prepared weight; a captured graph reads them where the old ones were."""
+    request = prepared.request
+    assert isinstance(request, GemmRequest | GroupedRequest | VQRequest)
+    addresses = {key: t.data_ptr() for key, t in prepared.tensors().items()}
+    again = ops.prepare(w, request, bias=bias, into=prepared)
+    if {key: t.data_ptr() for key, t in again.tensors().items()} != addresses:
+        raise Fault(FailKind.EXACT, f"{name}: prepare(into=) moved a tensor; a captured graph would read the old one")
+    restored(ops, prepared, w, f"{name}: after prepare(into=), restore")
 
 
 def any_strides(case: Case, ops: QuantOps) -> int:
