@@ -101,7 +101,7 @@ class Permutation:
     def matrix(self, n: int) -> Tensor:
         """float64 [n, n]."""
         _fits(self, n, self.index.numel())
-        return torch.eye(n, dtype=torch.float64)[:, self.checked()]
+        return torch.eye(n, dtype=torch.float64, device=self.index.device)[:, self.checked()]
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,12 @@ class Kronecker:
 
     def matrix(self, n: int) -> Tensor:
         """float64 [n, n]."""
-        known = math.prod(m.shape[0] for m in (self.left, self.right) if m is not None)
+        given = [m for m in (self.left, self.right) if m is not None]
+        known = math.prod(m.shape[0] for m in given)
         if self.left is not None and self.right is not None and n != known:
             raise FormatError(f"Kronecker of {self.left.shape[0]} x {self.right.shape[0]} does not fit {n} features")
         _fits(self, n, known)
-        eye = torch.eye(n // known, dtype=torch.float64)
+        eye = torch.eye(n // known, dtype=torch.float64, device=given[0].device if given else "cpu")
         left = self.left.double() if self.left is not None else eye
         right = self.right.double() if self.right is not None else (eye if self.left is not None else eye[:1, :1])
         return torch.kron(left, right)
@@ -233,7 +234,7 @@ def kinds(chain: Sequence[Rotation]) -> tuple[tuple[object, ...], ...]:
 
 def matrix(chain: Sequence[Rotation], n: int) -> Tensor:
     """The float64 matrix [n, n] of a whole chain: y = x @ matrix."""
-    total = torch.eye(n, dtype=torch.float64)
+    total = torch.eye(n, dtype=torch.float64, device="cpu")
     for r in chain:
         total = total @ r.matrix(n)
     return total
@@ -263,7 +264,7 @@ def _inverted(m: Tensor) -> Tensor:
 
 
 def _repeat(block: Tensor, times: int) -> Tensor:
-    return torch.kron(torch.eye(times, dtype=block.dtype), block)
+    return torch.kron(torch.eye(times, dtype=block.dtype, device=block.device), block)
 
 
 def _square(r: object, m: Tensor | None) -> None:

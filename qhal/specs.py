@@ -175,9 +175,10 @@ class LinearSpec:
             joined = CodebookTensor.concat([w for w in weights if isinstance(w, CodebookTensor)], 0)
         else:
             raise ShardError(f"cannot fuse {names}: some weights are quantized and some are not")
-        bias = None
-        if any(p.bias is not None for p in parts):
-            bias = torch.cat([p.bias if p.bias is not None else torch.zeros(p.weight.shape[-2]) for p in parts])
+        bias, given = None, [p.bias for p in parts if p.bias is not None]
+        if given:
+            none = [torch.zeros(p.weight.shape[-2], device=given[0].device) for p in parts]
+            bias = torch.cat([zero if p.bias is None else p.bias for p, zero in zip(parts, none, strict=True)])
         return replace(first, weight=joined, bias=bias, name="+".join(names))
 
 

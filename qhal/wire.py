@@ -39,7 +39,7 @@ def encode_part(x: Tensor, codec: Codec) -> QTensor:
     runs = wide.shape[1] // _RUN
     q = encode(wide.reshape(rows, runs, _RUN // 2, 2).transpose(-1, -2).reshape(wide.shape), codec.format)
     codes = q.codes.reshape(rows, runs, 2, _RUN // 2).transpose(-1, -2).reshape(wide.shape)[:, :k].contiguous()
-    return replace(q, codes=codes, group_index=_parity(k, x.device))
+    return replace(q, codes=codes, group_index=_parity(k, codes.device))
 
 
 def wire_bytes(q: QTensor, codec: Codec) -> Tensor:
@@ -111,7 +111,6 @@ def _build(
 ) -> QTensor:
     codes = take(element(f.element), n, k, widths)
     table = lookup(f.element) if f.element == "lut8" else None
-    table = table if table is None else table.to(codes.device)
     if f.block is None:
         return QTensor(f, codes, table=table)
     grid = f.block.grid(n, columns)
@@ -159,15 +158,20 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     count = codes.numel()
-    words = pad(codes, (0, -count % 8)).reshape(-1, 8).long() << (torch.arange(8, device=codes.device) * bits)
-    stream = (words.sum(1, keepdim=True) >> (torch.arange(bits, device=codes.device) * 8)) & 255
+    within, bytes_ = _steps(8, bits, codes.device), _steps(bits, 8, codes.device)
+    words = pad(codes, (0, -count % 8)).reshape(-1, 8).long() << within
+    stream = (words.sum(1, keepdim=True) >> bytes_) & 255
     return stream.to(torch.uint8).flatten()[: -(-count * bits // 8)]
 
 
 def _unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return stream
+    within, bytes_ = _steps(8, bits, stream.device), _steps(bits, 8, stream.device)
     whole = pad(stream, (0, -stream.numel() % bits)).reshape(-1, bits).long()
-    words = (whole << (torch.arange(bits, device=stream.device) * 8)).sum(1, keepdim=True)
-    codes = (words >> (torch.arange(8, device=stream.device) * bits)) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten()[:count]
+    words = (whole << bytes_).sum(1, keepdim=True)
+    return ((words >> within) & ((1 << bits) - 1)).to(torch.uint8).flatten()[:count]
+
+
+def _steps(count: int, step: int, device: torch.device) -> Tensor:
+    return torch.arange(0, count * step, step, device=device)
