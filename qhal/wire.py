@@ -111,6 +111,7 @@ def _build(
 ) -> QTensor:
     codes = take(element(f.element), n, k, widths)
     table = lookup(f.element) if f.element == "lut8" else None
+    table = table if table is None else table.to(codes.device)
     if f.block is None:
         return QTensor(f, codes, table=table)
     grid = f.block.grid(n, columns)
