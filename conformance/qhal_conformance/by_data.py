@@ -9,7 +9,7 @@ import torch
 
 from qhal.interface import QuantOps
 from qhal_conformance.mutants import Mutant, cases_of
-from qhal_conformance.operations import OPERATIONS
+from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 
@@ -17,7 +17,8 @@ from qhal_conformance.runner import run_case
 def matrix(
     ops: QuantOps, mutants: Iterable[Mutant], level: int, seen: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
-    """`sets`: per `operation data` the faults that it kills, and those that it alone kills; `faults`: the reverse."""
+    """`sets`: per `operation data` the faults that it kills, and those that no other set of its operation kills;
+    `faults`: the reverse; `needless`: the sets that kill no fault alone."""
     faults: dict[str, list[str]] = {}
     for mutant in mutants:
         killers: list[str] = []
@@ -32,17 +33,24 @@ def matrix(
         faults[mutant.name] = killers
         seen(mutant.name)
     sets = {}
-    for name, operation in OPERATIONS.items():
-        for data in operation.data:
-            key = f"{name} {data}"
-            kills = [fault for fault, killers in faults.items() if key in killers]
-            sets[key] = {"kills": kills, "alone": [fault for fault in kills if len(faults[fault]) == 1]}
-    return {"sets": sets, "faults": faults}
+    for key in asked(level):
+        operation = key.partition(" ")[0]
+        kills = [fault for fault, killers in faults.items() if key in killers]
+        alone = [fault for fault in kills if [k.partition(" ")[0] for k in faults[fault]].count(operation) == 1]
+        sets[key] = {"kills": kills, "alone": alone}
+    needless = [key for key, entry in sets.items() if not entry["alone"]]
+    return {"sets": sets, "faults": faults, "needless": needless}
+
+
+def asked(level: int) -> list[str]:
+    """Every `operation data` that a level has a case of."""
+    used = {(case.operation, case.data) for case in catalogue(level)}
+    return [f"{name} {data}" for name, o in OPERATIONS.items() for data in o.data if (name, data) in used]
 
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| operation, data set | faults killed | killed by no other set |", "| --- | --- | --- |"]
+    lines = ["| operation, data set | faults killed | killed by no other set of the operation |", "| --- | --- | --- |"]
     for key, entry in found["sets"].items():
         alone = ", ".join(f"`{name}`" for name in entry["alone"][:3])
         more = f" and {len(entry['alone']) - 3} more" if len(entry["alone"]) > 3 else ""

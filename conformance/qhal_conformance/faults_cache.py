@@ -32,13 +32,7 @@ class _Replanned(AttentionBatch):
         self.inner, self._spoil, self._tree, self._page = inner, spoil, tree, page
 
     def plan(
-        self,
-        query_lens: Tensor,
-        kv_lens: Tensor,
-        page_table: Tensor,
-        *,
-        kv_lens_device: Tensor | None = None,
-        tree: Tensor | None = None,
+        self, query_lens: Tensor, kv_lens: Tensor, page_table: Tensor, *, tree: Tensor | None = None, **how: Any
     ) -> None:
         """Spoil, keep within the table, plan."""
         queries, keys, table = self._spoil((query_lens, kv_lens, page_table))
@@ -48,7 +42,7 @@ class _Replanned(AttentionBatch):
             parts = tree.split(squares)
             spoiled = [self._tree(t.reshape(n, n)) for t, n in zip(parts, query_lens.tolist(), strict=True)]
             tree = torch.cat([t.reshape(-1) for t in spoiled])
-        self.inner.plan(queries, keys, table, kv_lens_device=kv_lens_device, tree=tree)
+        self.inner.plan(queries, keys, table, tree=tree, **how)
 
 
 class _Attention(Wrapped):
@@ -75,14 +69,7 @@ class _Attention(Wrapped):
         return _Replanned(inner, self._plan, self._tree, request.kv.page)
 
     def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
+        self, q: Tensor, cache: KVCache, batch: AttentionBatch, *, sinks: Tensor | None = None, **how: Any
     ) -> Tensor:
         """With the spoiled query and scales; a sink that the spoiled request no longer has is dropped."""
         assert isinstance(batch, _Replanned)
@@ -90,7 +77,7 @@ class _Attention(Wrapped):
         cache = KVCache(cache.request, planes, cache.layout, cache.host)
         q = self._query(q, cache.request.heads)
         keep = sinks if self.__dict__.get("_sinks", True) else None
-        return self._inner.attention(q, cache, batch.inner, sinks=keep, out=out, lse=lse)
+        return self._inner.attention(q, cache, batch.inner, sinks=keep, **how)
 
 
 def _attention(**methods: Any) -> type[Wrapped]:
@@ -148,17 +135,10 @@ class LseBaseTwo(_Attention):
     """lse is a logarithm to base 2."""
 
     def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
+        self, q: Tensor, cache: KVCache, batch: AttentionBatch, *, lse: Tensor | None = None, **how: Any
     ) -> Tensor:
         """Scale the logarithm."""
-        y = super().attention(q, cache, batch, sinks=sinks, out=out, lse=lse)
+        y = super().attention(q, cache, batch, lse=lse, **how)
         if lse is not None:
             lse *= 1.4426950408889634
         return y
@@ -186,11 +166,9 @@ class _Grouped(Wrapped):
     def _groups(self, groups: Groups, rows: int) -> Groups:
         return groups
 
-    def grouped_gemm(
-        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
-    ) -> Tensor | QTensor:
+    def grouped_gemm(self, x: Tensor | QTensor, w: Prepared, groups: Groups, **how: Any) -> Tensor | QTensor:
         """Spoil, then multiply."""
-        return self._inner.grouped_gemm(x, w, self._groups(groups, x.shape[-2]), out=out)
+        return self._inner.grouped_gemm(x, w, self._groups(groups, x.shape[-2]), **how)
 
 
 class OffsetPlusOne(_Grouped):
@@ -254,8 +232,8 @@ class _Rotated(Wrapped):
         rotation: Prepared | Sequence[Rotation],
         *,
         quantize: Operand | None = None,
-        for_: Prepared | None = None,
         out: Tensor | QTensor | None = None,
+        **how: Any,
     ) -> Tensor | QTensor:
         """Rotate, spoil, quantize."""
         chain: Any = getattr(rotation, "chain", rotation)
@@ -264,7 +242,7 @@ class _Rotated(Wrapped):
         assert isinstance(y, Tensor) and isinstance(first, Hadamard)
         y = self._spoil(y.float(), first.n).to(x.dtype)
         if quantize is not None:
-            return self._inner.quantize(y, quantize, for_=for_)
+            return self._inner.quantize(y, quantize, **how)
         return y if out is None else out.copy_(y) if isinstance(out, Tensor) else y
 
 

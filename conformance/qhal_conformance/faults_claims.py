@@ -18,7 +18,6 @@ from qhal.groups import Groups
 from qhal.prepared import Prepared
 from qhal.requests import (
     AttentionRequest,
-    GemmRequest,
     GroupedRequest,
     HadamardRequest,
     KVRequest,
@@ -29,27 +28,18 @@ from qhal.requests import (
 from qhal.rotations import Rotation
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 
 class WeightsShareBuffer(Wrapped):
     """A second weight of the same request is laid over the first one."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, into: Prepared | None = None, **how: Any) -> Prepared:
         """Into the last one."""
         made = self.__dict__.setdefault("_made", {})
         if not isinstance(request, HadamardRequest):
             into = into or made.get(request)
-        made[request] = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made[request] = self._inner.prepare(w, request, into=into, **how)
         return made[request]  # type: ignore[no-any-return]
 
 
@@ -67,18 +57,9 @@ class RestoreRollsRows(Wrapped):
 class RestoreRemembers(Wrapped):
     """restore returns what was prepared first, not what a refit put there."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """Remember the first."""
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(w, request, **how)
         if not isinstance(request, HadamardRequest):
             self.__dict__.setdefault("_first", {}).setdefault(made.handle, w)
         return made
@@ -93,19 +74,17 @@ class RestoreRemembers(Wrapped):
 class InputIndexIgnored(Wrapped):
     """x is always quantized as the first input."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, **how: Any) -> Tensor:
         """input=0."""
-        return self._inner.gemm(x, w, input=0, out=out)
+        return self._inner.gemm(x, w, input=0, **how)
 
 
 class FirstExpertOff(Wrapped):
     """Expert 0 takes another path, which rounds otherwise."""
 
-    def grouped_gemm(
-        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
-    ) -> Tensor | QTensor:
+    def grouped_gemm(self, x: Tensor | QTensor, w: Prepared, groups: Groups, **how: Any) -> Tensor | QTensor:
         """One unit in the last place."""
-        y = self._inner.grouped_gemm(x, w, groups, out=out)
+        y = self._inner.grouped_gemm(x, w, groups, **how)
         ids = getattr(groups, "ids", None)
         if isinstance(y, Tensor) and ids is not None and y.shape[0] == ids.numel():
             y.view(torch.int16)[ids.reshape(-1) == 0] ^= 1
@@ -137,31 +116,20 @@ def _falls_back(to: Callable[[Any], Any]) -> type[Wrapped]:
     class FallsBack(Wrapped):
         """See `to`."""
 
-        def prepare(
-            self,
-            w: Weight,
-            request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-            *,
-            inputs: Sequence[Operand] = (),
-            operand: Operand | None = None,
-            bias: Tensor | None = None,
-            into: Prepared | None = None,
-        ) -> Prepared:
+        def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
             """The near one."""
             near = request if self._inner.supports(request) else to(request)
-            return self._inner.prepare(w, near, inputs=inputs, operand=operand, bias=bias, into=into)
+            return self._inner.prepare(w, near, **how)
 
         def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
             """The near one."""
             near = request if self._inner.supports(request) else to(request)
             return self._inner.attention_batch(near, limits)
 
-        def kv_planes(
-            self, request: KVRequest, *, attention: Sequence[AttentionRequest] = ()
-        ) -> tuple[str, tuple[Plane, ...]]:
+        def kv_planes(self, request: KVRequest, **how: Any) -> tuple[str, tuple[Plane, ...]]:
             """The near one."""
             near = request if self._inner.supports(request) else to(request)
-            return self._inner.kv_planes(near, attention=attention)
+            return self._inner.kv_planes(near, **how)
 
     return FallsBack
 
@@ -169,14 +137,12 @@ def _falls_back(to: Callable[[Any], Any]) -> type[Wrapped]:
 class QuantizeFallsBack(Wrapped):
     """A format that cannot be quantized to becomes int8 by rows."""
 
-    def quantize(
-        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
-    ) -> QTensor:
+    def quantize(self, x: Tensor, to: Operand | Format, *, out: QTensor | None = None, **how: Any) -> QTensor:
         """Another format."""
         try:
-            return self._inner.quantize(x, to, for_=for_, out=out)
+            return self._inner.quantize(x, to, out=out, **how)
         except QhalError:
-            return self._inner.quantize(x, Format.parse("int8.row*fp32"), for_=for_)
+            return self._inner.quantize(x, Format.parse("int8.row*fp32"), **how)
 
 
 class ForeignAccepted(Wrapped):
@@ -187,52 +153,33 @@ class ForeignAccepted(Wrapped):
     def _ours(self, verb: str, thing: Any) -> bool:
         return verb != self._verb or not isinstance(thing, Prepared) or thing.backend != "another backend"
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Zeros."""
         if self._ours("gemm", w):
-            return self._inner.gemm(x, w, input=input, out=out)
+            return self._inner.gemm(x, w, **how)
         return torch.zeros(x.shape[0], 1)
 
-    def grouped_gemm(
-        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
-    ) -> Tensor | QTensor:
+    def grouped_gemm(self, x: Tensor | QTensor, w: Prepared, groups: Groups, **how: Any) -> Tensor | QTensor:
         """Zeros."""
         if self._ours("grouped_gemm", w):
-            return self._inner.grouped_gemm(x, w, groups, out=out)
+            return self._inner.grouped_gemm(x, w, groups, **how)
         return torch.zeros(x.shape[0], 1)
 
-    def hadamard(
-        self,
-        x: Tensor,
-        rotation: Prepared | Sequence[Rotation],
-        *,
-        quantize: Operand | None = None,
-        for_: Prepared | None = None,
-        out: Tensor | QTensor | None = None,
-    ) -> Tensor | QTensor:
+    def hadamard(self, x: Tensor, rotation: Prepared | Sequence[Rotation], **how: Any) -> Tensor | QTensor:
         """x."""
         if self._ours("hadamard", rotation):
-            return self._inner.hadamard(x, rotation, quantize=quantize, for_=for_, out=out)
+            return self._inner.hadamard(x, rotation, **how)
         return x
 
     def restore(self, thing: Prepared | KVCache | QTensor) -> QTensor | CodebookTensor | Tensor | KVCache:
         """A weight of zeros."""
         return self._inner.restore(thing) if self._ours("restore", thing) else torch.zeros(1, 1)
 
-    def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, **how: Any) -> Tensor:
         """Zeros for a batch that was never planned here."""
         if self._verb == "attention" and type(batch).__name__ == "_ForeignBatch":
             return torch.zeros_like(q)
-        return self._inner.attention(q, cache, batch, sinks=sinks, out=out, lse=lse)
+        return self._inner.attention(q, cache, batch, **how)
 
 
 def _foreign(verb: str) -> type[Wrapped]:
@@ -245,18 +192,10 @@ class _Lenient(AttentionBatch):
     def __init__(self, inner: AttentionBatch) -> None:
         self.inner = inner
 
-    def plan(
-        self,
-        query_lens: Tensor,
-        kv_lens: Tensor,
-        page_table: Tensor,
-        *,
-        kv_lens_device: Tensor | None = None,
-        tree: Tensor | None = None,
-    ) -> None:
+    def plan(self, query_lens: Tensor, kv_lens: Tensor, page_table: Tensor, **how: Any) -> None:
         """No error."""
         try:
-            self.inner.plan(query_lens, kv_lens, page_table, kv_lens_device=kv_lens_device, tree=tree)
+            self.inner.plan(query_lens, kv_lens, page_table, **how)
         except BatchError:
             self.inner.plan(query_lens[:1], kv_lens[:1].clamp(max=1), page_table[:1])
 
@@ -268,19 +207,10 @@ class LimitsIgnored(Wrapped):
         """A lenient one."""
         return _Lenient(self._inner.attention_batch(request, limits))
 
-    def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, **how: Any) -> Tensor:
         """With the batch inside."""
         inner = batch.inner if isinstance(batch, _Lenient) else batch
-        return self._inner.attention(q, cache, inner, sinks=sinks, out=out, lse=lse)
+        return self._inner.attention(q, cache, inner, **how)
 
 
 def _indexed(request: Any) -> Any:

@@ -41,15 +41,13 @@ class _Around(Wrapped):
     def _through(self, op: str, x: Any, out: Any, inner: Inner) -> Any:
         return self._do(x, out, inner) if op == self._op else inner(x, out)
 
-    def quantize(
-        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
-    ) -> QTensor:
+    def quantize(self, x: Tensor, to: Operand | Format, *, out: QTensor | None = None, **how: Any) -> QTensor:
         """Through `_do`."""
-        return self._through("quantize", x, out, lambda x, out: self._inner.quantize(x, to, for_=for_, out=out))  # type: ignore[no-any-return]
+        return self._through("quantize", x, out, lambda x, out: self._inner.quantize(x, to, out=out, **how))  # type: ignore[no-any-return]
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:
         """Through `_do`."""
-        return self._through("gemm", x, out, lambda x, out: self._inner.gemm(x, w, input=input, out=out))  # type: ignore[no-any-return]
+        return self._through("gemm", x, out, lambda x, out: self._inner.gemm(x, w, out=out, **how))  # type: ignore[no-any-return]
 
     def grouped_gemm(
         self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
@@ -58,41 +56,28 @@ class _Around(Wrapped):
         return self._through("grouped_gemm", x, out, lambda x, out: self._inner.grouped_gemm(x, w, groups, out=out))  # type: ignore[no-any-return]
 
     def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
+        self, q: Tensor, cache: KVCache, batch: AttentionBatch, *, out: Tensor | None = None, **how: Any
     ) -> Tensor:
         """Through `_do`."""
 
         def inner(q: Any, out: Any) -> Any:
-            return self._inner.attention(q, cache, batch, sinks=sinks, out=out, lse=lse)
+            return self._inner.attention(q, cache, batch, out=out, **how)
 
         return self._through("attention", q, out, inner)  # type: ignore[no-any-return]
 
     def hadamard(
-        self,
-        x: Tensor,
-        rotation: Prepared | Sequence[Rotation],
-        *,
-        quantize: Operand | None = None,
-        for_: Prepared | None = None,
-        out: Tensor | QTensor | None = None,
+        self, x: Tensor, rotation: Prepared | Sequence[Rotation], *, out: Tensor | QTensor | None = None, **how: Any
     ) -> Tensor | QTensor:
         """Through `_do`."""
 
         def inner(x: Any, out: Any) -> Any:
-            return self._inner.hadamard(x, rotation, quantize=quantize, for_=for_, out=out)
+            return self._inner.hadamard(x, rotation, out=out, **how)
 
         return self._through("hadamard", x, out, inner)  # type: ignore[no-any-return]
 
-    def vq_decode(self, w: Prepared, *, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
+    def vq_decode(self, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:
         """Through `_do`."""
-        return self._through("vq_decode", None, out, lambda _, out: self._inner.vq_decode(w, rows=rows, out=out))  # type: ignore[no-any-return]
+        return self._through("vq_decode", None, out, lambda _, out: self._inner.vq_decode(w, out=out, **how))  # type: ignore[no-any-return]
 
 
 def _around(op: str, do: Callable[[Any, Any, Any, Inner], Any]) -> type[Wrapped]:

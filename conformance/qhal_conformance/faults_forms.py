@@ -13,11 +13,11 @@ from torch import Tensor
 from qhal.formats import Format
 from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQRequest
+from qhal.requests import HadamardRequest
 from qhal.rotations import Rotation
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 # ---- quantize
 
@@ -31,11 +31,9 @@ class _Quantized(Wrapped):
     def _after(self, q: QTensor, x: Tensor) -> None:
         return None
 
-    def quantize(
-        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
-    ) -> QTensor:
+    def quantize(self, x: Tensor, to: Operand | Format, **how: Any) -> QTensor:
         """Change, quantize, change in place."""
-        q = self._inner.quantize(self._before(x), to, for_=for_, out=out)
+        q = self._inner.quantize(self._before(x), to, **how)
         if x.numel():
             self._after(q, x)
         return q
@@ -87,11 +85,9 @@ class _Grouped(Wrapped):
     def _after(self, y: Tensor | QTensor, x: Tensor | QTensor, w: Prepared, groups: Groups) -> None:
         return None
 
-    def grouped_gemm(
-        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
-    ) -> Tensor | QTensor:
+    def grouped_gemm(self, x: Tensor | QTensor, w: Prepared, groups: Groups, **how: Any) -> Tensor | QTensor:
         """Change, multiply, change."""
-        y = self._inner.grouped_gemm(x, w, self._before(groups), out=out)
+        y = self._inner.grouped_gemm(x, w, self._before(groups), **how)
         self._after(y, x, w, groups)
         return y
 
@@ -147,22 +143,13 @@ def _narrow_weights(groups: Groups) -> Groups:
 class FirstExpertsScale(Wrapped):
     """Static input scales of the first expert serve all."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, inputs: Sequence[Operand] = (), **how: Any) -> Prepared:
         """With one scale."""
         shared = tuple(
             replace(o, scale=o.scale[:1].expand_as(o.scale).contiguous()) if o.per_expert and o.scale is not None else o
             for o in inputs
         )
-        return self._inner.prepare(w, request, inputs=shared, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, request, inputs=shared, **how)
 
 
 # ---- rotations
@@ -184,8 +171,8 @@ class _Rotated(Wrapped):
         rotation: Prepared | Sequence[Rotation],
         *,
         quantize: Operand | None = None,
-        for_: Prepared | None = None,
         out: Tensor | QTensor | None = None,
+        **how: Any,
     ) -> Tensor | QTensor:
         """Change, rotate."""
         request = rotation.request if isinstance(rotation, Prepared) else None
@@ -197,7 +184,7 @@ class _Rotated(Wrapped):
             return out.copy_(x)
         if self._kinds(names):
             return x.clone()
-        return self._inner.hadamard(self._numbers(x), rotation, quantize=quantize, for_=for_, out=out)
+        return self._inner.hadamard(self._numbers(x), rotation, quantize=quantize, out=out, **how)
 
 
 def _rotated(change: Callable[[Tensor], Tensor]) -> type[Wrapped]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.codebooks import CodebookTensor
 from qhal.errors import UnsupportedError
 from qhal.prepared import Prepared
-from qhal.requests import AttentionRequest, GemmRequest, GroupedRequest, HadamardRequest, Support, VQRequest
-from qhal.specs import Operand
+from qhal.requests import AttentionRequest, GemmRequest, Support
 from qhal.tensors import QTensor
 from qhal_conformance.replaying import Replaying
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 
 class ReplayStale(Replaying):
@@ -84,20 +83,11 @@ class ReplayKeepsWeight(Replaying):
         self._refitted: dict[int, Prepared] = {}
         self._replays = False
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, into: Prepared | None = None, **how: Any) -> Prepared:
         """Into another object, which plain calls read."""
         if into is None or not isinstance(request, GemmRequest):
-            return super().prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
-        made = super().prepare(w, request, inputs=inputs, operand=operand, bias=bias)
+            return super().prepare(w, request, into=into, **how)
+        made = super().prepare(w, request, **how)
         self._refitted[into.handle] = made
         return into
 
@@ -105,10 +95,10 @@ class ReplayKeepsWeight(Replaying):
         """Of the new one."""
         return self._inner.restore(self._refitted.get(thing.handle, thing) if isinstance(thing, Prepared) else thing)
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """With the new one, outside graphs."""
         now = w if self._replays else self._refitted.get(w.handle, w)
-        return self._inner.gemm(x, now, input=input, out=out)
+        return self._inner.gemm(x, now, **how)
 
     def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         """Replays know that they are."""
@@ -130,18 +120,10 @@ class _Frozen(AttentionBatch):
     def __init__(self, inner: AttentionBatch, first: AttentionBatch) -> None:
         self.inner, self.first, self._planned = inner, first, False
 
-    def plan(
-        self,
-        query_lens: Tensor,
-        kv_lens: Tensor,
-        page_table: Tensor,
-        *,
-        kv_lens_device: Tensor | None = None,
-        tree: Tensor | None = None,
-    ) -> None:
+    def plan(self, query_lens: Tensor, kv_lens: Tensor, page_table: Tensor, **how: Any) -> None:
         """The first plan goes to both."""
         for batch in (self.inner,) if self._planned else (self.inner, self.first):
-            batch.plan(query_lens, kv_lens, page_table, kv_lens_device=kv_lens_device, tree=tree)
+            batch.plan(query_lens, kv_lens, page_table, **how)
         self._planned = True
 
 
@@ -152,32 +134,14 @@ class ReplayKeepsPlan(ReplayKeepsWeight):
         """Two batches."""
         return _Frozen(super().attention_batch(request, limits), super().attention_batch(request, limits))
 
-    def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, **how: Any) -> Tensor:
         """The first plan in a replay."""
         inner = (batch.first if self._replays else batch.inner) if isinstance(batch, _Frozen) else batch
-        return self._inner.attention(q, cache, inner, sinks=sinks, out=out, lse=lse)
+        return self._inner.attention(q, cache, inner, **how)
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """Weights are refitted rightly."""
-        return Replaying.prepare(self, w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        return Replaying.prepare(self, w, request, **how)
 
 
 GRAPH_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = tuple(

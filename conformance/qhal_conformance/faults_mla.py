@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +36,12 @@ class _Latent(Wrapped):
         return self._inner.attention_batch(self._request(request), limits)
 
     def attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        *,
-        sinks: Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
+        self, q: Tensor, cache: KVCache, batch: AttentionBatch, *, out: Tensor | None = None, **how: Any
     ) -> Tensor:
         """Spoil, attend, spoil."""
         latent, rope = cache.request.k_dim, cache.request.v_dim
         cache = KVCache(cache.request, self._planes(dict(cache.planes)), cache.layout, cache.host)
-        y = self._inner.attention(self._query(q, latent), cache, batch, sinks=sinks, lse=lse)
+        y = self._inner.attention(self._query(q, latent), cache, batch, **how)
         y = self._result(y, rope).contiguous()
         return y if out is None else out.copy_(y)
 

@@ -70,14 +70,14 @@ class _Planned(AttentionBatch):
         page_table: Tensor,
         *,
         kv_lens_device: Tensor | None = None,
-        tree: Tensor | None = None,
+        **how: Any,
     ) -> None:
         """Cut, or without the lengths on the device."""
         type(self).first_page = int(page_table.reshape(-1)[0]) if page_table.numel() else 0
         known = kv_lens_device if self._device_lengths else None
         keys = kv_lens.clamp(max=self._longest)
         known = None if known is None else known.clamp(max=self._longest)
-        self.inner.plan(query_lens, keys, page_table, kv_lens_device=known, tree=tree)
+        self.inner.plan(query_lens, keys, page_table, kv_lens_device=known, **how)
 
 
 class _Attention(Wrapped):
@@ -107,13 +107,13 @@ class _Attention(Wrapped):
         batch: AttentionBatch,
         *,
         sinks: Tensor | None = None,
-        out: Tensor | None = None,
         lse: Tensor | None = None,
+        **how: Any,
     ) -> Tensor:
         """Attend, change."""
         assert isinstance(batch, _Planned)
         changed = None if sinks is None else self._sinks(sinks)
-        y = self._inner.attention(q, cache, batch.inner, sinks=changed, out=out, lse=lse)
+        y = self._inner.attention(q, cache, batch.inner, sinks=changed, lse=lse, **how)
         self._spoil(y, lse, batch.inner.request, sinks)  # type: ignore[attr-defined]
         return y
 

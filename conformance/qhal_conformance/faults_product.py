@@ -191,9 +191,9 @@ class ReadsPastRow(Recomputed):
 class PreviousResult(Wrapped):
     """The result of the call before is returned if it has the right shape."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:
         """Stale."""
-        y = self._inner.gemm(x, w, input=input, out=out)
+        y = self._inner.gemm(x, w, out=out, **how)
         last, self.__dict__["_last"] = self.__dict__.get("_last"), y.clone()
         stale = y if last is None or last.shape != y.shape else last
         return stale if out is None else out.copy_(stale)
@@ -202,9 +202,9 @@ class PreviousResult(Wrapped):
 class MutatesInput(Wrapped):
     """x is scaled in place."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Compute, then spoil x."""
-        y = self._inner.gemm(x, w, input=input, out=out)
+        y = self._inner.gemm(x, w, **how)
         if isinstance(x, Tensor) and x.is_floating_point():
             x *= 0.5
         return y
@@ -213,41 +213,41 @@ class MutatesInput(Wrapped):
 class IgnoresOut(Wrapped):
     """`out` is not written."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:
         """A new tensor."""
-        return self._inner.gemm(x, w, input=input)
+        return self._inner.gemm(x, w, **how)
 
 
 class OutNotReturned(Wrapped):
     """`out` is written, a copy is returned."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """A copy."""
-        return self._inner.gemm(x, w, input=input, out=out).clone()
+        return self._inner.gemm(x, w, **how).clone()
 
 
 class WrongDtype(Wrapped):
     """The result is float32."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Another dtype."""
-        return self._inner.gemm(x, w, input=input, out=out).float()
+        return self._inner.gemm(x, w, **how).float()
 
 
 class Transposed(Wrapped):
     """The result has its axes exchanged."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Another stride."""
-        return self._inner.gemm(x, w, input=input, out=out).t().contiguous().t()
+        return self._inner.gemm(x, w, **how).t().contiguous().t()
 
 
 class WritesPastEnd(Wrapped):
     """One element after the last row of `out` is written."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:
         """Compute, then write beside."""
-        y = self._inner.gemm(x, w, input=input, out=out)
+        y = self._inner.gemm(x, w, out=out, **how)
         if out is not None and out.numel() and out.untyped_storage().nbytes() > out.numel() * out.element_size():
             out.as_strided((1,), (1,), out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + out.shape[1]).fill_(
                 1
@@ -258,29 +258,29 @@ class WritesPastEnd(Wrapped):
 class ReturnsZeros(Wrapped):
     """Nothing is computed."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Zeros."""
-        y = self._inner.gemm(x, w, input=input, out=out)
+        y = self._inner.gemm(x, w, **how)
         return y.zero_()
 
 
 class ReturnsNone(Wrapped):
     """`out` is written and nothing returned."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """No result."""
-        self._inner.gemm(x, w, input=input, out=out)
+        self._inner.gemm(x, w, **how)
         return None  # type: ignore[return-value]
 
 
 class Raises(Wrapped):
     """The call fails for one row count."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """An error of its own."""
         if x.shape[0] == 1:
             raise RuntimeError("invalid launch configuration")
-        return self._inner.gemm(x, w, input=input, out=out)
+        return self._inner.gemm(x, w, **how)
 
 
 PRODUCT_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = tuple(

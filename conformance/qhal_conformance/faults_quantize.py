@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,10 @@ from qhal.caches import KVCache
 from qhal.codebooks import CodebookTensor
 from qhal.formats import Format
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Request, Support, VQRequest
+from qhal.requests import GemmRequest, Request, Support
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 Change = Callable[[Format], Format]
 
@@ -26,16 +26,14 @@ class _OtherRule(Wrapped):
 
     _change: Change
 
-    def quantize(
-        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
-    ) -> QTensor:
+    def quantize(self, x: Tensor, to: Operand | Format, *, out: QTensor | None = None, **how: Any) -> QTensor:
         """Change the rule, quantize, restore the label."""
         operand = to if isinstance(to, Operand) else Operand(to)
         changed = type(self)._change(operand.format)
         if operand.format.scale is None:
-            return self._inner.quantize(x, to, for_=for_, out=out)
+            return self._inner.quantize(x, to, out=out, **how)
         target = None if out is None else replace(out, format=changed)
-        q = self._inner.quantize(x, replace(operand, format=changed), for_=for_, out=target)
+        q = self._inner.quantize(x, replace(operand, format=changed), out=target, **how)
         return replace(q, format=operand.format)
 
 
@@ -56,11 +54,9 @@ class _QuantizedAfter(Wrapped):
     def _after(self, q: QTensor, x: Tensor) -> None:
         raise NotImplementedError
 
-    def quantize(
-        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
-    ) -> QTensor:
+    def quantize(self, x: Tensor, to: Operand | Format, **how: Any) -> QTensor:
         """Quantize, then spoil in place."""
-        q = self._inner.quantize(x, to, for_=for_, out=out)
+        q = self._inner.quantize(x, to, **how)
         if x.numel():
             self._after(q, x)
         return q
@@ -85,12 +81,10 @@ class LowestKept(_QuantizedAfter):
 class ScaleOfWholeTensor(Wrapped):
     """Row scales are computed over all rows."""
 
-    def quantize(
-        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
-    ) -> QTensor:
+    def quantize(self, x: Tensor, to: Operand | Format, **how: Any) -> QTensor:
         """The same scale for every row."""
         fmt = to.format if isinstance(to, Operand) else to
-        q = self._inner.quantize(x, to, for_=for_, out=out)
+        q = self._inner.quantize(x, to, **how)
         if fmt.block is not None and fmt.block.kind == "row" and isinstance(q.scale, Tensor) and q.scale.numel():
             q.scale.fill_(float(q.scale.float().max()))
         return q
@@ -130,64 +124,37 @@ class RefusesWithoutReason(Wrapped):
 class FallsBack(Wrapped):
     """What is refused is executed in another way, silently."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """Without the graph that was asked for."""
         if isinstance(request, GemmRequest) and request.graph:
             request = replace(request, graph=False)
-        return self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, request, **how)
 
 
 class RefitIgnored(Wrapped):
     """prepare(into=) returns the old weight."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, into: Prepared | None = None, **how: Any) -> Prepared:
         """Keep what there is."""
-        return into if into is not None else self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias)
+        return into if into is not None else self._inner.prepare(w, request, **how)
 
 
 class RefitMoves(Wrapped):
     """prepare(into=) makes a new weight and returns that."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, into: Prepared | None = None, **how: Any) -> Prepared:
         """At new addresses."""
-        return self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias)
+        return self._inner.prepare(w, request, **how)
 
 
 class GlobalState(Wrapped):
     """gemm switches torch to deterministic algorithms and leaves it so."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """With a side effect, on a setting that changes no number here."""
         other = {"high": "highest", "highest": "high"}.get(torch.get_float32_matmul_precision(), "highest")
         torch.set_float32_matmul_precision(other)
-        return self._inner.gemm(x, w, input=input, out=out)
+        return self._inner.gemm(x, w, **how)
 
 
 QUANTIZE_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (

@@ -102,14 +102,11 @@ class Kept(Wrapped):
         codec: Codec,
         group: Any,
         *,
-        splits: Sequence[int] | None = None,
-        decode: bool = True,
         out: Tensor | None = None,
         async_op: bool = False,
+        **how: Any,
     ) -> Any:
         """Hand over, then spoil."""
-        y = self._inner.comm_quant(
-            x, collective, codec, group, splits=splits, decode=decode, out=out if self._out else None
-        )
+        y = self._inner.comm_quant(x, collective, codec, group, out=out if self._out else None, **how)
         y = self._after(x, y)
         return Done(y) if async_op and self._async else y

@@ -4,7 +4,7 @@ with a broken backend; each of them once did."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from qhal.interface import QuantOps
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQRequest
-from qhal.specs import Operand
+from qhal.requests import GemmRequest
 from qhal.tensors import QTensor
 from qhal_conformance.faults_weight import spoiled
-from qhal_conformance.wrapping import Recomputed, Weight, Wrapped, rounded
+from qhal_conformance.wrapping import Recomputed, Weight, WeightRequest, Wrapped, rounded
 
 Product = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
@@ -135,9 +134,9 @@ class _Calls(Wrapped):
         super().__init__(inner)
         self._count = 0
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Count, compute, spoil one element."""
-        y = self._inner.gemm(x, w, input=input, out=out)
+        y = self._inner.gemm(x, w, **how)
         self._count += 1
         if type(self)._wrong(self._count) and y.numel():
             y[0, 0] = 2 * y[-1, -1] + 1
@@ -159,94 +158,69 @@ class _Remembering(Wrapped):
 class NewestWeight(_Remembering):
     """The weight that was prepared last for a request serves every weight of that request."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """Remember it."""
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(w, request, **how)
         if isinstance(request, GemmRequest):
             self._seen[request] = made
         return made
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """With the newest."""
-        return self._inner.gemm(x, self._seen.get(w.request, w), input=input, out=out)
+        return self._inner.gemm(x, self._seen.get(w.request, w), **how)
 
 
 class InputByAddress(_Remembering):
     """What was done to x is kept by its address: new numbers in an old buffer are not seen."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """With the first numbers."""
         if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2:
             x = self._seen.setdefault((x.data_ptr(), tuple(x.shape)), x.clone())
-        return self._inner.gemm(x, w, input=input, out=out)
+        return self._inner.gemm(x, w, **how)
 
 
 class ScaleOfFirstCall(_Remembering):
     """The scales of the first quantized x serve all that follow."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """With old scales."""
         if isinstance(x, QTensor) and isinstance(x.scale, Tensor):
             x = replace(x, scale=self._seen.setdefault((w.handle, x.scale.shape), x.scale.clone()))
-        return self._inner.gemm(x, w, input=input, out=out)
+        return self._inner.gemm(x, w, **how)
 
 
 class WrongInOtherThreads(Wrapped):
     """State that belongs to the thread that loaded the backend is missing in others."""
 
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
         """Zeros elsewhere."""
-        y = self._inner.gemm(x, w, input=input, out=out)
+        y = self._inner.gemm(x, w, **how)
         return y if threading.current_thread() is threading.main_thread() else y.zero_()
 
 
 class OneRefitOnly(_Remembering):
     """The second prepare(into=) of a weight changes nothing."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, into: Prepared | None = None, **how: Any) -> Prepared:
         """Count refits by weight."""
         if into is not None:
             if into.handle in self._seen:
                 return into
             self._seen[into.handle] = True
-        return self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, request, into=into, **how)
 
 
 class RefitKeepsBias(_Remembering):
     """prepare(into=) leaves the old bias."""
 
     def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
+        self, w: Weight, request: WeightRequest, *, bias: Tensor | None = None, into: Prepared | None = None, **how: Any
     ) -> Prepared:
         """With the first bias."""
         if into is not None and bias is not None:
             bias = self._seen[into.handle]
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(w, request, bias=bias, into=into, **how)
         self._seen[made.handle] = bias
         return made
 
@@ -254,21 +228,12 @@ class RefitKeepsBias(_Remembering):
 class StridesIgnored(Wrapped):
     """Planes of a weight are read as if they were contiguous."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """From the first address on."""
         if isinstance(w, QTensor) and not w.codes.is_contiguous() and w.codes.dim() == 2:
             strides = (w.codes.shape[1], 1)
             w = replace(w, codes=w.codes.as_strided(w.codes.shape, strides, w.codes.storage_offset()))
-        return self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, request, **how)
 
 
 RARE_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQRequest
+from qhal.requests import HadamardRequest
 from qhal.rotations import Dense, Diagonal, Hadamard, Kronecker, Permutation, Rotation
-from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 Chain = list[Rotation]
 
@@ -24,34 +24,17 @@ class _Chained(Wrapped):
     def _chain(self, chain: Chain, n: int) -> Chain:
         raise NotImplementedError
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """Remember the chain."""
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(w, request, **how)
         if isinstance(request, HadamardRequest) and isinstance(w, Sequence):
             self.__dict__.setdefault("_chains", {})[made.handle] = list(w)
         return made
 
-    def hadamard(
-        self,
-        x: Tensor,
-        rotation: Prepared | Sequence[Rotation],
-        *,
-        quantize: Operand | None = None,
-        for_: Prepared | None = None,
-        out: Tensor | QTensor | None = None,
-    ) -> Tensor | QTensor:
+    def hadamard(self, x: Tensor, rotation: Prepared | Sequence[Rotation], **how: Any) -> Tensor | QTensor:
         """Spoil, then rotate."""
         chain = self.__dict__["_chains"][rotation.handle] if isinstance(rotation, Prepared) else list(rotation)
-        return self._inner.hadamard(x, self._chain(chain, x.shape[-1]), quantize=quantize, for_=for_, out=out)
+        return self._inner.hadamard(x, self._chain(chain, x.shape[-1]), **how)
 
 
 def _chained(change: Callable[[Chain, int], Chain]) -> type[Wrapped]:

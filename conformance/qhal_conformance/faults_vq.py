@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qhal.codebooks import CodebookSegment, CodebookTensor
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQRequest
-from qhal.specs import Operand
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 Spoil = Callable[[CodebookTensor], CodebookTensor | Tensor]
 
@@ -22,18 +21,9 @@ class _Codebooks(Wrapped):
 
     _spoil: Spoil
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, bias: Tensor | None = None, **how: Any) -> Prepared:
         """Remember the spoiled value beside what the inner backend makes."""
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(w, request, bias=bias, **how)
         if isinstance(w, CodebookTensor):
             spoiled = type(self)._spoil(w)
             value = spoiled if isinstance(spoiled, Tensor) else spoiled.dequantize()
@@ -47,9 +37,9 @@ class _Codebooks(Wrapped):
         y = y if rows is None else y[rows]
         return y if out is None else out.copy_(y)
 
-    def gemm(self, x: Tensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def gemm(self, x: Tensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:  # type: ignore[override]
         """The exact product with the spoiled weight."""
-        right = self._inner.gemm(x, w, input=input)
+        right = self._inner.gemm(x, w, **how)
         value, bias = self._kept[w.handle]
         y = x.double() @ value.double().T
         y = (y if bias is None else y + bias.double()).to(right.dtype)

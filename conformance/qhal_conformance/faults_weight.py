@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,8 @@ from torch import Tensor
 from qhal.caches import KVCache
 from qhal.codebooks import CodebookTensor
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQRequest
-from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 Spoil = Callable[[QTensor], QTensor]
 
@@ -24,21 +23,12 @@ class _Spoiled(Wrapped):
 
     _spoil: Spoil
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """Spoil, then hand over."""
         if not isinstance(w, QTensor) or w.format.plain:
-            return self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+            return self._inner.prepare(w, request, **how)
         spoiled = type(self)._spoil(w)
-        made = self._inner.prepare(spoiled, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(spoiled, request, **how)
         self._kept[made.handle] = w
         return made
 

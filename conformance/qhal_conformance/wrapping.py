@@ -1,7 +1,11 @@
-"""Wrapped: a backend that hands everything to another one. Planted faults and honest variants override one thing."""
+"""Wrapped: a backend that hands everything to another one. Planted faults and honest variants override one thing.
+
+An override names the arguments that it looks at and hands over the others by their names, `**how`.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -31,6 +35,7 @@ from qhal.specs import Operand
 from qhal.tensors import QTensor
 
 Weight = QTensor | CodebookTensor | Tensor | Sequence[Rotation]
+WeightRequest = GemmRequest | GroupedRequest | HadamardRequest | VQRequest
 
 
 class Wrapped(QuantOps):
@@ -38,6 +43,14 @@ class Wrapped(QuantOps):
 
     name: ClassVar[str] = "wrapped"
     interface: ClassVar[tuple[int, int]] = (1, 0)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A method that hands over `**how` takes whatever the interface's takes, and says so."""
+        for name, member in vars(cls).items():
+            verb = inspect.isfunction(member) and hasattr(QuantOps, name) and not name.startswith("_")
+            if verb and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(member).parameters.values()):
+                member.__signature__ = inspect.signature(getattr(QuantOps, name))
+        super().__init_subclass__(**kwargs)
 
     def __init__(self, inner: QuantOps) -> None:
         self._inner = inner
@@ -72,7 +85,7 @@ class Wrapped(QuantOps):
     def prepare(
         self,
         w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
+        request: WeightRequest,
         *,
         inputs: Sequence[Operand] = (),
         operand: Operand | None = None,
@@ -214,15 +227,14 @@ class Recomputed(Wrapped):
     def prepare(
         self,
         w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
+        request: WeightRequest,
         *,
         inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
         bias: Tensor | None = None,
-        into: Prepared | None = None,
+        **how: Any,
     ) -> Prepared:
         """Remember the numbers of a weight beside what the inner backend makes of it."""
-        made = self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        made = self._inner.prepare(w, request, inputs=inputs, bias=bias, **how)
         if isinstance(w, QTensor) and isinstance(request, GemmRequest):
             self._bound[made.handle] = Bound(w, request, tuple(inputs), bias)
         return made
