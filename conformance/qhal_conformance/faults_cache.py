@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,6 @@ from qhal.formats import Format
 from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.prepared import Prepared
 from qhal.requests import AttentionRequest
-from qhal.rotations import Hadamard, Rotation
-from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_conformance.wrapping import Wrapped
 
@@ -220,42 +218,6 @@ class GateUpSwapped(Wrapped):
         )  # fmt: skip
 
 
-class _Rotated(Wrapped):
-    """hadamard with a spoiled result."""
-
-    def _spoil(self, y: Tensor, order: int) -> Tensor:
-        raise NotImplementedError
-
-    def hadamard(
-        self,
-        x: Tensor,
-        rotation: Prepared | Sequence[Rotation],
-        *,
-        quantize: Operand | None = None,
-        out: Tensor | QTensor | None = None,
-        **how: Any,
-    ) -> Tensor | QTensor:
-        """Rotate, spoil, quantize."""
-        chain: Any = getattr(rotation, "chain", rotation)
-        first = chain[0]
-        y = self._inner.hadamard(x, rotation)
-        assert isinstance(y, Tensor) and isinstance(first, Hadamard)
-        y = self._spoil(y.float(), first.n).to(x.dtype)
-        if quantize is not None:
-            return self._inner.quantize(y, quantize, **how)
-        return y if out is None else out.copy_(y) if isinstance(out, Tensor) else y
-
-
-def _rotated(spoil: Callable[[Tensor, int], Tensor]) -> type[Wrapped]:
-    return type("RotationFault", (_Rotated,), {"_spoil": lambda self, y, n: spoil(y, n)})
-
-
-def _bit_reversed(y: Tensor, n: int) -> Tensor:
-    bits = n.bit_length() - 1
-    order = torch.tensor([int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)])
-    return y.reshape(*y.shape[:-1], -1, n)[..., order].reshape(y.shape)
-
-
 def _neighbour(k: Tensor, v: Tensor, slots: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor]:
     return k, v, torch.where(slots >= 0, (slots // page) * page + (slots % page + 1) % page, slots)
 
@@ -296,10 +258,5 @@ CACHE_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("elsewhere-is-zero", "moe", ElsewhereIsZero.__doc__ or "", ElsewhereIsZero),
     ("expert-row-lost", "moe", LastRowOfExpertLost.__doc__ or "", LastRowOfExpertLost),
     ("gate-up-shifted", "moe", "results of act(gate) * up stand one feature off", GateUpSwapped),
-    ("rotation-unscaled", "rotation", "1 / sqrt n is missing", _rotated(lambda y, n: y * n**0.5)),
-    ("rotation-bit-reversed", "rotation", "features come out in bit-reversed order", _rotated(_bit_reversed)),
-    ("rotation-rounded", "rotation", "an undeclared rounding to bf16", _rotated(lambda y, n: y.bfloat16().float())),
-    ("rotation-last-sign", "rotation", "the last feature has the wrong sign",
-     _rotated(lambda y, n: torch.cat([y[..., :-1], -y[..., -1:]], -1))),
 )  # fmt: skip
 """(name, profile, what is wrong, class)"""

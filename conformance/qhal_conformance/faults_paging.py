@@ -32,6 +32,14 @@ def _all_skipped(k: Tensor, v: Tensor, slots: Tensor, cache: KVCache) -> tuple[T
     return k, v, slots.clamp(min=0) if len(slots) and bool((slots < 0).all()) else slots
 
 
+def _consecutive(k: Tensor, v: Tensor, slots: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots of a call are taken as consecutive from its first."""
+    if not len(slots):
+        return k, v, slots
+    line = (slots[0] + torch.arange(len(slots), device=slots.device)).clamp(max=cache.pages * cache.request.page - 1)
+    return k, v, torch.where(slots < 0, slots, line.to(slots.dtype))
+
+
 class SecondWriteIgnored(Wrapped):
     """A cache takes rows once."""
 
@@ -158,6 +166,7 @@ PAGING_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("heads-of-eight", "kv", "eight heads are written in another order",
      _written(lambda k, v, s, c: (k.roll(1, 1), v, s) if k.shape[1] == 8 else (k, v, s))),
     ("all-skipped", "kv", _all_skipped.__doc__ or "", _written(_all_skipped)),
+    ("slots-consecutive", "kv", _consecutive.__doc__ or "", _written(_consecutive)),
     ("pages-order-sums", "kv", "the last bit depends on which page a sequence starts in",
      _attention(_spoil=_by_page)),
     ("second-write", "kv", SecondWriteIgnored.__doc__ or "", SecondWriteIgnored),

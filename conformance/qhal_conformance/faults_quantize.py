@@ -37,10 +37,12 @@ class _OtherRule(Wrapped):
         return replace(q, format=operand.format)
 
 
-def other_rule(**fields: Any) -> type[Wrapped]:
-    """A backend class whose quantization rule has these fields."""
+def other_rule(only: str = "", /, **fields: Any) -> type[Wrapped]:
+    """A backend class whose quantization rule has these fields; `only` for one kind of blocks."""
 
     def change(f: Format) -> Format:
+        if only and (f.block is None or f.block.kind != only):
+            return f
         if f.rule.domain == "minmax" and "qmax" in fields:
             return f
         return replace(f, rule=replace(f.rule, **fields))
@@ -161,6 +163,7 @@ QUANTIZE_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("half-away-int8", "core-int8", "ties go away from zero", other_rule(round="away")),
     ("half-away-fp8", "core-fp8", "ties go away from zero", other_rule(round="away")),
     ("reciprocal-multiply", "core-fp8", "x * (1 / s) for x / s", other_rule(apply="rcp")),
+    ("reciprocal-by-row", "core-fp8", "x * (1 / s) for x / s where rows have a scale", other_rule("row", apply="rcp")),
     ("reciprocal-scale", "core-int8", "amax * (1 / qmax) for amax / qmax", other_rule(scale="rcp")),
     ("scale-in-bf16", "core-int8", "scale and quotient are rounded to bf16", other_rule(arith="bf16")),
     ("empty-zero", "core-int8", "an all-zero block gets scale 0", other_rule(empty="zero")),

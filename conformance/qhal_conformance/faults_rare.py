@@ -94,6 +94,10 @@ def _subnormal_x(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.abs() < 2.0**-14, torch.zeros_like(x), x) if dtype == torch.float16 else x
 
 
+def _weights_flushed(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return exact(x, torch.where(w.abs() < 2.0**-14, 0 * w, w) if dtype == torch.float16 else w, bias, dtype)
+
+
 def _scale(change: Callable[[Tensor], Tensor], *, only: torch.dtype) -> type[Wrapped]:
     """Scales of one dtype, changed."""
 
@@ -153,6 +157,16 @@ class _Remembering(Wrapped):
     def __init__(self, inner: QuantOps) -> None:
         super().__init__(inner)
         self._seen: dict[Any, Any] = {}
+
+
+class NoRowsRaise(Wrapped):
+    """A product without rows is a launch without blocks, which fails."""
+
+    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
+        """An error of its own."""
+        if x.shape[0] == 0:
+            raise RuntimeError("invalid launch configuration")
+        return self._inner.gemm(x, w, **how)
 
 
 class NewestWeight(_Remembering):
@@ -255,6 +269,11 @@ RARE_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("x-through-fp16-int4", "weight-int4", "bf16 inputs pass through fp16", _x(_through_fp16)),
     ("x-subnormals-flushed", "weight-int4", "subnormal fp16 inputs become zero", _x(_subnormal_x)),
     ("result-subnormals-flushed", "core-int8", "subnormal results become zero", _y(_flushed)),
+    ("fp32-result-through-bf16", "weight-int4", "float32 results pass through bf16",
+     _y(lambda y: y.bfloat16().float() if y.dtype == torch.float32 else y)),
+    ("weight-subnormals-flushed", "weight-int4", "weights that are subnormal in fp16 become zero",
+     _product(_weights_flushed)),
+    ("no-rows-raise", "core", NoRowsRaise.__doc__ or "", NoRowsRaise),
     ("nan-becomes-zero", "core", "NaN in x counts as zero", _x(lambda x, t: torch.nan_to_num(x, nan=0.0))),
     ("nan-becomes-zero-int4", "weight-int4", "NaN in x counts as zero", _x(lambda x, t: torch.nan_to_num(x, nan=0.0))),
     ("infinity-clamped", "weight-int4", "Inf in x counts as the largest number",

@@ -86,6 +86,27 @@ def _high_bit_lost(c: Tensor, sizes: Tensor) -> Tensor:
     return c & (top - 1)
 
 
+def _lowest_entry(t: Tensor) -> Tensor:
+    """Index 32768, which has no magnitude in 16 bits, is read as 32767."""
+    if len(t) > 1 << 15:
+        t[1 << 15] = t[(1 << 15) - 1]
+    return t
+
+
+def _padding(w: CodebookTensor) -> Tensor:
+    """A word of all ones, the last index of each of several books, is taken for padding: zeros."""
+    return replace(w, segments=tuple(_without_last(s) for s in w.segments)).dequantize()
+
+
+def _without_last(s: CodebookSegment) -> CodebookSegment:
+    sizes = _sizes(s)
+    ones = (s.codes == sizes - 1).all(-1)
+    if len(s.tables) < 2 or not bool(ones.any()):
+        return s
+    tables = tuple(torch.cat([s.table(i).float(), torch.zeros(1, *s.vector)]) for i in range(len(s.tables)))
+    return replace(s, codes=torch.where(ones[..., None], sizes.to(s.codes.dtype), s.codes), tables=tables)
+
+
 def _books_rolled(s: CodebookSegment) -> CodebookSegment:
     """Index c is looked up in book c + 1."""
     if len(s.tables) < 2:
@@ -177,6 +198,19 @@ def _bias_scaled(w: CodebookTensor) -> CodebookTensor:
     return replace(w, column_bias=w.column_bias.float() * w.column_scale.float())
 
 
+def _half_product(w: CodebookTensor) -> CodebookTensor | Tensor:
+    """An entry times the scale of its row is formed in fp16, where what is subnormal becomes zero."""
+    if w.scale is None or w.scale.numel() != w.shape[0]:
+        return w
+    y = w.dequantize()
+    return torch.where(y.abs() < 2.0**-14, 0 * y, y)
+
+
+def _guarded(s: Tensor) -> Tensor:
+    """A scale of zero is replaced by 1, as before a division."""
+    return torch.where(s == 0, torch.ones_like(s), s)
+
+
 def _scale(change: Callable[[Tensor], Tensor]) -> type[Wrapped]:
     return _vq(lambda w: w if w.scale is None else replace(w, scale=change(w.scale.clone()).contiguous()))
 
@@ -200,6 +234,12 @@ VQ_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("vq-straddling", "vq", _straddled.__doc__ or "", _codes(_straddled)),
     ("vq-sign-extended", "vq", "indices of 16 bits above 32767 are read as negative and clamped",
      _codes(lambda c, n: torch.where(c > 32767, c * 0, c))),
+    ("vq-index-32768", "vq", _lowest_entry.__doc__ or "", _tables(_lowest_entry)),
+    ("vq-lattice-32768", "vq", "index 32768 of a lattice is read as 32767", _tables(_lowest_entry, named="e8p12")),
+    ("vq-padding", "vq", _padding.__doc__ or "", _vq(_padding)),
+    ("vq-half-product", "vq", _half_product.__doc__ or "", _vq(_half_product)),
+    ("vq-zero-scale", "vq", _guarded.__doc__ or "",
+     _vq(lambda w: w if w.column_scale is None else replace(w, column_scale=_guarded(w.column_scale)))),
     ("vq-wrong-book", "vq", _books_rolled.__doc__ or "", _segments(_books_rolled)),
     ("vq-residual-dropped", "vq", "only the first book is read", _segments(_first_book)),
     ("vq-divisor-ignored", "vq", "the residual's divisor is taken for 1",

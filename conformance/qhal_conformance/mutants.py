@@ -16,6 +16,7 @@ from qhal_conformance.cases import Case
 from qhal_conformance.faults_cache import CACHE_FAULTS
 from qhal_conformance.faults_comm import COMM_FAULTS
 from qhal_conformance.faults_contract import CONTRACT_FAULTS
+from qhal_conformance.faults_experts import EXPERT_FAULTS
 from qhal_conformance.faults_forms import FORM_FAULTS
 from qhal_conformance.faults_inputs import INPUT_FAULTS
 from qhal_conformance.faults_mla import MLA_FAULTS
@@ -24,6 +25,7 @@ from qhal_conformance.faults_product import PRODUCT_FAULTS
 from qhal_conformance.faults_quantize import QUANTIZE_FAULTS
 from qhal_conformance.faults_rare import RARE_FAULTS
 from qhal_conformance.faults_rotation import ROTATION_FAULTS
+from qhal_conformance.faults_softmax import SOFTMAX_FAULTS
 from qhal_conformance.faults_vq import VQ_FAULTS
 from qhal_conformance.faults_weight import WEIGHT_FAULTS
 from qhal_conformance.operations import catalogue
@@ -79,12 +81,14 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         ("product", INPUT_FAULTS),
         ("quantize", QUANTIZE_FAULTS),
         ("cache", CACHE_FAULTS),
+        ("cache", EXPERT_FAULTS),
         ("rotation", ROTATION_FAULTS),
         ("mla", MLA_FAULTS),
         ("comm", COMM_FAULTS),
         ("vq", VQ_FAULTS),
         ("contract", CONTRACT_FAULTS),
         ("cache", PAGING_FAULTS),
+        ("cache", SOFTMAX_FAULTS),
         ("rare", RARE_FAULTS),
     )
     for name, profile, fault, make in faults
