@@ -7,6 +7,7 @@ from qhal.layer_formats import Activation
 from qhal.requests import GemmRequest, GroupedRequest
 from qhal_conformance import guards
 from qhal_conformance.cases import Case
+from qhal_conformance.datasets import DATASETS
 from qhal_conformance.problem import DTYPES
 
 EXPERTS = 5
@@ -32,6 +33,7 @@ FORMATS = (
     ("e4m3fn.128x128*fp32", "e4m3fn.g128*fp32"),
     ("e2m1.g32*e8m0", ""),
 )
+GROUPED_DATA = {data: DATASETS[data] for data in ("normal", "codes", "onehot", "outlier", "tiny_columns")}
 _FORMS = ("offsets", "masked", "indexed", "pairs")
 _MORE: tuple[tuple[int, tuple[str, ...]], ...] = (
     (0, ("offsets", "many")),
@@ -60,14 +62,13 @@ _REQUIRED = {"bias", "many", "single", "spare", "nowhere", *COUNTS}
 def cases(level: int) -> list[Case]:
     """Every format with every form of groups; data sets, counts and the activation rotate."""
     found = []
-    data = ("normal", "codes", "onehot", "outlier", "tiny_columns", "positive")
     for number, (w, x) in enumerate(FORMATS):
         for i, form in enumerate(_FORMS):
             for j in range(2 + 3 * level):
                 turn = 2 * i + j + number
                 options = (form,) + (("bias",) if turn % 3 == 0 else ()) + (("silu",) if j == 1 else ())
                 counts = ("uneven", "uneven", "one", "uneven", "none")[(turn + j) % 5]
-                found.append(_case(w, x, data[turn % 6], (*options, counts), turn, int(j > 1)))
+                found.append(_case(w, x, tuple(GROUPED_DATA)[(turn + i) % 5], (*options, counts), turn, int(j > 1)))
     for i, (number, options) in enumerate(_MORE):
         w, x = FORMATS[number]
         x = "int8.tensor*fp32" if "static" in options else x

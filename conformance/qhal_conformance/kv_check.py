@@ -21,8 +21,8 @@ from qhal_conformance.remembering import remembered
 from qhal_conformance.tolerance import Verdict
 
 KV_DATA: dict[str, str] = {
-    "scattered": "distinct slots in random pages, several skipped: page arithmetic, neighbours, slot -1",
-    "positive": "one sign: a lost sign bit or zero point cannot cancel",
+    "scattered": "distinct slots in random pages, several skipped: slots that are taken as consecutive, neighbours",
+    "positive": "a long prompt in consecutive slots over several pages, several skipped, all numbers of one sign",
     "skipped": "every slot is -1 and the rows are NaN: nothing may change",
     "limits": "rows of zeros and over the range of their type, in two calls: empty scales, saturation, narrower types",
     "single": "one token, which is the largest part of what a cache sees",
@@ -98,7 +98,11 @@ def build(case: Case) -> Problem:
     k = paged.rows(case.id, first, request.k, (tokens, request.heads, request.k_dim), case.out, case.data)
     v = paged.rows(case.id, second, request.v, (tokens, request.heads, request.v_dim), case.out, case.data)
     pages = -(-tokens // page) + 3
-    slots = Stream(case.id, "slots").permutation(pages * page)[:tokens]
+    g = Stream(case.id, "slots")
+    if case.data == "scattered":
+        slots = g.permutation(pages * page)[:tokens]
+    else:  # as a prompt fills its pages, from somewhere inside the first
+        slots = np.arange(tokens) + int(g.integers(1, page, (1,))[0])
     slots = np.where(np.arange(tokens) % 5 == 2, -1, slots)
     if case.data == "skipped":
         slots = np.full(tokens, -1, dtype=np.int64)

@@ -107,7 +107,7 @@ OPERATIONS: dict[str, Operation] = {
             grouped_check.run,
             grouped_cases.request_of,
             lambda case: grouped_check.build(case).inputs_sha,
-            datasets.DATASETS,
+            grouped_cases.GROUPED_DATA,
         ),
         Operation(
             "vq_decode",

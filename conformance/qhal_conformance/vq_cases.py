@@ -19,16 +19,16 @@ _ODD = {  # rows and columns that end inside a vector
 def decode_cases(level: int) -> list[Case]:
     """Level 0: every kind with all its indices, and one more data set; level 1: every data set, larger."""
     found = []
-    rest = ("scales", "normal", "ends", "zero")
+    rest = ("scales", "codes", "ends", "zero")
     for number, subject in enumerate(KINDS):
         first = "codes" if subject in _LATTICE else "identity"
         n, k = _full(subject)
         found.append(_decode(subject, (n, k), first, "fp32" if number % 3 == 2 else _out(number), number, 0))
         odd = _ODD.get(subject, (33, 64))
-        second = ("normal", "ends")[number % 2] if subject in _LATTICE else rest[number % 4]
+        second = "ends" if subject in _LATTICE else rest[number % 4]
         found.append(_decode(subject, odd, second, _out(number + 1), number + 1, 0))
         if level >= 1:
-            for i, data in enumerate((first, *rest, "codes")):
+            for i, data in enumerate((first, *rest)):
                 for j, shape in enumerate(((128, 256), odd, (1, 96))):
                     turn = i + j + number
                     out = ("fp32", "fp16", "bf16")[turn % 3]
@@ -58,16 +58,17 @@ def _decode(subject: str, shape: tuple[int, int], data: str, out: str, turn: int
 def gemm_cases(level: int) -> list[Case]:
     """Level 0: one product or two per kind; level 1: every data set and more rows."""
     found = []
-    data = ("onehot", "normal", "positive", "scales", "zero")
+    data = ("onehot", "codes", "scales", "zero")
     for number, subject in enumerate(KINDS):
         k = 96 if subject.startswith("vptq") else 64
-        one = "onehot" if number % 2 == 0 else "normal" if subject in _LATTICE else data[1 + number // 2 % 4]
+        one = "onehot" if number % 2 == 0 else "codes" if subject in _LATTICE else ("codes", "zero")[number // 2]
         found.append(_gemm(subject, ((17, 1, 96, 33)[number % 4], 48, k), one, number, 0))
         if level >= 1:
             for i, name in enumerate(data):
                 for j, m in enumerate((k, 1, 130)):
                     found.append(_gemm(subject, (m, (48, 80)[j % 2], k), name, i + j + number, 1))
-    found.append(_gemm("aqlm-2x8", (0, 48, 64), "normal", 0, 0))
+    found.append(_gemm("aqlm-2x8", (0, 48, 64), "codes", 0, 0))
+    found.append(_gemm("aqlm-1x16", (33, 48, 64), "scales", 2, 0))
     found.append(_gemm("vptq-11+8", (64, 53, 67), "codes", 3, 0))
     return list({case.id: case for case in found}.values())
 

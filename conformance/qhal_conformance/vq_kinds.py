@@ -22,13 +22,12 @@ from qhal_conformance.generator import F32, F64, I64, Stream
 VQ_DATA: dict[str, str] = {
     "identity": "every entry spells its own index in seven-bit digits, every index occurs: an index off by one, a "
     "lost high bit, another book or a transposed vector is another number",
-    "codes": "every index occurs, near-normal entries: additive books and residuals, lattice signs and shifts",
+    "codes": "every index occurs, near-normal entries: additive books and residuals, lattice signs and shifts; "
+    "products in which small errors are everywhere",
     "ends": "the first and the last entry of every table alternate: clamped and masked indices",
     "scales": "row and column scales over sixteen binades each: a neighbour's scale, a scale in the wrong step",
     "zero": "entries, rows and columns that must be exactly 0",
-    "normal": "near-normal entries; small errors that are everywhere",
     "onehot": "one nonzero per row of x: every result is one weight",
-    "positive": "nothing cancels: lost products and lost books err to one side",
 }
 
 
@@ -130,7 +129,7 @@ def _entries(case: Case, name: str, book: Book, number: int, vector: tuple[int, 
     values: F32 = g.normal(shape) * np.float32(2.0 ** (-2 - 3 * number))
     if case.data == "zero":
         values = np.where(g.integers(0, 4, (book.entries, 1, 1)) > 0, np.float32(0), values)
-    return np.abs(values) + np.float32(2.0**-6) if case.data == "positive" else values
+    return values
 
 
 def _scales(case: Case, g: Stream, count: int, dtype: str) -> torch.Tensor:
@@ -146,7 +145,7 @@ def _bias(case: Case, g: Stream, count: int) -> F32:
     bias: F32 = g.normal((count,)) * np.float32(2.0**-3)
     if case.data == "zero":
         return np.where(np.arange(count) % 2 == 0, np.float32(0), bias)
-    return np.abs(bias) if case.data == "positive" else bias
+    return bias
 
 
 def _wide(dtype: str, values: F32) -> torch.Tensor:
