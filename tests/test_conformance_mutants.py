@@ -16,9 +16,10 @@ from qhal.prepared import Prepared
 from qhal.requests import NumericsClass, Request, Support
 from qhal.specs import Operand
 from qhal_conformance import contract_check
-from qhal_conformance.by_data import matrix
+from qhal_conformance.by_data import OWN, asked, matrix, owned
 from qhal_conformance.by_data import table as by_data_table
 from qhal_conformance.cases import find
+from qhal_conformance.faults_softmax import Softmax
 from qhal_conformance.generator import Stream
 from qhal_conformance.honest import HONEST, chosen, sweep
 from qhal_conformance.mutants import MUTANTS, cases_of, hunt, judge
@@ -54,6 +55,14 @@ def test_a_wrapper_that_changes_nothing_survives(name: str) -> None:
                 type(mutant)(name, mutant.group, mutant.profile, "none", kind), qhal.select("cpu_reference"), 0
             )
             assert not fate.killed, fate
+
+
+def test_attention_by_tiles_survives() -> None:
+    """What faults of softmax change one step of, unchanged: codes of P included."""
+    kind = type("SoftmaxWithCodes", (Softmax,), {"_codes": True})
+    ops = kind(qhal.select("cpu_reference"))
+    mine = [c for c in catalogue(0) if c.operation == "attention" and c.profile == "kv"]
+    assert [c.id for c in mine if run_case(c, ops).outcome.status != Status.PASS] == []
 
 
 def test_graphs_that_replay_rightly_pass() -> None:
@@ -125,10 +134,23 @@ def test_other_rules_beside_ours() -> None:
     assert found["rules"]["allclose 1e-2"]["alarms"] > 0
 
 
-def test_data_sets_by_fault() -> None:
+def test_every_data_set_names_a_fault() -> None:
+    assert set(OWN) == set(asked(0)) == set(asked(1))
+
+
+@pytest.mark.parametrize("operation", sorted({key.partition(" ")[0] for key in OWN}))
+def test_every_data_set_has_a_fault_of_its_own(operation: str) -> None:
+    """It kills a planted fault that no other set of its operation shows; a set that does not would go."""
+    found = owned(qhal.select("cpu_reference"), operation, 0)
+    assert {key: killers for key, killers in found.items() if killers != [key]} == {}
+
+
+def test_a_data_set_without_a_fault_is_named() -> None:
     found = matrix(qhal.select("cpu_reference"), [m for m in MUTANTS if m.name == "nan-becomes-zero"], 0)
     assert found["faults"]["nan-becomes-zero"] == ["gemm special"]
-    assert found["sets"]["gemm special"]["alone"] == ["nan-becomes-zero"] and "special" in by_data_table(found)
+    assert found["sets"]["gemm special"]["alone"] == ["nan-becomes-zero"]
+    assert "gemm normal" in found["needless"] and "gemm special" not in found["needless"]
+    assert "| gemm special | 1 | `nan-becomes-zero` |" in by_data_table(found)
 
 
 def _without(monkeypatch: pytest.MonkeyPatch, **zeros: float) -> None:

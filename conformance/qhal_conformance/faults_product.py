@@ -161,6 +161,16 @@ class TokenScaleShared(Recomputed):
         return self._inner.quantize(x, shared).dequantize()
 
 
+class ZeroRowDivided(Recomputed):
+    """A row of zeros is divided by its scale, which is 0."""
+
+    def _input(self, x: Tensor | QTensor, bound: Bound, index: int) -> Tensor:
+        value = super()._input(x, bound, index)
+        if isinstance(x, QTensor) or not bound.inputs or bound.inputs[index].static:
+            return value
+        return torch.where((x == 0).all(-1, keepdim=True), torch.nan, value)
+
+
 class InputNotQuantized(Recomputed):
     """x is multiplied as it is, although the request quantizes it."""
 
@@ -303,6 +313,7 @@ PRODUCT_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = tuple(
         ("stochastic", "core-fp8", SmallNoise),
         ("not-deterministic", "core-int8", NotDeterministic),
         ("token-scale-shared", "core-int8", TokenScaleShared),
+        ("zero-row-divided", "mx", ZeroRowDivided),
         ("input-not-quantized", "core-fp8", InputNotQuantized),
         ("static-scale-ignored", "core-fp8", StaticScaleIgnored),
         ("reads-past-row", "core-int8", ReadsPastRow),

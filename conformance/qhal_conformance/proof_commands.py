@@ -73,7 +73,7 @@ def peers(backend: Backend = "cpu_reference", every: Every = 1, as_json: AsJson 
 def by_data(backend: Backend = "cpu_reference", every: Every = 1, as_json: AsJson = False) -> None:
     """Which data set kills which planted fault, and which faults it alone kills; a Markdown table.
 
-    Example: `qhal conformance by-data --every 20 --json`
+    Fails if a set kills no fault alone, unless a part is taken. Example: `qhal conformance by-data --every 20 --json`
     """
     from qhal_conformance.by_data import matrix, table
     from qhal_conformance.mutants import MUTANTS
@@ -85,6 +85,7 @@ def by_data(backend: Backend = "cpu_reference", every: Every = 1, as_json: AsJso
         dump(found)
     else:
         typer.echo(table(found))
+    raise typer.Exit(1 if found["needless"] and every == 1 else 0)
 
 
 @contextmanager
