@@ -95,7 +95,7 @@ PUBLISHED = {
     "hadamard/sylvester2/m2_n2/bf16/impulse/0": "665f94cfcc1f67b1",
     "hadamard/sylvester2/m5_n2/fp32/normal+strided/0": "a90bfaff0887dc6d",
     "quant_kv/bf16/t19_g2_d64_p16/bf16/scattered/0": "fc7877dc109cfb74",
-    "quant_kv/bf16/t520_g8_d32_p64/bf16/positive+offset/0": "e71cf3befb1de35c",
+    "quant_kv/bf16/t520_g8_d32_p64/bf16/positive+offset/0": "f12d8c4191597e44",
     "attention/bf16/l0_h4_g2_d64_p16/bf16/normal+lse/0": "7a3755d4110073be",
     "attention/bf16/l1_h6_g1_d64_p16/bf16/uniform+offset+window/0": "5cd340c0bcb5b716",
     "grouped_gemm/int4.g32*bf16/e5_n64_k256/bf16/normal+offsets+bias+uneven/0": "f417ccfc4da50f53",
