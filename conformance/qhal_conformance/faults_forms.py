@@ -66,7 +66,8 @@ def _stacked(q: QTensor, x: Tensor) -> None:
 
 def _partial_scale(q: QTensor, x: Tensor) -> None:
     f = q.format
-    if f.block is not None and f.block.kind == "group" and x.shape[-1] % f.block.cols and isinstance(q.scale, Tensor):
+    short = f.block is not None and f.block.kind == "group" and x.shape[-1] % f.block.cols
+    if short and isinstance(q.scale, Tensor) and q.scale.shape[-1] > 1:
         q.scale[..., -1] = q.scale[..., -2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -198,6 +199,19 @@ class ReadsPastRow(Recomputed):
         return value + 0 * after
 
 
+def _gemm(fault: str, do: Callable[[Callable[[Tensor | None], Tensor], Tensor | None], Any]) -> type[Wrapped]:
+    """do(right, out), where right(out) is the right product."""
+
+    def gemm(self: Wrapped, x: Tensor | QTensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Any:
+        return do(lambda target: self._inner.gemm(x, w, out=target, **how), out)
+
+    return type("ResultFault", (Wrapped,), {"gemm": gemm, "__doc__": fault})
+
+
+def _nothing(right: Callable[[Tensor | None], Tensor], out: Tensor | None) -> None:
+    right(out)
+
+
 class PreviousResult(Wrapped):
     """The result of the call before is returned if it has the right shape."""
 
@@ -220,38 +234,6 @@ class MutatesInput(Wrapped):
         return y
 
 
-class IgnoresOut(Wrapped):
-    """`out` is not written."""
-
-    def gemm(self, x: Tensor | QTensor, w: Prepared, *, out: Tensor | None = None, **how: Any) -> Tensor:
-        """A new tensor."""
-        return self._inner.gemm(x, w, **how)
-
-
-class OutNotReturned(Wrapped):
-    """`out` is written, a copy is returned."""
-
-    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
-        """A copy."""
-        return self._inner.gemm(x, w, **how).clone()
-
-
-class WrongDtype(Wrapped):
-    """The result is float32."""
-
-    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
-        """Another dtype."""
-        return self._inner.gemm(x, w, **how).float()
-
-
-class Transposed(Wrapped):
-    """The result has its axes exchanged."""
-
-    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
-        """Another stride."""
-        return self._inner.gemm(x, w, **how).t().contiguous().t()
-
-
 class WritesPastEnd(Wrapped):
     """One element after the last row of `out` is written."""
 
@@ -263,24 +245,6 @@ class WritesPastEnd(Wrapped):
                 1
             )
         return y
-
-
-class ReturnsZeros(Wrapped):
-    """Nothing is computed."""
-
-    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
-        """Zeros."""
-        y = self._inner.gemm(x, w, **how)
-        return y.zero_()
-
-
-class ReturnsNone(Wrapped):
-    """`out` is written and nothing returned."""
-
-    def gemm(self, x: Tensor | QTensor, w: Prepared, **how: Any) -> Tensor:
-        """No result."""
-        self._inner.gemm(x, w, **how)
-        return None  # type: ignore[return-value]
 
 
 class Raises(Wrapped):
@@ -319,13 +283,21 @@ PRODUCT_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = tuple(
         ("reads-past-row", "core-int8", ReadsPastRow),
         ("previous-result", "core", PreviousResult),
         ("mutates-input", "core", MutatesInput),
-        ("ignores-out", "core", IgnoresOut),
-        ("out-not-returned", "core", OutNotReturned),
-        ("wrong-dtype", "core", WrongDtype),
-        ("transposed-result", "core", Transposed),
+        ("ignores-out", "core", _gemm("`out` is not written.", lambda right, out: right(None))),
+        (
+            "out-not-returned",
+            "core",
+            _gemm("`out` is written, a copy is returned.", lambda right, out: right(out).clone()),
+        ),
+        ("wrong-dtype", "core", _gemm("The result is float32.", lambda right, out: right(out).float())),
+        (
+            "transposed-result",
+            "core",
+            _gemm("The result has its axes exchanged.", lambda right, out: right(out).t().contiguous().t()),
+        ),
         ("writes-past-end", "core", WritesPastEnd),
-        ("returns-zeros", "core", ReturnsZeros),
-        ("returns-none", "core", ReturnsNone),
+        ("returns-zeros", "core", _gemm("Nothing is computed.", lambda right, out: right(out).zero_())),
+        ("returns-none", "core", _gemm("`out` is written and nothing returned.", _nothing)),
         ("raises", "core", Raises),
     )
 )
