@@ -13,7 +13,7 @@ from torch import Tensor
 from qhal.formats import Format
 from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.prepared import Prepared
-from qhal.requests import GroupedRequest, NumericsClass, Request, Support
+from qhal.requests import GroupedRequest, NumericsClass, Request, Support, minimum_class
 from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_conformance.faults_weight import spoiled
@@ -107,8 +107,10 @@ class CutWeights(Wrapped):
     def supports(self, request: Request) -> Support:
         """In the class of rounded weights, where the request allows it."""
         answer = self._inner.supports(request)
-        plain = isinstance(request, GroupedRequest) and request.gemm.x[0].plain
-        return replace(answer, numerics=NumericsClass.DEQUANT_16) if answer and plain else answer
+        if not isinstance(request, GroupedRequest) or not answer or not request.gemm.x[0].plain:
+            return answer
+        allowed = minimum_class(request.gemm) >= NumericsClass.DEQUANT_16
+        return replace(answer, numerics=NumericsClass.DEQUANT_16) if allowed else answer
 
     def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """As a weight of bf16 numbers."""
@@ -171,7 +173,7 @@ EXPERT_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = (
     ("quantized-rows", "moe", "x that is quantized already gives zeros",
      _result(lambda y, x, r, g: isinstance(x, QTensor))),
     ("static-scale-of-first", "moe", FirstExpertsScale.__doc__ or "", FirstExpertsScale),
-    ("expert-scale-clamped", "moe", "row scales of a weight below 1e-5 are taken as 1e-5", spoiled(_least_scale)),
+    ("expert-scale-clamped", "moe", "scales of a weight below 1e-5 are taken as 1e-5", spoiled(_least_scale)),
     ("expert-weights-cut", "moe", CutWeights.__doc__ or "", CutWeights),
     ("expert-sums-16-bits", "moe", SixteenBitSums.__doc__ or "", SixteenBitSums),
 )  # fmt: skip

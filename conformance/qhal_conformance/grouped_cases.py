@@ -68,7 +68,8 @@ def cases(level: int) -> list[Case]:
                 turn = 2 * i + j + number
                 options = (form,) + (("bias",) if turn % 3 == 0 else ()) + (("silu",) if j == 1 else ())
                 counts = ("uneven", "uneven", "one", "uneven", "none")[(turn + j) % 5]
-                found.append(_case(w, x, tuple(GROUPED_DATA)[(turn + i) % 5], (*options, counts), turn, int(j > 1)))
+                data = tuple(GROUPED_DATA)[(turn + i) % 5]  # by the form too: counts go round in fives as well
+                found.append(_case(w, x, data, (*options, counts), turn, int(j > 1)))
     for i, (number, options) in enumerate(_MORE):
         w, x = FORMATS[number]
         x = "int8.tensor*fp32" if "static" in options else x
