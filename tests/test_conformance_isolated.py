@@ -240,7 +240,7 @@ def test_a_backend_that_hangs_in_every_case_ends_the_run_soon(site: Path) -> Non
     (site / "mischief.txt").write_text("")
     cases = json.loads(result.stdout)["cases"]
     rest = [c["reason"] for c in cases if not c["reason"].startswith("timeout after 0.7 s")]
-    assert result.exit_code == 1 and len(cases) - len(rest) == 3 and time.monotonic() - start < 45
+    assert result.exit_code == 1 and len(cases) - len(rest) == 3 and time.monotonic() - start < 120
     assert len(rest) > 20 and len(set(rest)) == 1 and rest[0].startswith("not run: the backend hung in 3 cases")
     assert all(c["status"] == "error" for c in cases) and cases[0]["id"] in rest[0]
 

@@ -222,6 +222,8 @@ def test_every_required_case_covers_its_own_request() -> None:
         "gemm/int4.g32*bf16/m16_n99999999_k4096/bf16/onehot/0",
         "gemm/int4.g32*bf16/m16_k4096/bf16/onehot/0",
         "gemm/int4.g32*bf16/m16_nn_k4096/bf16/onehot/0",
+        "gemm/int4.g32*bf16/m16_n64_k4096_x/bf16/onehot/0",
+        "gemm/int4.g32*bf16/m16_n64_k4096/bf16/onehot/00",
         "gemm/int9.g32*bf16/m16_n64_k4096/bf16/onehot/0",
         "gemm/int4.g32*bf16/m16_n64_k4096/bf16/onehot/x",
         "attention/int8.row*fp32/l9_h4_g2_d64_p16/bf16/uniform/0",

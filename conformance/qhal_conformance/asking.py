@@ -70,7 +70,7 @@ class Apart:
 
     def run(self, case: Case) -> Record | None:
         """In the worker; a case that the end of the time cuts was not run."""
-        if self.gone:
+        if self.gone or time.monotonic() >= self._session.until:
             return None
         record = self._session.run(case)
         return None if record.outcome.reason in (CUT, self.gone or CUT) else record

@@ -90,7 +90,7 @@ def named(wanted: str) -> Case:
         return find(catalogue(1), wanted)
     except FormatError:
         case = _spelled(wanted)
-        if case is None or case.id not in _ids(case):
+        if case is None or wanted not in _ids(case):
             raise
         return case
 
