@@ -7,10 +7,13 @@ cache until it is done, scratch is used again, and results lie in memory that th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from qhal_schemes.compiled import loops
 
 STEP = 1 << 20
 """Bytes of codes of a part for each thread. Half of it would fit a smaller cache and cost twice the calls."""
@@ -34,6 +37,10 @@ def spread_bytes(packed: Tensor, bits: int, *, flip: int = 0, minus: int = 0, hi
     fields = 8 // bits
     flips = sum(flip << at for at in range(0, 8, bits))
     codes = empty((*packed.shape[:-1], packed.shape[-1] * fields), torch.uint8, packed.device)
+    if fast := loops("words", packed):
+        order = "high" if high_first else ""
+        fast.spread(array(packed), array(codes), bits, flip=flip, minus=minus, order=order)
+        return codes.view(torch.int8) if minus else codes
     for source, target, scratch in _parts(packed.contiguous().view(-1), codes.view(-1).view(_LANE[fields])):
         target.copy_(source.bitwise_xor(flips) if flips else source)
         if high_first:  # 16 h + l becomes h + 256 l = 256 (16 h + l) - 4095 h
@@ -66,11 +73,14 @@ def unpack_stream(packed: Tensor, bits: int, minus: int = 0) -> Tensor:
     A run is the shortest pattern of whole words and codes. Word i of many runs makes one row, and so do four codes of
     every run: a few shifts of rows cut out the lanes, and two transpositions lead from words to rows and back to codes.
     """
+    codes = empty((*packed.shape[:-1], packed.shape[-1] * 32 // bits), torch.uint8, packed.device)
+    if fast := loops("words", packed):
+        fast.spread(array(packed), array(codes), bits, minus=minus)
+        return codes.view(torch.int8) if minus else codes
     run = {3: 3, 5: 5, 6: 3, 7: 7}[bits]
     run = run * 2 if packed.numel() % (2 * run) == 0 else run  # words are transposed in even numbers
     fours = 8 * run // bits
-    codes = empty((*packed.shape[:-1], packed.shape[-1] * 8 // bits), torch.int32, packed.device)
-    for source, target, scratch in _parts(packed.reshape(-1, run), codes.view(-1, fours)):
+    for source, target, scratch in _parts(packed.reshape(-1, run), codes.view(torch.int32).view(-1, fours)):
         rows, lanes = transpose(source), torch.empty_like(scratch).view(fours, -1)
         for i, lane in enumerate(lanes):
             word, shift = divmod(4 * bits * i, 32)
@@ -81,13 +91,16 @@ def unpack_stream(packed: Tensor, bits: int, minus: int = 0) -> Tensor:
         if minus:
             lanes.view(torch.int8).sub_(minus)
         target.copy_(transpose(lanes))
-    return codes.view(torch.int8 if minus else torch.uint8)
+    return codes.view(torch.int8) if minus else codes
 
 
 def unpack_fields(packed: Tensor, bits: int, minus: int = 0) -> Tensor:
     """Codes [..., n * (32 // bits)] from int32 [..., n] of whole codes each, the upper bits unused; less `minus`."""
     fields = 32 // bits
     codes = empty((*packed.shape[:-1], packed.shape[-1] * fields), torch.uint8, packed.device)
+    if fast := loops("words", packed):
+        fast.cut(array(packed, np.uint32), array(codes), bits, minus)
+        return codes.view(torch.int8) if minus else codes
     for source, target, scratch in _parts(packed.reshape(-1), codes.view(-1, fields)):
         rows, shifted = scratch.view(fields, -1), torch.empty_like(source)
         for j, row in enumerate(rows):
@@ -104,8 +117,11 @@ def unpack_columns(packed: Tensor, *, paired: bool, negative: bool = False) -> T
     """
     columns, rows = packed.shape
     dtype = torch.int8 if negative else torch.uint8
-    codes = empty((rows, 8, columns), dtype, packed.device)
-    turned = transpose(packed).view(dtype).view(rows, columns, 4)
+    codes, turned = empty((rows, 8, columns), dtype, packed.device), transpose(packed)
+    if fast := loops("words", packed):
+        fast.split(array(turned, np.uint32), array(codes).reshape(rows, 8, columns), paired=paired, signed=negative)
+        return codes.view(rows * 8, columns)
+    turned = turned.view(dtype).view(rows, columns, 4)
     step = max(part_size() // (8 * columns or 1), 1)
     for source, target in zip(turned.split(step), codes.split(step), strict=True):
         _nibbles(source, target, paired)
@@ -115,7 +131,10 @@ def unpack_columns(packed: Tensor, *, paired: bool, negative: bool = False) -> T
 def unpack_order(packed: Tensor, *, negative: bool = False) -> Tensor:
     """Codes [..., 8n] from int32 [..., n], nibbles in the order 0, 2, 4, 6, 1, 3, 5, 7. Dtypes as `unpack_columns`."""
     dtype = torch.int8 if negative else torch.uint8
-    codes = empty((*packed.shape, 2), torch.int32, packed.device)
+    codes, flip = empty((*packed.shape, 2), torch.int32, packed.device), 8 if negative else 0
+    if fast := loops("words", packed):
+        fast.spread(array(packed, np.uint32), array(codes), 4, flip=flip, minus=flip, order="paired")
+        return codes.view(dtype).flatten(-2)
     for source, target, scratch in _parts(packed.reshape(-1), codes.view(-1, 2)):
         rows = scratch.view(-1).view(dtype).view(1, 8, -1)
         _nibbles(source.view(dtype).view(1, -1, 4), rows, paired=True)
@@ -179,11 +198,20 @@ def row_sums(codes: Tensor, *, magnitudes: bool = False) -> Tensor:
     Up to 2^17 columns every partial sum of int8 is an integer that float32 holds.
     """
     sums = torch.empty(codes.shape[:-1], dtype=torch.float64, device=codes.device)
+    if codes.dtype == torch.int8 and (fast := loops("sums", codes)):
+        fast.row_sums(codes.contiguous().view(-1, codes.shape[-1]).numpy(), sums.view(-1).numpy(), magnitudes)
+        return sums
     step = max(part_size() * len(codes) // (4 * codes.numel() or 1), 1)
     for part, target in zip(codes.split(step), sums.split(step), strict=True):
         numbers = part.to(torch.float32 if codes.shape[-1] <= 1 << 17 else torch.float64)
         target.copy_((numbers.abs_() if magnitudes else numbers).sum(-1))
     return sums
+
+
+def array(t: Tensor, dtype: type[np.generic] = np.uint8) -> np.ndarray[Any, Any]:
+    """Its bytes as a flat array, for the compiled loops; a copy where it is not contiguous or words are not aligned."""
+    raw = t.contiguous().view(-1).view(torch.uint8).numpy()
+    return np.require(raw.view(dtype), requirements="A")
 
 
 def part_size() -> int:

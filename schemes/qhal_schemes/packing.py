@@ -10,7 +10,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from qhal_schemes.lanes import empty, part_size, spread_bytes, transpose, unpack_columns, unpack_fields, unpack_stream
+from qhal_schemes.compiled import loops
+from qhal_schemes.lanes import array, empty, part_size, spread_bytes, transpose, unpack_columns, unpack_fields, unpack_stream
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ's gemm order: logical column j of a run of eight sits in nibble AWQ_NIBBLES[j] (AutoAWQ, WQLinear_GEMM)."""
@@ -109,6 +110,9 @@ def unpack_int4(packed: Tensor, dim: int) -> Tensor:
     codes = empty([n * 2 if axis == dim else n for axis, n in enumerate(packed.shape)], torch.int8, packed.device)
     slices = packed.shape[:dim].numel(), packed.shape[dim]
     pairs, runs = signed.view(slices[0] * slices[1], -1), codes.view(slices[0] * slices[1], 2, -1)
+    if fast := loops("words", packed):
+        fast.split(array(pairs), runs.view(torch.uint8).numpy(), signed=True)
+        return codes
     step = max(part_size() // max(2 * pairs.shape[1], 1), 1)
     for source, target in zip(pairs.split(step), runs.split(step), strict=True):
         even, odd = target.unbind(1)
