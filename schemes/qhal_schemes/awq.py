@@ -18,6 +18,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig, integer
 from qhal_schemes.evidence import Family
+from qhal_schemes.lanes import transpose
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_awq
@@ -107,7 +108,7 @@ class AWQMapping(SchemeMapping):
         weight = QTensor(
             format=f.weight,
             codes=unpack_awq(t[f"{module}.qweight"]),
-            scale=scale.t().contiguous(),
+            scale=transpose(scale),
             zero=zero,
         )
         return LinearSpec(weight, bias=None if bias is None else bias.float(), name=module)

@@ -18,6 +18,7 @@ from qhal.formats import Format
 from qhal.tensors import QTensor
 from qhal_schemes import checks
 from qhal_schemes.ct_config import FLOAT, INT, MXFP4, MXFP6, MXFP8, NAIVE, NVFP4, PACKED, Group, weight_format
+from qhal_schemes.lanes import transpose
 from qhal_schemes.packing import unpack, unpack_bits, unpack_nibbles, unpack_six, words
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.source import WIDE, TensorIndex
@@ -122,7 +123,7 @@ def _zero(
             raise index.bad(name, "zeros, as symmetric is true", "other values")
         return None
     if zero.dtype == torch.int32:
-        return unpack(zero.t(), a.bits, stored.n, aligned=stored.aligned, negative=True).t().contiguous()
+        return transpose(unpack(transpose(zero), a.bits, stored.n, aligned=stored.aligned, negative=True))
     checks.code_range(index, name, zero, a.bits)
     return zero.reshape(grid)
 

@@ -30,7 +30,7 @@ from qhal_schemes.evidence import Family
 from qhal_schemes.lanes import transpose
 from qhal_schemes.matching import PathPatterns, compile_pattern
 from qhal_schemes.modules import ModuleTable
-from qhal_schemes.packing import unpack, words, wrap
+from qhal_schemes.packing import unpack, unpack_down, words, wrap
 from qhal_schemes.plain import ELEMENT_OF, BlockRules
 from qhal_schemes.source import WIDE, TensorIndex
 
@@ -141,9 +141,9 @@ class GPTQMapping(SchemeMapping):
             checks.finite(self.index, f"{module}.bias", bias)
         weight = QTensor(
             format=f.weight,
-            codes=unpack(transpose(t[f"{module}.qweight"]), s.bits, f.k),
-            scale=scale.t().contiguous(),
-            zero=self._zeros(module, t[f"{module}.qzeros"], s, f.n).t().contiguous(),
+            codes=unpack_down(t[f"{module}.qweight"], s.bits, f.k),
+            scale=transpose(scale),
+            zero=transpose(self._zeros(module, t[f"{module}.qzeros"], s, f.n)),
             group_index=g_idx.contiguous() if g_idx is not None and f.group_index else None,
         )
         return LinearSpec(weight, bias=None if bias is None else bias.float(), name=module)

@@ -117,11 +117,12 @@ def unpack_columns(packed: Tensor, *, paired: bool, negative: bool = False) -> T
     """
     columns, rows = packed.shape
     dtype = torch.int8 if negative else torch.uint8
-    codes, turned = empty((rows, 8, columns), dtype, packed.device), transpose(packed)
-    if fast := loops("words", packed):
-        fast.split(array(turned, np.uint32), array(codes).reshape(rows, 8, columns), paired=paired, signed=negative)
+    codes = empty((rows, 8, columns), dtype, packed.device)
+    if fast := loops("columns", packed):
+        words, there = array(packed, np.uint32).reshape(columns, rows), array(codes).reshape(rows, 8, columns)
+        fast.split_columns(words, there, paired=paired, signed=negative)
         return codes.view(rows * 8, columns)
-    turned = turned.view(dtype).view(rows, columns, 4)
+    turned = transpose(packed).view(dtype).view(rows, columns, 4)
     step = max(part_size() // (8 * columns or 1), 1)
     for source, target in zip(turned.split(step), codes.split(step), strict=True):
         _nibbles(source, target, paired)
@@ -159,14 +160,19 @@ def turn(stack: Tensor) -> Tensor:
     return turned.reshape(*lead, n, m).view(stack.dtype)
 
 
-def transpose(words: Tensor) -> Tensor:
-    """int32 [N, M] contiguous from int32 [M, N]."""
-    return turn(words.contiguous().view(torch.float32)).view(torch.int32)
-
-
-def interleave(columns: Sequence[Tensor]) -> Tensor:
-    """int32 [..., C] contiguous from C tensors int32 [...]: `torch.stack` along a new last axis."""
-    return transpose(torch.stack([column.flatten() for column in columns])).view(*columns[0].shape, len(columns))
+def transpose(matrix: Tensor) -> Tensor:
+    """[N, M] contiguous from [M, N], of any dtype."""
+    m, n = matrix.shape
+    size = matrix.element_size()
+    if size <= 4 and (fast := loops("turning", matrix)):
+        turned, kind = empty((n, m), matrix.dtype, matrix.device), {1: np.uint8, 2: np.uint16, 4: np.uint32}[size]
+        fast.turn(array(matrix, kind).reshape(m, n), array(turned, kind).reshape(n, m))
+        return turned
+    if size == 1:
+        return transpose_bytes(matrix.view(torch.uint8)).view(matrix.dtype)
+    if size == 4:
+        return turn(matrix.contiguous().view(torch.float32)).view(matrix.dtype)
+    return matrix.t().contiguous()
 
 
 def transpose_bytes(codes: Tensor) -> Tensor:
@@ -177,6 +183,11 @@ def transpose_bytes(codes: Tensor) -> Tensor:
         return turn(codes)
     codes = codes if codes.storage_offset() % 4 == 0 else codes.clone()  # a file aligns bytes to nothing
     return turn(transpose(codes.view(torch.int32)).view(codes.dtype).view(n // 4, m, 4)).view(n, m)
+
+
+def interleave(columns: Sequence[Tensor]) -> Tensor:
+    """int32 [..., C] contiguous from C tensors int32 [...]: `torch.stack` along a new last axis."""
+    return transpose(torch.stack([column.flatten() for column in columns])).view(*columns[0].shape, len(columns))
 
 
 def _nibbles(words: Tensor, rows: Tensor, paired: bool) -> None:

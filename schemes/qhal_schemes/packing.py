@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from math import gcd
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,6 +140,16 @@ def pack_order(codes: Tensor) -> Tensor:
     for j, nibble in enumerate(AWQ_NIBBLES):
         packed |= runs[..., j] << (4 * nibble)
     return wrap(packed)
+
+
+def unpack_down(packed: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 codes [N, count] from int32 [words(count, bits), N]: one dense bit stream down each column."""
+    _, run = _run(bits, False)
+    if bits == 8 or packed.shape[0] % run or not (fast := loops("columns", packed)):
+        return unpack(transpose(packed), bits, count)
+    codes = empty((packed.shape[1], packed.shape[0] * 32 // bits), torch.uint8, packed.device)
+    fast.spread_down(array(packed, np.uint32).reshape(packed.shape), codes.numpy(), bits)
+    return codes[:, :count].contiguous()
 
 
 def pack_awq(codes: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from qhal.errors import CheckpointError
 from qhal.formats import Format
 from qhal.tensors import QTensor
 from qhal_schemes import checks
-from qhal_schemes.lanes import transpose_bytes, unpack_columns, unpack_order
+from qhal_schemes.lanes import transpose, unpack_columns, unpack_order
 from qhal_schemes.packing import unpack, unpack_int4, unpack_nibbles, unpack_six
 from qhal_schemes.plain import ELEMENT_OF
 from qhal_schemes.quark_config import INTEGERS, MX, Record, TensorSpec
@@ -103,7 +103,7 @@ def read(index: TensorIndex, stored: Stored, reorder: bool) -> QTensor:
     assert block is not None
     grid = block.grid(stored.n, stored.k)
     plane = t[names["scale"]]
-    plane = plane.t().contiguous() if stored.transposed else plane.reshape(grid)
+    plane = transpose(plane) if stored.transposed else plane.reshape(grid)
     scale: Tensor | QTensor = plane
     if "outer" in names:
         assert stored.format.scale is not None
@@ -193,7 +193,7 @@ def _codes(index: TensorIndex, stored: Stored, weight: Tensor, reorder: bool) ->
         return unpack_six(weight)
     if s.dtype == "fp8_e4m3":
         checks.float8_codes(index, name, weight)
-    return transpose_bytes(weight) if stored.transposed else weight
+    return transpose(weight) if stored.transposed else weight
 
 
 def _nibbles(index: TensorIndex, stored: Stored, name: str, packed: Tensor, negative: bool, reorder: bool) -> Tensor:
@@ -225,7 +225,7 @@ def _zero(index: TensorIndex, stored: Stored, zero: Tensor, grid: tuple[int, int
         if bool(((zero < low) | (zero > high)).any()):
             raise index.bad(name, f"zero points {low}..{high}", f"{int(zero.min())}..{int(zero.max())}")
         zero = zero.to(torch.int8 if s.dtype.startswith("int") else torch.uint8)
-    return zero.t().contiguous() if stored.transposed else zero.reshape(grid)
+    return transpose(zero) if stored.transposed else zero.reshape(grid)
 
 
 @lru_cache(maxsize=256)

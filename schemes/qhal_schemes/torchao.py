@@ -29,6 +29,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family
+from qhal_schemes.lanes import transpose
 from qhal_schemes.matching import EMBEDDING, PathPatterns, module_class
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.packing import unpack_int4
@@ -151,7 +152,7 @@ class TorchAOMapping(SchemeMapping):
             return QTensor(m.format, part["qdata"], part["scale"], part.get("zero_point"))
         checks.finite(self.index, _name(module, "zero_point"), part["zero_point"])
         codes = unpack_int4(part["qdata"], 1)
-        scale, offset = (part[name].t().contiguous() for name in ("scale", "zero_point"))
+        scale, offset = (transpose(part[name]) for name in ("scale", "zero_point"))
         return QTensor(m.format, codes, scale, offset=offset)
 
     # ---------------------------------------------------------------- metadata

@@ -9,6 +9,7 @@ from typing import Any
 
 import numba
 import torch
+from numba.extending import register_jitable
 
 _LEAST = 1 << 16
 """Steps that are worth a thread."""
@@ -22,6 +23,10 @@ def loop(function: Callable[..., None]) -> Callable[..., None]:
     except RuntimeError:  # no place for a cache: every process compiles
         compiled = numba.njit(**options)(function)
     return compiled
+
+
+part = register_jitable
+"""A function compiled into each loop that calls it. A loop in the closure of another would never be found on disk."""
 
 
 def shared(run: Callable[[int, int], None], count: int, size: int = 1) -> None:

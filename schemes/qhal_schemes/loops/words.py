@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qhal_schemes.loops.jit import loop, shared
+from qhal_schemes.loops.jit import loop, part, shared
 
 Array = np.ndarray[Any, Any]
 _LANE: dict[int, Any] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -26,25 +26,43 @@ def spread(source: Array, target: Array, bits: int, *, flip: int = 0, minus: int
     order   high    4 bits, the upper field of a byte first
             paired  source is uint32 words whose nibbles stand in the order 0, 2, 4, 6, 1, 3, 5, 7
     """
-    fields = 8 if order == "paired" else 8 // gcd(8, bits)
-    size = 1 if order == "paired" else fields * bits // 8
-    lane = _LANE[fields]
-    ones = sum(1 << at for at in range(0, 8 * fields, 8))
-    numbers = lane(flip * ones), lane((128 - minus) * ones), lane(128 * ones)
-    run, lanes = _spread(bits, fields, size, order), target.view(lane)
-    shared(lambda a, b: run(source[size * a : size * b], lanes[a:b], *numbers), len(lanes), fields)
+    fields, size, lane = lanes(bits, order)
+    run, numbers, made = _spread(bits, order), changes(fields, flip, minus), target.view(lane)
+    shared(lambda a, b: run(source[size * a : size * b], made[a:b], *numbers), len(made), fields)
 
 
 @cache
-def _spread(bits: int, fields: int, size: int, order: str) -> Callable[..., None]:
-    """A lane of `fields` bytes from `size` items. In halvings, the upper half of the codes moves to its bytes."""
-    lane = _LANE[fields]
+def _spread(bits: int, order: str) -> Callable[..., None]:
+    piece = spread_piece(bits, order)
+
+    def spread_stream(source: Array, target: Array, flips: Any, plus: Any, top: Any) -> None:
+        piece(source, target, flips, plus, top)
+
+    return loop(spread_stream)
+
+
+def lanes(bits: int, order: str = "") -> tuple[int, int, Any]:
+    """A lane of a dense stream: its codes, the items of the source that hold them, its dtype."""
+    fields = 8 if order == "paired" else 8 // gcd(8, bits)
+    return fields, 1 if order == "paired" else fields * bits // 8, _LANE[fields]
+
+
+def changes(fields: int, flip: int, minus: int) -> tuple[Any, Any, Any]:
+    """flips, plus and top of a lane: ((codes ^ flips) + plus) ^ top borrows from no neighbour."""
+    ones = sum(1 << at for at in range(0, 8 * fields, 8))
+    flips, plus, top = (_LANE[fields](n * ones) for n in (flip, 128 - minus, 128))
+    return flips, plus, top
+
+
+@cache
+def spread_piece(bits: int, order: str = "") -> Callable[..., None]:
+    """Lanes from items. In halvings, the upper half of the codes moves to its bytes."""
+    fields, size, lane = lanes(bits, order)
     steps = []
     for run in (8, 4, 2):
         low = sum(((1 << run // 2 * bits) - 1) << 8 * at for at in range(0, fields, run))
         move = run // 2 * (8 - bits)
-        steps.append((lane(move), lane(low), lane(low << 8 * (run // 2))) if run <= fields else None)
-
+        steps.append((lane(move), lane(low), lane(low << 4 * run)) if run <= fields else None)
     (s0, l0, h0), (s1, l1, h1), (s2, l2, h2) = (step or (lane(0), ~lane(0), lane(0)) for step in steps)
     high, paired = order == "high", order == "paired"
 
@@ -63,9 +81,9 @@ def _spread(bits: int, fields: int, size: int, order: str) -> Callable[..., None
             x = (x & l0) | (lane(x << s0) & h0)
             x = (x & l1) | (lane(x << s1) & h1)
             x = (x & l2) | (lane(x << s2) & h2)
-            target[i] = lane(lane(x ^ flips) + plus) ^ top  # no byte borrows from its neighbour
+            target[i] = lane(lane(x ^ flips) + plus) ^ top
 
-    return loop(spread_lanes)
+    return part(spread_lanes)
 
 
 def cut(source: Array, target: Array, bits: int, minus: int) -> None:
@@ -99,14 +117,26 @@ def split(source: Array, target: Array, *, paired: bool = False, signed: bool = 
 
 @cache
 def _split(fields: int, paired: bool) -> Callable[..., None]:
-    places = _ORDER if paired else tuple(range(fields))
+    piece = split_piece(fields, paired)
 
     def split_rows(source: Array, target: Array, sign: Any) -> None:
         for r in range(source.shape[0]):
-            words = source[r]
-            for f in range(fields):
-                codes, shift = target[r, places[f]], np.uint32(4 * f)
-                for c in range(words.shape[0]):
-                    codes[c] = ((np.uint8(words[c] >> shift) & np.uint8(15)) ^ sign) - sign
+            piece(source[r], target[r], sign)
 
     return loop(split_rows)
+
+
+@cache
+def split_piece(fields: int, paired: bool) -> Callable[..., None]:
+    """Rows target [F, C] from source [C]; (nibble ^ sign) - sign."""
+    places = _ORDER if paired else tuple(range(fields))
+
+    def split_row(source: Array, target: Array, sign: Any) -> None:
+        for f in range(0, fields, 2):
+            low, high, shift = target[places[f]], target[places[f + 1]], np.uint32(4 * f)
+            for c in range(source.shape[0]):
+                pair = np.uint8(source[c] >> shift)
+                low[c] = ((pair & np.uint8(15)) ^ sign) - sign
+                high[c] = ((pair >> np.uint8(4)) ^ sign) - sign
+
+    return part(split_row)
