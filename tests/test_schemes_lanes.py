@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -12,6 +14,13 @@ from hypothesis import strategies as st
 from qhal.errors import CheckpointError
 from qhal_schemes import checks, lanes, packing
 from qhal_schemes.quip import unpack_e8p
+
+
+@pytest.fixture(params=["1", "0"], ids=["compiled", "torch"], autouse=True, scope="module")
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file runs with the compiled loops and without."""
+    with mock.patch.dict(os.environ, QHAL_COMPILED_LOOPS=request.param):
+        yield
 
 
 class Index:

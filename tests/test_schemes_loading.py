@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 
 import qhal
 from qhal.interface import QuantOps
-from qhal_schemes import open_checkpoint
+from qhal_schemes import open_checkpoint, packing
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 INT4 = ("compressed_tensors/w4a16_g128_sym", "awq/autoawq_b4_g128_gemm", "gptq/b4_g128_sym_v1")
@@ -78,3 +81,21 @@ def test_a_plan_needs_no_weights(golden: Path, ops: QuantOps, case: str, monkeyp
     monkeypatch.setattr(type(ckpt), "spec", None)
     plan = qhal.resolve(ckpt, ops, policy="error")
     assert "q_proj" in plan.explain()
+
+
+def test_without_numba_the_same_codes() -> None:
+    packed = torch.randint(-(2**31), 2**31, (30, 64), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    codes = [packing.unpack(packed, 3, 600), packing.unpack_awq(packed), packing.unpack_down(packed, 5, 192)]
+    program = """
+import sys
+sys.modules["numba"] = None
+import hashlib, torch
+from qhal_schemes import packing
+from qhal_schemes.compiled import loops
+assert loops("words") is None
+packed = torch.randint(-2**31, 2**31, (30, 64), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+codes = [packing.unpack(packed, 3, 600), packing.unpack_awq(packed), packing.unpack_down(packed, 5, 192)]
+print(hashlib.sha256(b"".join(c.numpy().tobytes() for c in codes)).hexdigest())
+"""
+    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert found.strip() == hashlib.sha256(b"".join(c.numpy().tobytes() for c in codes)).hexdigest()

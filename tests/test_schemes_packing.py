@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -11,6 +13,14 @@ from hypothesis import strategies as st
 
 from qhal_schemes import lanes, packing
 from qhal_schemes.gptq import _WORD
+
+
+@pytest.fixture(params=["1", "0"], ids=["compiled", "torch"], autouse=True, scope="module")
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file runs with the compiled loops and without."""
+    with mock.patch.dict(os.environ, QHAL_COMPILED_LOOPS=request.param):
+        yield
+
 
 BITS = st.integers(1, 8)
 

@@ -23,7 +23,7 @@ _LANE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor for results. numpy asks for huge pages where torch does not: a page fault for 2 MB, not for 4 KB."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     raw = torch.from_numpy(np.empty(torch.Size(shape).numel() * dtype.itemsize, np.uint8))
     return raw.view(dtype).view(*shape)
@@ -80,7 +80,7 @@ def unpack_stream(packed: Tensor, bits: int, minus: int = 0) -> Tensor:
     run = {3: 3, 5: 5, 6: 3, 7: 7}[bits]
     run = run * 2 if packed.numel() % (2 * run) == 0 else run  # words are transposed in even numbers
     fours = 8 * run // bits
-    for source, target, scratch in _parts(packed.reshape(-1, run), codes.view(torch.int32).view(-1, fours)):
+    for source, target, scratch in _parts(packed.reshape(-1, run), codes.view(-1).view(torch.int32).view(-1, fours)):
         rows, lanes = transpose(source), torch.empty_like(scratch).view(fours, -1)
         for i, lane in enumerate(lanes):
             word, shift = divmod(4 * bits * i, 32)
@@ -210,7 +210,8 @@ def row_sums(codes: Tensor, *, magnitudes: bool = False) -> Tensor:
     """
     sums = torch.empty(codes.shape[:-1], dtype=torch.float64, device=codes.device)
     if codes.dtype == torch.int8 and (fast := loops("sums", codes)):
-        fast.row_sums(codes.contiguous().view(-1, codes.shape[-1]).numpy(), sums.view(-1).numpy(), magnitudes)
+        rows = array(codes, np.int8).reshape(sums.numel(), codes.shape[-1])
+        fast.row_sums(rows, sums.view(-1).numpy(), magnitudes)
         return sums
     step = max(part_size() * len(codes) // (4 * codes.numel() or 1), 1)
     for part, target in zip(codes.split(step), sums.split(step), strict=True):
@@ -221,8 +222,8 @@ def row_sums(codes: Tensor, *, magnitudes: bool = False) -> Tensor:
 
 def array(t: Tensor, dtype: type[np.generic] = np.uint8) -> np.ndarray[Any, Any]:
     """Its bytes as a flat array, for the compiled loops; a copy where it is not contiguous or words are not aligned."""
-    raw = t.contiguous().view(-1).view(torch.uint8).numpy()
-    return np.require(raw.view(dtype), requirements="A")
+    found: np.ndarray[Any, Any] = t.contiguous().view(-1).view(torch.uint8).numpy().view(dtype)
+    return found if found.flags.aligned else found.copy()
 
 
 def part_size() -> int:

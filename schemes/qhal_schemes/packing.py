@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from qhal_schemes.compiled import loops
-from qhal_schemes.lanes import array, empty, part_size, spread_bytes, transpose, unpack_columns, unpack_fields, unpack_stream
+from qhal_schemes.lanes import (
+    array,
+    empty,
+    part_size,
+    spread_bytes,
+    transpose,
+    unpack_columns,
+    unpack_fields,
+    unpack_stream,
+)
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ's gemm order: logical column j of a run of eight sits in nibble AWQ_NIBBLES[j] (AutoAWQ, WQLinear_GEMM)."""
@@ -109,8 +118,10 @@ def unpack_int4(packed: Tensor, dim: int) -> Tensor:
         return spread_bytes(packed.view(torch.uint8), 4, flip=8, minus=8)
     signed = packed.contiguous().view(torch.int8)
     codes = empty([n * 2 if axis == dim else n for axis, n in enumerate(packed.shape)], torch.int8, packed.device)
-    slices = packed.shape[:dim].numel(), packed.shape[dim]
-    pairs, runs = signed.view(slices[0] * slices[1], -1), codes.view(slices[0] * slices[1], 2, -1)
+    if not packed.numel():
+        return codes
+    rows = packed.shape[: dim + 1].numel()
+    pairs, runs = signed.view(rows, -1), codes.view(rows, 2, -1)
     if fast := loops("words", packed):
         fast.split(array(pairs), runs.view(torch.uint8).numpy(), signed=True)
         return codes
@@ -163,7 +174,8 @@ def pack_awq(codes: Tensor) -> Tensor:
 def unpack_six(packed: Tensor) -> Tensor:
     """uint8 6-bit codes [..., 4n] from uint8 [..., 3n]: four codes in three bytes, little endian."""
     count = packed.shape[-1] // 3 * 4
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
+    short = -packed.shape[-1] % 4
+    packed = torch.nn.functional.pad(packed, (0, short)) if short else packed
     aligned = packed if packed.storage_offset() % 4 == 0 else packed.clone()  # a file aligns bytes to nothing
     return unpack(aligned.contiguous().view(torch.int32), 6, count)
 

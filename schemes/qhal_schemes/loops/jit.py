@@ -25,8 +25,10 @@ def loop(function: Callable[..., None]) -> Callable[..., None]:
     return compiled
 
 
-part = register_jitable
-"""A function compiled into each loop that calls it. A loop in the closure of another would never be found on disk."""
+def part(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled into every loop that calls it. A loop in the closure of another is never found on disk, a part is."""
+    compiled: Callable[..., None] = register_jitable(function)
+    return compiled
 
 
 def shared(run: Callable[[int, int], None], count: int, size: int = 1) -> None:

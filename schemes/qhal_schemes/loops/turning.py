@@ -48,9 +48,7 @@ def turn_tile(source: Array, m: int, n: int, target: Array, k: int, j: int, heig
 
 
 @intrinsic
-def _turn_block(
-    _: object, source: Any, m: Any, n: Any, target: Any, k: Any, j: Any
-) -> tuple[Any, Callable[..., Any]]:
+def _turn_block(_: object, source: Any, m: Any, n: Any, target: Any, k: Any, j: Any) -> tuple[Any, Callable[..., Any]]:
     """The same for 16 rows and columns. In round d, rows whose numbers differ by d exchange the columns that do."""
     signature = types.void(source, types.intp, types.intp, target, types.intp, types.intp)
 
