@@ -12,9 +12,8 @@ many bytes as the spec holds, and clone/floor is the ratio that no reader which 
 a weight of 16 or 32 bits; "to bf16" is `spec` and the decoding of its weight. "kept" is clone/spec again, every result
 of a turn kept as a loader keeps it: there memory is new, and costs page faults. Exits 1 if a bar is missed.
 
-Where the bar of the clone is missed, measured at 4096 x 4096, one thread of an AMD EPYC, 8.4 MB cloned in 0.63 ms:
-`Tensor.t().contiguous()` of GPTQ's words takes 2.2 ms, ours 0.69, and spreading them to bytes 2.0; AWQ's columns take
-4.0, of which the transposition is 0.57; 3 bits take 7.9 (6.3 MB cloned in 0.50). No lower floor is shown.
+Integers of 1 to 7 bits are spread by compiled loops where numba is installed; QHAL_COMPILED_LOOPS=0 measures the tensor
+operations that serve without it. The first turn compiles, or finds on disk, and is not counted.
 """
 
 from __future__ import annotations
