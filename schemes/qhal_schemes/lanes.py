@@ -175,6 +175,11 @@ def transpose(matrix: Tensor) -> Tensor:
     return matrix.t().contiguous()
 
 
+def interleave(columns: Sequence[Tensor]) -> Tensor:
+    """int32 [..., C] contiguous from C tensors int32 [...]: `torch.stack` along a new last axis."""
+    return transpose(torch.stack([column.flatten() for column in columns])).view(*columns[0].shape, len(columns))
+
+
 def transpose_bytes(codes: Tensor) -> Tensor:
     """[N, M] contiguous from uint8 or int8 [M, N]: four columns at a time as words, then the bytes of each word."""
     m, n = codes.shape
@@ -183,11 +188,6 @@ def transpose_bytes(codes: Tensor) -> Tensor:
         return turn(codes)
     codes = codes if codes.storage_offset() % 4 == 0 else codes.clone()  # a file aligns bytes to nothing
     return turn(transpose(codes.view(torch.int32)).view(codes.dtype).view(n // 4, m, 4)).view(n, m)
-
-
-def interleave(columns: Sequence[Tensor]) -> Tensor:
-    """int32 [..., C] contiguous from C tensors int32 [...]: `torch.stack` along a new last axis."""
-    return transpose(torch.stack([column.flatten() for column in columns])).view(*columns[0].shape, len(columns))
 
 
 def _nibbles(words: Tensor, rows: Tensor, paired: bool) -> None:
