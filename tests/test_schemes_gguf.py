@@ -20,7 +20,7 @@ from qhal_schemes import Checkpoint, CheckpointWarning, open_checkpoint
 from qhal_schemes.gguf_blocks import TYPES, unpack
 from qhal_schemes.gguf_names import ARCHITECTURES
 
-READ = [number for number, kind in TYPES.items() if kind.unpack is not None]
+READ = [number for number, kind in TYPES.items() if kind.planes]
 Kind = gguf.GGMLQuantizationType
 Q8, Q4 = Kind.Q8_0, Kind.Q4_0
 
@@ -164,6 +164,24 @@ def test_biases_of_queries_and_keys_are_reordered_with_their_rows(tmp_path: Path
     tensors["blk.0.attn_q.bias"] = (permuted(b, 4), Kind.F32)
     spec = open_checkpoint(file(tmp_path / "m.gguf", facts(), tensors)).spec("model.layers.0.self_attn.q_proj")
     assert spec.bias is not None and torch.equal(spec.bias, torch.from_numpy(b))
+
+
+def test_some_rows_are_read_and_what_is_written_to_them_stays_in_memory(tmp_path: Path) -> None:
+    """Tensors are views of the mapped file, from any byte of a page on."""
+    data = weight(64, 64)
+    tensors = {name: (data, kind) for name, kind in (("blk.0.ffn_up.weight", Q4), ("blk.0.ffn_down.weight", Kind.F32))}
+    path = file(tmp_path / "m.gguf", facts(), tensors)
+    before = path.read_bytes()
+    index = open_checkpoint(path)._index
+    names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down")]
+    whole = index.read_all(names)
+    for first, count in ((0, 64), (63, 1), (5, 20)):
+        for name, found in index.read_all(names, (first, count)).items():
+            assert torch.equal(found, whole[name][first : first + count])
+    assert torch.equal(whole[names[1]], torch.from_numpy(data))
+    for found in whole.values():
+        found.fill_(1)
+    assert path.read_bytes() == before
 
 
 def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def reached(path: Path) -> tuple[str, set[Form]]:
 @pytest.mark.filterwarnings("ignore::qhal_schemes.CheckpointWarning")
 def test_what_is_marked_compared_is_what_cases_reach() -> None:
     """schemes/qhal_schemes/compared: the full and the small set together reach every line and nothing beside them."""
-    blocks = (kind for kind in TYPES.values() if kind.unpack is not None)  # random blocks: test_schemes_gguf
+    blocks = (kind for kind in TYPES.values() if kind.planes)  # random blocks: test_schemes_gguf
     found = {
         "gguf": {form(LinearFormat("", 1, kind.elements, Format.parse(kind.format)), kind.name) for kind in blocks}
     }

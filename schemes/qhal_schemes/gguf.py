@@ -9,12 +9,13 @@ Compared with the gguf package on random blocks of every type, and with files th
 
 from __future__ import annotations
 
+import mmap
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -59,16 +60,15 @@ class GGUFIndex(TensorIndex):
         lines = entry.shape[0]
         first, count = (0, lines) if rows is None or order is not None else rows
         line = entry.nbytes // lines
-        raw = torch.empty(count * line, dtype=torch.uint8)
         path = self.folder / entry.file  # its own name, never one that a file gives
         try:
             with path.open("rb") as stream:
-                stream.seek(entry.start + first * line)
-                done = stream.readinto(raw.numpy().data)
+                raw = _mapped(stream, entry.start + first * line, count * line)
         except OSError as bad:
             raise CheckpointError(f"{path}: {name} cannot be read: {bad.strerror}") from None
-        if done != raw.numel():
-            raise CheckpointError(f"{path}: {name} cannot be read: the file was cut since the checkpoint was opened")
+        except ValueError:  # longer than the file
+            cut = "the file was cut since the checkpoint was opened"
+            raise CheckpointError(f"{path}: {name} cannot be read: {cut}") from None
         if entry.dtype in DTYPES:
             tensor = raw.view(DTYPES[entry.dtype]).reshape(count, *entry.shape[1:])
         else:
@@ -76,6 +76,13 @@ class GGUFIndex(TensorIndex):
         if order is None:
             return tensor
         return tensor[order if rows is None else order[rows[0] : sum(rows)]]
+
+
+def _mapped(stream: BinaryIO, start: int, size: int) -> Tensor:
+    """Bytes of a file, read when they are used, as safetensors does; what is written to them stays in memory."""
+    page = start % mmap.ALLOCATIONGRANULARITY
+    view = mmap.mmap(stream.fileno(), page + size, access=mmap.ACCESS_COPY, offset=start - page)
+    return torch.frombuffer(view, dtype=torch.uint8, offset=page)
 
 
 class GGUFMapping(SchemeMapping):
@@ -227,7 +234,7 @@ scheme = MappingScheme(
     Family(
         "GGUF",
         "llama.cpp, gguf 0.19",
-        tuple(kind.name for kind in TYPES.values() if kind.unpack is not None),
+        tuple(kind.name for kind in TYPES.values() if kind.planes),
         (
             "the types " + ", ".join(kind.name for kind in TYPES.values() if not kind.readable),
             "big-endian files and version 1",
