@@ -83,7 +83,7 @@ def test_e8p_words_follow_the_definition() -> None:
     n, k = 32, 128
     stored = words(0, n, k // 32 * 2).view(torch.int64)
     tiles = stored.reshape(n // 16, k // 64, 8, 4).transpose(1, 2).reshape(n // 2, k // 16)
-    codes = unpack_e8p(stored, n, k)
+    codes = unpack_e8p([stored], n, k)[..., 0]
     for row, column in ((0, 0), (3, 5), (15, 7)):
         word = int(tiles[row, column]) & (1 << 64) - 1
         for i in range(4):

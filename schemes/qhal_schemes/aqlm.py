@@ -20,6 +20,7 @@ from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family
+from qhal_schemes.indices import from_containers
 from qhal_schemes.matching import PathPatterns
 from qhal_schemes.modules import ModuleTable
 from qhal_schemes.plain import BlockRules
@@ -106,8 +107,10 @@ class AQLMMapping(SchemeMapping):
                 checks.finite(self.index, f"{module}.{part}", t[part])
         checks.scales(self.index, f"{module}.scales", t["scales"])
         entries = 1 << self._bits
-        checks.indices(self.index, f"{module}.codes", t["codes"], -entries // 2, entries - 1)
-        segment = CodebookSegment(t["codes"].int().bitwise_and_(entries - 1), tuple(t["codebooks"]))
+        if self._bits < 8 * t["codes"].itemsize:
+            checks.indices(self.index, f"{module}.codes", t["codes"], -entries // 2, entries - 1)
+        codes = from_containers(t["codes"].flatten(1), self._bits).view(t["codes"].shape)
+        segment = CodebookSegment(codes, tuple(t["codebooks"]))
         weight = CodebookTensor((f.n, f.k), (segment,), scale=t["scales"].reshape(-1))
         return LinearSpec(weight, bias=t["bias"].float() if f.bias else None, name=module)
 

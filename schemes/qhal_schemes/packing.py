@@ -69,7 +69,8 @@ def unpack_wide(packed: Tensor, bits: int, count: int) -> Tensor:
         inside = 32 - shift
         if inside < bits:
             value.bitwise_and_((1 << inside) - 1).bitwise_or_(rows[word + 1] << inside)
-    return transpose(codes.bitwise_and_(mask)).view(*packed.shape[:-1], -1)[..., :count].contiguous()
+    rows = transpose(codes.bitwise_and_(mask)).view(*packed.shape[:-1], packed.shape[-1] * 32 // bits)
+    return rows[..., :count].contiguous()
 
 
 def pack(codes: Tensor, bits: int, *, aligned: bool = False) -> Tensor:

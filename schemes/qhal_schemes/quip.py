@@ -34,6 +34,7 @@ from qhal.specs import LinearSpec
 from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.claims import Claimed
+from qhal_schemes.compiled import loops
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family, variants
 from qhal_schemes.lanes import interleave, turn
@@ -195,12 +196,10 @@ class QuIPMapping(SchemeMapping):
 
     def _codes(self, words: Tensor, n: int, k: int) -> Tensor:
         """int32 [N, K/8, stages]."""
-        main = unpack_e8p(words[:, : k // 32], n, k)
-        if len(self._book.tables) == 1:
-            return main.unsqueeze(-1)
-        rest = words[:, k // 32 :]
-        second = unpack_e8p(rest, n, k) if self._book.tables[1] == "e8p12" else _bytes(rest)
-        return interleave([main, second])
+        stages = words[:, : k // 32], words[:, k // 32 :]
+        if self._book.tables[-1] == "e8p12":
+            return unpack_e8p(stages[: len(self._book.tables)], n, k)
+        return interleave([unpack_e8p(stages[:1], n, k)[..., 0], _bytes(stages[1])])
 
     def _transforms(self, module: str, n: int, k: int) -> tuple[Hadamard, Hadamard]:
         """H_K^T of the input and H_N of the output."""
@@ -234,12 +233,20 @@ class QuIPMapping(SchemeMapping):
         return (1.0, float(value) if value > 0 else self._book.divisor)
 
 
-def unpack_e8p(words: Tensor, n: int, k: int) -> Tensor:
-    """int32 codes [N, K/8] of e8p12 from int64 [N, K/32].
+def unpack_e8p(stages: Sequence[Tensor], n: int, k: int) -> Tensor:
+    """int32 codes [N, K/8, C] of e8p12 from C tensors int64 [N, K/32].
 
     A word holds codes of two rows and two columns, i = row + 2 * column: byte i is the upper byte of code i (which
     magnitudes), bit 32 + 4j + i is bit j of its lower byte (signs). Words stand in tiles of 8 rows and 4 columns.
     """
+    compiled = loops("indices", *stages)
+    if compiled is not None:
+        return compiled.unpack_e8p(stages, n, k)  # type: ignore[no-any-return]
+    return interleave([_e8p(words, n, k) for words in stages])
+
+
+def _e8p(words: Tensor, n: int, k: int) -> Tensor:
+    """int32 [N, K/8] with tensor operations."""
     tiles = words.reshape(n // 16, k // 64, 8, 4).transpose(1, 2).reshape(-1)
     signs, upper = (tiles >> 32).int(), tiles.int()
     for low, high, mask in _BIT_SWAPS:  # bit 4j + i to bit 8i + j: index bits j2 j1 j0 i1 i0 to i1 i0 j2 j1 j0

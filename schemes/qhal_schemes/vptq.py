@@ -31,10 +31,11 @@ from qhal_schemes import checks
 from qhal_schemes.base import CheckpointWarning, MappingScheme, SchemeMapping
 from qhal_schemes.config import CheckpointConfig
 from qhal_schemes.evidence import Family, variants
+from qhal_schemes.indices import from_containers, from_stream
 from qhal_schemes.lanes import interleave
 from qhal_schemes.matching import SkipPatterns
 from qhal_schemes.modules import ModuleTable
-from qhal_schemes.packing import unpack_wide, words
+from qhal_schemes.packing import words
 from qhal_schemes.plain import BlockRules
 from qhal_schemes.source import WIDE, TensorIndex
 from qhal_schemes.vptq_config import Layer, layer_of
@@ -119,14 +120,12 @@ class VPTQMapping(SchemeMapping):
             checks.scales(self.index, f"{module}.weight_scale", t["weight_scale"])
         segments = []
         if s.outliers:
-            codes = self._indices(module, "outlier_indices", t["outlier_indices"], s.outlier_centroids)
+            outliers = self._indices(module, "outlier_indices", t["outlier_indices"], s.outlier_centroids)
             book = t["outlier_centroids.weight"].reshape(-1, s.outlier_vector, 1)
-            segments.append(CodebookSegment(codes[0].unsqueeze(-1), (book,)))
-        stages = self._stages(module, s, t)
-        books = [t[f"{name}.weight"].unflatten(1, (-1, s.vector, 1)) for name in _TABLES[: len(stages)]]
-        for g in range(s.groups):
-            codes = interleave([stage[g] for stage in stages])
-            segments.append(CodebookSegment(codes, tuple(book[g] for book in books)))
+            segments.append(CodebookSegment(outliers[0].unsqueeze(-1), (book,)))
+        codes = self._codes(module, s, t)
+        books = [t[f"{name}.weight"].unflatten(1, (-1, s.vector, 1)) for name in _TABLES[: codes.shape[-1]]]
+        segments += [CodebookSegment(codes[g], tuple(book[g] for book in books)) for g in range(s.groups)]
         weight = CodebookTensor(
             (f.n, f.k),
             tuple(segments),
@@ -136,23 +135,21 @@ class VPTQMapping(SchemeMapping):
         )
         return LinearSpec(weight, bias=t["bias"].float() if s.bias else None, name=module)
 
-    def _stages(self, module: str, s: Layer, t: Mapping[str, Tensor]) -> list[Tensor]:
-        """int32 indices [G, R, s] into the main codebooks and, where there are some, those of the residual."""
+    def _codes(self, module: str, s: Layer, t: Mapping[str, Tensor]) -> Tensor:
+        """int32 [G, R, s, C]: indices into the main codebooks and, where there are some, into those of the residual."""
+        entries = (s.centroids, s.residual) if s.residual else (s.centroids,)
         if not s.packed:
-            stages = [self._indices(module, "indices", t["indices"], s.centroids)]
-            if s.residual:
-                stages.append(self._indices(module, "res_indices", t["res_indices"], s.residual))
-            return stages
-        fields = unpack_wide(t["indices"].view(torch.int32), s.bits + s.residual_bits, s.group_size)
-        stages = [fields & ((1 << s.bits) - 1)]
-        if s.residual:
-            stages.append((fields >> s.bits) & ((1 << s.residual_bits) - 1))
-        for codes, entries in zip(stages, (s.centroids, s.residual), strict=False):
-            checks.indices(self.index, f"{module}.indices", codes, 0, entries - 1)
-        return stages
+            leaves = zip(("indices", "res_indices"), entries, strict=False)
+            return interleave([self._indices(module, leaf, t[leaf], count) for leaf, count in leaves])
+        bits = (s.bits, s.residual_bits)[: len(entries)]
+        codes = from_stream(t["indices"].view(torch.int32), bits, s.group_size)
+        for c, count in enumerate(entries):
+            if count < 1 << bits[c]:
+                checks.indices(self.index, f"{module}.indices", codes[..., c], 0, count - 1)
+        return codes
 
     def _indices(self, module: str, leaf: str, stored: Tensor, entries: int) -> Tensor:
-        codes = stored.view(torch.int16).int() & 0xFFFF
+        codes = from_containers(stored.view(torch.int16), 16)
         checks.indices(self.index, f"{module}.{leaf}", codes, 0, entries - 1)
         return codes
 
