@@ -54,6 +54,11 @@ class Plane(NamedTuple):
         """Bytes that a block gives."""
         return sum((part[0].stop - part[0].start) * len(part[0].shifts) for part in self.parts)
 
+    @property
+    def copied(self) -> bool:
+        """Whether its codes are many bytes as they are."""
+        return self.parts[0][0].bits == 8 and self.nbytes >= 16
+
 
 Planes = Mapping[str, Plane]
 """The planes of a tensor by dotted name."""
@@ -107,7 +112,7 @@ def _six_bits(start: int, shift: int) -> Plane:
 
 _Q2_INNER = [Plane(((Bits(0, 16, 16, 4, (shift,)),),)) for shift in (0, 4)]
 _K_INNER = _inner(_six_bits(4, 0), 0, _six_bits(8, 4), 2)
-_TRITS = [(Bits(start, stop, stop - start, 8, range(digits), base=3),)
+_TRITS = [(Bits(start, stop, stop - start, 2, range(digits), base=3),)
           for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4))]  # fmt: skip
 """TQ1_0: five digits in a byte, four in the last ones."""
 
@@ -217,10 +222,14 @@ def _rows(t: BlockType, raw: Tensor) -> list[Tensor]:
     n, width = raw.shape
     found = [empty((n, width // t.nbytes * p.nbytes), torch.uint8, raw.device) for p in t.planes.values()]
     step = max(part_size() * t.nbytes // max(width * t.elements, 1), 1)
+    last = max(f.stop for p in t.planes.values() if not p.copied for part in p.parts for f in part)
     for first in range(0, n, step):
-        blocks = raw[first : first + step]
-        turned = _turned(blocks.reshape(-1, t.nbytes))
+        blocks = raw[first : first + step].unflatten(1, (-1, t.nbytes))
+        turned = _turned(blocks[..., :last].flatten(0, 1))
         for p, rows in zip(t.planes.values(), found, strict=True):
+            if p.copied:
+                rows[first : first + step] = blocks[..., p.parts[0][0].start : p.parts[0][0].stop].flatten(1)
+                continue
             codes = torch.cat([_sum(turned, fields) for fields in p.parts], 1).flatten(0, 1)
             rows[first : first + step] = turn(codes.sub_(p.minus) if p.minus else codes).view(len(blocks), -1)
     return found

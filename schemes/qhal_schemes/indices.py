@@ -25,6 +25,8 @@ def from_stream(packed: Tensor, fields: Sequence[int], count: int) -> Tensor:
     if compiled is not None and gcd(count, 16) * bits % 8 == 0:
         return _read(compiled, packed, bits, tuple(fields), count).view(*packed.shape[:-1], count, len(fields))
     codes, stages = unpack_wide(packed, bits, count), []
+    if len(fields) == 1:
+        return codes.unsqueeze(-1)
     for field in fields:
         stages.append(codes & ((1 << field) - 1))
         codes = codes >> field
