@@ -95,6 +95,13 @@ def test_streams_of_indices(fields: tuple[int, ...], count: int, rows: int, skip
                 stream >>= field
 
 
+def test_rows_that_are_too_short_are_not_read_past_their_end() -> None:
+    with pytest.raises(ValueError, match="records of 24 bytes from rows of 44"):
+        indices.from_stream(torch.zeros(3, 11, dtype=torch.int32), (12,), 32)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        quip.unpack_e8p([torch.zeros(16, 3, dtype=torch.int64)], 16, 128)
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.int8, 6), (torch.int8, 8), (torch.int16, 11), (torch.int16, 16)])
 @pytest.mark.parametrize("count", [1, 6, 32])
 @pytest.mark.parametrize("rows", [0, 1, 5])

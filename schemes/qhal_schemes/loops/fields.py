@@ -44,11 +44,13 @@ class Records:
     """Records of nbytes, and the planes that they give."""
 
     def __init__(self, nbytes: int, planes: Sequence[Plane]) -> None:
-        self._run = _loop(json.dumps([nbytes, planes]))
+        self._run, self._nbytes = _loop(json.dumps([nbytes, planes])), nbytes
         self._sizes = [len(p.lanes) * p.size for p in planes]
 
     def unpack(self, raw: Tensor, count: int) -> list[Tensor]:
         """uint8 [rows, count * lanes * size] of every plane, from `count` records at the start of every row."""
+        if raw.shape[1] < count * self._nbytes:
+            raise ValueError(f"{count} records of {self._nbytes} bytes from rows of {raw.shape[1]}")
         outs = [empty((len(raw), count * size), torch.uint8, raw.device) for size in self._sizes]
         source, targets = raw.contiguous().numpy(), tuple(t.numpy() for t in outs)
         shared(lambda start, stop: self._run(source, targets, count, start, stop), len(raw), count * sum(self._sizes))

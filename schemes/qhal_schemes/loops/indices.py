@@ -26,9 +26,8 @@ def unpack_e8p(stages: Sequence[Tensor], n: int, k: int) -> Tensor:
     """int32 codes [N, K/8, stages] from int64 [N, K/32] of one or two stages."""
     codes = empty((n, k // 8, len(stages)), torch.int32, stages[0].device)
     rows = codes.view(n // 16, 8, 2, k // 64, 8 * len(stages)).numpy().view(np.uint8)
-    if k % 128:  # four words of a tile lie in two rows
-        stages = [words.reshape(n // 16, k // 2) for words in stages]
-    lines = tuple(words.numpy().view(np.uint8) for words in stages)
+    shape = (n // 16, k // 2) if k % 128 else (n, k // 32)  # where four words of a tile would lie in two rows, one line
+    lines = tuple(words.reshape(shape).numpy().view(np.uint8) for words in stages)
     shared(lambda start, stop: _tiles(lines, rows, start, stop), n // 16, 2 * k * len(stages))
     return codes
 
