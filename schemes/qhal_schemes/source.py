@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +67,8 @@ class TensorIndex(Mapping[str, TensorEntry]):
     """weight files of the folder that this index does not name (pickles, copies in other layouts)"""
     source: str = ""
     """the file that was opened: an index of shards, or the one weight file"""
+    _handles: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """files that were read from; they stay mapped as long as this index lives"""
 
     @staticmethod
     def open(folder: Path) -> TensorIndex:
@@ -102,28 +103,26 @@ class TensorIndex(Mapping[str, TensorEntry]):
         return self.read_all((name,))[name]
 
     def read_all(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Several tensors, each file opened once. rows: (first, count) of their first axis, only these are read."""
+        """Several tensors; each file is opened once. rows: (first, count) of their first axis, only these are read."""
         found: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            handles: dict[str, Any] = {}
-            for name in names:
-                if name not in self.entries:
-                    raise CheckpointError(f"{self.folder}: tensor {name} is missing")
-                entry = self.entries[name]
-                try:
-                    if entry.file not in handles:
-                        opened = safe_open(inside(self.folder, entry.file), "pt", device="cpu")
-                        handles[entry.file] = stack.enter_context(opened)
-                    tensor = _part(handles[entry.file], name, rows)
-                except (SafetensorError, OSError, AttributeError) as bad:
-                    raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {bad}") from None
-                shape = entry.shape if rows is None else (rows[1], *entry.shape[1:])
-                if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[entry.dtype]:
-                    raise CheckpointError(
-                        f"{self.folder / entry.file}: {name} changed since the checkpoint was opened: "
-                        f"expected {entry.dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}"
-                    )
-                found[name] = tensor
+        for name in names:
+            if name not in self.entries:
+                raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+            entry = self.entries[name]
+            try:
+                if entry.file not in self._handles:
+                    path = inside(self.folder, entry.file)
+                    self._handles[entry.file] = safe_open(path, "pt", device="cpu")
+                tensor = _part(self._handles[entry.file], name, rows)
+            except (SafetensorError, OSError, AttributeError) as bad:
+                raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {bad}") from None
+            shape = entry.shape if rows is None else (rows[1], *entry.shape[1:])
+            if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[entry.dtype]:
+                raise CheckpointError(
+                    f"{self.folder / entry.file}: {name} changed since the checkpoint was opened: "
+                    f"expected {entry.dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}"
+                )
+            found[name] = tensor
         return found
 
     def read_ints(self, name: str) -> tuple[int, ...]:
