@@ -6,12 +6,14 @@ operation on the GPU: exact, and far from fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from qhal.codecs import Codec, Collective
 from qhal.errors import UnsupportedError
 from qhal.interface import MemoryStats
 from qhal.requests import (
@@ -29,6 +31,10 @@ from qhal_portable.ops import PortableOps
 from qhal_portable.prepared import PreparedWeight, Run
 
 _WAITS = "reads lengths, counts or headers on the host, so it waits for the device in every call; right, not fast"
+_HUNG = Support(
+    "not_implemented",
+    "collectives whose scales are e8m0 hung over NCCL on two H100s, and it is not understood yet; use another codec",
+)
 _HOST = (AttentionRequest, CommRequest, GroupedRequest, KVRequest)
 
 
@@ -86,8 +92,27 @@ class CudaOps(PortableOps):
         """The portable answer, made better where `products.py` has a path, and honest about what waits for the host."""
         if isinstance(request, GemmRequest):
             return self._product(request)
+        if isinstance(request, CommRequest) and any(f.element == "e8m0" for f in request.codec.format.levels()):
+            return _HUNG
         answer = super().supports(request)
         return replace(answer, level="conditional", reason=_WAITS) if answer and isinstance(request, _HOST) else answer
+
+    def comm_quant(
+        self,
+        x: Tensor,
+        collective: Collective,
+        codec: Codec,
+        group: Any,
+        *,
+        splits: Sequence[int] | None = None,
+        decode: bool = True,
+        out: Tensor | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """The portable collective over the group of these GPUs; refused before anything travels, on every rank."""
+        if any(f.element == "e8m0" for f in codec.format.levels()):
+            raise UnsupportedError(_HUNG)
+        return super().comm_quant(x, collective, codec, group, splits=splits, decode=decode, out=out, async_op=async_op)
 
     def _product(self, request: GemmRequest) -> Support:
         answer = super().supports(request)
