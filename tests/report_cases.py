@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 import qhal
-from qhal.requests import GroupedRequest, Request, Support
+from qhal.requests import GemmRequest, Request, Support
 from qhal_conformance import report
 from qhal_conformance.faults_weight import WEIGHT_FAULTS
 from qhal_conformance.operations import catalogue
@@ -25,12 +25,12 @@ ONLY = "int4.g32*bf16"
 
 
 class Failing(Wrapped):
-    """Attention that raises, experts of 8-bit integers refused; hostile texts."""
+    """Attention that raises, products of two 8-bit integers refused; hostile texts."""
 
     name = "cpu_reference"
 
     def supports(self, request: Request) -> Support:
-        if isinstance(request, GroupedRequest) and "int8" in str(request):
+        if isinstance(request, GemmRequest) and str(request.w) == "int8.row*fp32" and not request.x[0].plain:
             return Support("unsupported", HOSTILE)
         return self._inner.supports(request)
 

@@ -120,7 +120,7 @@ def test_the_matrix_tells_claims_from_results(good: Report, bad: Report) -> None
     operations, rows = page.matrix(bad)
     shown = {(operations[i], subject): cell["shown"] for subject, cells in rows for i, cell in enumerate(cells) if cell}
     assert "fail" in {what for (operation, _), what in shown.items() if operation == "gemm"}
-    assert shown["grouped_gemm", "int8.row*fp32~int8.row*fp32"] == "refused"
+    assert shown["gemm", "int8.row*fp32~int8.tensor*fp32"] == "refused"
     assert shown["attention", "bf16"] == "fail" and shown["quant_kv", "int8.row*fp32"] == "full"
     assert sum(count for _, count in page.groups(bad["cases"])) == bad["counts"]["fail"] + bad["counts"]["error"]
 

@@ -172,7 +172,7 @@ def transpose(matrix: Tensor) -> Tensor:
         return transpose_bytes(matrix.view(torch.uint8)).view(matrix.dtype)
     if size == 4:
         return turn(matrix.contiguous().view(torch.float32)).view(matrix.dtype)
-    return matrix.t().contiguous()
+    return matrix.t().clone(memory_format=torch.contiguous_format)  # one row alone counts as contiguous already
 
 
 def interleave(columns: Sequence[Tensor]) -> Tensor:
