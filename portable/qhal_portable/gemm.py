@@ -93,7 +93,15 @@ def fits(bias: Tensor, narrow: Tensor | None) -> bool:
 def operand(
     x: Tensor | QTensor, request: GemmRequest, p: PreparedWeight, index: int, *, axes: int = 2
 ) -> tuple[Tensor, torch.dtype]:
-    """The value of Q(x) (a plain x as it is, a quantized one in float32), and the dtype of the result.
+    """The value of `quantized` (a plain x as it is, a quantized one in float32), and the dtype of the result."""
+    q, dtype = quantized(x, request, p, index, axes=axes)
+    return q.dequantize() if isinstance(q, QTensor) else q, dtype
+
+
+def quantized(
+    x: Tensor | QTensor, request: GemmRequest, p: PreparedWeight, index: int, *, axes: int = 2
+) -> tuple[Tensor | QTensor, torch.dtype]:
+    """Q(x) (a plain x that nothing quantizes as it is), and the dtype of the result.
 
     FormatError, in one line, for everything about x that does not fit. axes: 2, or 3 for [E, M, K].
     """
@@ -109,7 +117,7 @@ def operand(
             return x, dtype
         if not 0 <= index < len(inputs):
             raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
-        return quantize(x, inputs[index], device).dequantize() if x.shape[-2] else x.float(), dtype
+        return quantize(x, inputs[index], device), dtype
     if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
         known = ", ".join(str(f) for f in request.x)
         raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
@@ -117,7 +125,7 @@ def operand(
         raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
     if x.codes.dim() != axes or x.shape[-1] != request.k:
         raise FormatError(f"x is {x.shape}, must be {_shape(axes, request.k)}")
-    return x.dequantize(), request.out
+    return x, request.out
 
 
 def accept(x: Tensor, request: GemmRequest, device: torch.device, *, axes: int = 2) -> torch.dtype:

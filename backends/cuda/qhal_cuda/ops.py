@@ -50,7 +50,6 @@ class CudaOps(PortableOps):
     _copies: ClassVar[tuple[torch.dtype, ...]] = ()  # a decoded copy would undo what the checkpoint saved
 
     def __init__(self, arch: str, device: str) -> None:
-        self._arch = arch
         self._capability = _capability(arch)
         self._device = torch.device(device)
 
@@ -92,10 +91,11 @@ class CudaOps(PortableOps):
         """The portable answer, made better where `products.py` has a path, and honest about what waits for the host."""
         if isinstance(request, GemmRequest):
             return self._product(request)
-        if isinstance(request, CommRequest) and any(f.element == "e8m0" for f in request.codec.format.levels()):
-            return _HUNG
         answer = super().supports(request)
-        return replace(answer, level="conditional", reason=_WAITS) if answer and isinstance(request, _HOST) else answer
+        if not answer or not isinstance(request, _HOST):
+            return answer
+        hung = isinstance(request, CommRequest) and _hangs(request.codec)
+        return _HUNG if hung else replace(answer, level="conditional", reason=_WAITS)
 
     def comm_quant(
         self,
@@ -110,18 +110,17 @@ class CudaOps(PortableOps):
         async_op: bool = False,
     ) -> Any:
         """The portable collective over the group of these GPUs; refused before anything travels, on every rank."""
-        if any(f.element == "e8m0" for f in codec.format.levels()):
+        if _hangs(codec):
             raise UnsupportedError(_HUNG)
         return super().comm_quant(x, collective, codec, group, splits=splits, decode=decode, out=out, async_op=async_op)
 
     def _product(self, request: GemmRequest) -> Support:
-        answer = super().supports(request)
-        eager = replace(request, graph=False) if request.graph else request
-        portable = super().supports(eager) if request.graph else answer
+        portable = super().supports(replace(request, graph=False))
         path = products.choose(request, self._capability) if portable else None
+        if path is None:
+            return super().supports(request)
         arithmetic = Arithmetic.of(request)
-        if path is None or arithmetic is None:
-            return answer
+        assert arithmetic is not None
         return replace(
             portable,
             arithmetic=replace(arithmetic, accumulate=path.accumulate),
@@ -135,6 +134,10 @@ class CudaOps(PortableOps):
         assert isinstance(w.request, GemmRequest)
         path = products.choose(w.request, self._capability)
         return super()._bind(w) if path is None else products.bind(w, path)
+
+
+def _hangs(codec: Codec) -> bool:
+    return any(f.element == "e8m0" for f in codec.format.levels())
 
 
 def _capability(arch: str) -> tuple[int, int]:

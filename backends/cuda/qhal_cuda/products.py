@@ -30,9 +30,8 @@ from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal.tensors import QTensor
 from qhal_portable import storage
-from qhal_portable.gemm import accept, write
+from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
-from qhal_portable.quantize import quantize
 
 Kind = Literal["16 bits", "int8", "fp8"]
 HALVES = (torch.bfloat16, torch.float16)
@@ -111,16 +110,15 @@ _Product = Callable[["Tensor | QTensor", int], "tuple[Tensor, torch.dtype]"]
 
 def _plain(p: PreparedWeight, request: GemmRequest) -> _Product:
     kind = element(request.x[0].element).storage
-    if kind == torch.float16:
-        _fits_half(decoded(p, torch.float32))
+    if kind == torch.float16:  # it says so if a weight does not fit
+        storage.decode_into(p.multiplied, torch.empty(request.n, request.k, dtype=kind, device=p.device))
 
     def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, torch.dtype]:
-        if isinstance(x, QTensor):
-            raise FormatError(f"x arrives as {x.format}, the weight was prepared for {request}")
-        dtype = accept(x, request, p.device)
-        if x.dtype != kind:
-            raise FormatError(f"x arrives as {x.dtype}, the weight was prepared for {request}")
-        return torch.mm(x.detach(), decoded(p, kind).T, out_dtype=torch.float32), dtype
+        q, dtype = quantized(x, request, p, index)
+        value = q.codes if isinstance(q, QTensor) else q.detach()
+        if value.dtype != kind:
+            raise FormatError(f"x arrives as {value.dtype}, the weight was prepared for {request}")
+        return torch.mm(value, decoded(p, kind).T, out_dtype=torch.float32), dtype
 
     return product
 
@@ -131,24 +129,15 @@ def decoded(p: PreparedWeight, dtype: torch.dtype) -> Tensor:
     return w.dequantize(dtype) if isinstance(w, QTensor | CodebookTensor) else w.to(dtype)
 
 
-def _fits_half(w: Tensor) -> None:
-    top = w.abs().nan_to_num(0, 0, 0).amax() if w.numel() else 0.0
-    if float(top) >= 65520.0:
-        raise FormatError(
-            f"a weight of magnitude {float(top):.6g} overflows fp16; use bf16 activations, or ask for "
-            "numerics=NumericsClass.EXACT"
-        )
-
-
 def _scaled(p: PreparedWeight, request: GemmRequest, kind: Kind) -> _Product:
     w = storage.canonical(p.stored)
     assert isinstance(w, QTensor) and isinstance(w.scale, Tensor)
-    codes, factors = w.codes, w.scale.float().reshape(1, -1)
+    codes, scale = w.codes, w.scale  # the tensors themselves: a captured graph reads what a refit writes there
     one = torch.ones((), dtype=torch.float32, device=p.device)
 
     def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, torch.dtype]:
-        q, dtype = _quantized(x, p, request, index)
-        assert isinstance(q.scale, Tensor)
+        q, dtype = quantized(x, request, p, index)
+        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
         rows = q.codes.shape[0]
         if kind == "int8":
             a = q.codes if rows >= _ROWS else pad(q.codes, (0, 0, 0, _ROWS - rows))
@@ -159,21 +148,6 @@ def _scaled(p: PreparedWeight, request: GemmRequest, kind: Kind) -> _Product:
             )
         else:
             y = torch.zeros(0, request.n, device=p.device)
-        return y * q.scale.float().reshape(-1, 1) * factors, dtype
+        return y * q.scale.float().reshape(-1, 1) * scale.float().reshape(1, -1), dtype
 
     return product
-
-
-def _quantized(x: Tensor | QTensor, p: PreparedWeight, request: GemmRequest, index: int) -> tuple[QTensor, torch.dtype]:
-    """Q(x) and the dtype of the result; FormatError if x is not what the weight was prepared for."""
-    if isinstance(x, QTensor):
-        fits = x.format.storage in {f.storage for f in request.x} and x.layout == "canonical"
-        if not fits or request.out is None or x.codes.dim() != 2 or x.shape[-1] != request.k:
-            raise FormatError(
-                f"x arrives as {x.format} {x.shape} in layout {x.layout}, the weight was prepared for {request}"
-            )
-        return x, request.out
-    dtype = accept(x, request, p.device)
-    if not 0 <= index < len(p.inputs):
-        raise FormatError(f"input={index}: the weight was prepared with {len(p.inputs)} inputs")
-    return quantize(x, p.inputs[index], p.device), dtype

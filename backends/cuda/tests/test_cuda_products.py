@@ -12,12 +12,15 @@ import torch
 import qhal
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass
+from qhal.specs import Operand
+from qhal_conformance import datasets
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_cuda import products
 from qhal_cuda.ops import CudaOps
+from qhal_portable.prepared import PreparedWeight
 
 
 class Emulated(CudaOps):
@@ -91,6 +94,32 @@ def test_a_weight_that_half_cannot_hold_is_refused_when_it_is_prepared() -> None
     request = GemmRequest(w=Format.parse("fp32"), n=16, k=16, x=(Format.parse("fp16"),))
     with pytest.raises(qhal.FormatError, match="overflows fp16"):
         Emulated("sm_90", "cpu").prepare(w, request)
+
+
+@pytest.mark.parametrize("w", ["int8.row*bf16", "e4m3fn.row*fp16", "int8.row*fp32"])
+def test_what_a_graph_holds_reads_a_refit(w: str) -> None:
+    """A captured product keeps tensors: after prepare(into=) it must meet the new scales, of 16 bits too."""
+    ops, f = Emulated("sm_90", "cpu"), Format.parse(w)
+    x = Format.parse(f"{f.element}.row*fp32")
+    request = GemmRequest(w=f, n=32, k=64, x=(x,))
+    old, new = (datasets.weight("refit", name, f, 32, 64, "normal") for name in ("old", "new"))
+    prepared = ops.prepare(old, request, inputs=[Operand(x)])
+    assert isinstance(prepared, PreparedWeight) and prepared.run is not None
+    held, rows = prepared.run, torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ops.prepare(new, request, inputs=[Operand(x)], into=prepared)
+    fresh = ops.prepare(new, request, inputs=[Operand(x)])
+    assert torch.equal(held(rows, 0, None), ops.gemm(rows, fresh))
+
+
+def test_plain_inputs_are_counted_and_rounded_as_the_contract_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    ops, f = Emulated("sm_90", "cpu"), Format.parse("bf16")
+    w = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    prepared = ops.prepare(w, GemmRequest(w=f, n=8, k=16, x=(f,), out=torch.float32), inputs=[Operand(f)])
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ops.gemm(x, prepared), x.bfloat16().float() @ w.float().T)
+    with pytest.raises(qhal.FormatError, match="input=1: the weight was prepared with 1 inputs"):
+        ops.gemm(x, prepared, input=1)
 
 
 def test_an_unknown_architecture_is_one_error() -> None:
