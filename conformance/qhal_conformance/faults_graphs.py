@@ -114,6 +114,17 @@ class ReplayKeepsWeight(Replaying):
         return replaying
 
 
+class ReplayKeepsScales(ReplayKeepsWeight):
+    """Products of two quantized operands keep a float32 copy of 16-bit scales, which graphs read after a refit."""
+
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
+        """Other weights are refitted rightly."""
+        narrow = isinstance(w, QTensor) and isinstance(w.scale, Tensor) and w.scale.dtype != torch.float32
+        copied = narrow and isinstance(request, GemmRequest) and not request.x[0].plain
+        kept = ReplayKeepsWeight if copied else Replaying
+        return kept.prepare(self, w, request, **how)
+
+
 class _Frozen(AttentionBatch):
     """A batch that ignores every plan but the first."""
 
@@ -148,6 +159,7 @@ GRAPH_FAULTS: tuple[tuple[str, str, str, type[Wrapped]], ...] = tuple(
     (name, "core", (kind.__doc__ or "").strip(), kind)
     for name, kind in (
         ("replay-stale", ReplayStale),
+        ("replay-keeps-scales", ReplayKeepsScales),
         ("replay-moves", ReplayMoves),
         ("capture-refuses", CaptureRefuses),
         ("capture-unclaimed", CaptureUnclaimed),
