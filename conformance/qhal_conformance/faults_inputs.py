@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-from torch import Tensor
+from typing import Any
 
 from qhal.formats import Format
 from qhal.prepared import Prepared
-from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, VQRequest
+from qhal.requests import GemmRequest
 from qhal.specs import Operand
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 Clip = tuple[float, float]
 
@@ -22,19 +21,10 @@ class _Clips(Wrapped):
     def _clip(self, clip: Clip) -> Clip:
         return clip
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, inputs: Sequence[Operand] = (), **how: Any) -> Prepared:
         """Other inputs, the rest as it is."""
         changed = tuple(replace(o, clip=self._clip(o.clip)) for o in inputs)
-        return self._inner.prepare(w, request, inputs=changed, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, request, inputs=changed, **how)
 
 
 def _clips(change: Callable[[Clip], Clip]) -> type[Wrapped]:
@@ -44,21 +34,12 @@ def _clips(change: Callable[[Clip], Clip]) -> type[Wrapped]:
 class NotCutFirst(Wrapped):
     """A range that x is cut to only gives the scale."""
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, *, inputs: Sequence[Operand] = (), **how: Any) -> Prepared:
         """Another rule, the same scale."""
         if isinstance(request, GemmRequest):
             request = replace(request, x=tuple(_scaled(f) for f in request.x))
             inputs = [replace(o, format=_scaled(o.format)) for o in inputs]
-        return self._inner.prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, request, inputs=inputs, **how)
 
 
 def _scaled(f: Format) -> Format:

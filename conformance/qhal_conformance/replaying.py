@@ -18,15 +18,12 @@ from qhal.requests import (
     AttentionRequest,
     GemmRequest,
     GroupedRequest,
-    HadamardRequest,
     KVRequest,
     Request,
     Support,
-    VQRequest,
 )
-from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_conformance.wrapping import Weight, Wrapped
+from qhal_conformance.wrapping import Weight, WeightRequest, Wrapped
 
 R = TypeVar("R")
 
@@ -48,19 +45,9 @@ class Replaying(Wrapped):
         answer = self._inner.supports(without_graph(request))
         return replace(answer, graph=True) if answer else answer
 
-    def prepare(
-        self,
-        w: Weight,
-        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
-        *,
-        inputs: Sequence[Operand] = (),
-        operand: Operand | None = None,
-        bias: Tensor | None = None,
-        into: Prepared | None = None,
-    ) -> Prepared:
+    def prepare(self, w: Weight, request: WeightRequest, **how: Any) -> Prepared:
         """For the request without graph."""
-        plain = without_graph(request)
-        return self._inner.prepare(w, plain, inputs=inputs, operand=operand, bias=bias, into=into)
+        return self._inner.prepare(w, without_graph(request), **how)
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
         """For the request without graph."""
