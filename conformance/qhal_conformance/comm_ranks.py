@@ -86,8 +86,6 @@ class Ranks:
                 try:
                     line = self._lines[rank].get(timeout=_POLL_S)
                 except queue.Empty:
-                    if time.monotonic() > deadline:
-                        raise Lost(f"rank {rank} of {world} did not answer within {seconds:.0f} s") from None
                     continue
                 if not line:
                     code = self._processes[rank].wait()
@@ -95,6 +93,9 @@ class Ranks:
                     why = f": {said[-1][:200]}" if said else ""
                     raise Lost(f"rank {rank} of {world} ended with code {code}{why}")
                 found[rank] = json.loads(line)
+            silent = [rank for rank in range(world) if rank not in found]
+            if silent and time.monotonic() > deadline:
+                raise Lost(f"rank {silent[0]} of {world} did not answer within {seconds:.0f} s")
         return [found[rank] for rank in range(world)]
 
     def close(self) -> None:
