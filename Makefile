@@ -7,7 +7,7 @@ VENV ?= .venv
 # pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/cuda -e backends/rocm -e backends/npu
+DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/triton -e backends/cuda -e backends/rocm -e backends/npu
 SOURCES := qhal portable schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 

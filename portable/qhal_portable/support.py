@@ -46,21 +46,21 @@ _NO_GRAPH = "no graph capture here; ask without graph"
 Reasons = Iterator[str]
 
 
-def support(request: Request, copies: tuple[torch.dtype, ...] = FLOATS) -> Support:
-    """The answer to any request, well-formed or not. copies: see `gemm.copy_class`."""
+def support(request: Request, copies: tuple[torch.dtype, ...] = FLOATS, *, graphs: bool = False) -> Support:
+    """The answer to any request, well-formed or not. copies: see `gemm.copy_class`; graphs: capture is no obstacle."""
     try:
         with torch.device("cpu"):  # engines ask while models are built on the meta device; the answer is the same
-            return _support(request, revision(), copies)
+            return _support(request, revision(), copies, graphs)
     except Exception as fault:  # total by contract: a request that cannot be read is refused with the reason
         return Support("unsupported", f"the request cannot be read ({type(fault).__name__}: {fault})")
 
 
 @lru_cache(maxsize=65536)
-def _support(request: Request, tables: int, copies: tuple[torch.dtype, ...]) -> Support:
+def _support(request: Request, tables: int, copies: tuple[torch.dtype, ...], graphs: bool) -> Support:
     """The answer while the named tables (Hadamard, codebooks) are at that revision."""
     if not isinstance(request, get_args(Request)):
         return Support("unsupported", f"{type(request).__name__} is no request of this interface")
-    reasons = list(dict.fromkeys(_reasons(request)))
+    reasons = [r for r in dict.fromkeys(_reasons(request)) if not (graphs and r == _NO_GRAPH)]
     if not reasons:
         return _full(request, copies)
     return Support("unsupported", "; ".join(reasons), nearest=_nearest(request, reasons))

@@ -1,7 +1,8 @@
-"""CudaOps: what this backend executes today, said honestly.
+"""CudaOps: what this backend executes, said honestly.
 
-Products of 8 bits and of 16 run on the tensor cores through torch (`products.py`). Everything else is the portable
-operation on the GPU: exact, and far from fast.
+Products of two 8-bit operands, and of 16-bit ones, run on the tensor cores through torch (`products.py`); what the
+shared kernels take (`qhal_triton`) is theirs. Everything else is the portable operation on the GPU: exact, and far from
+fast.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from qhal.requests import (
     Support,
 )
 from qhal_cuda import products
-from qhal_portable.ops import PortableOps
+from qhal_cuda.targets import capability, target
 from qhal_portable.prepared import PreparedWeight, Run
+from qhal_portable.support import support
+from qhal_triton.ops import TritonOps
 
 _WAITS = "reads lengths, counts or headers on the host, so it waits for the device in every call; right, not fast"
 _HUNG = Support(
@@ -38,7 +41,7 @@ _HUNG = Support(
 _HOST = (AttentionRequest, CommRequest, GroupedRequest, KVRequest)
 
 
-class CudaOps(PortableOps):
+class CudaOps(TritonOps):
     """QuantOps for NVIDIA GPUs.
 
     arch    compute capability: "sm_90"
@@ -47,16 +50,10 @@ class CudaOps(PortableOps):
 
     name: ClassVar[str] = "cuda"
     interface: ClassVar[tuple[int, int]] = (1, 0)
-    _copies: ClassVar[tuple[torch.dtype, ...]] = ()  # a decoded copy would undo what the checkpoint saved
 
     def __init__(self, arch: str, device: str) -> None:
-        self._capability = _capability(arch)
-        self._device = torch.device(device)
-
-    @property
-    def device(self) -> torch.device:
-        """The torch device of the results."""
-        return self._device
+        super().__init__(target(arch), torch.device(device))
+        self._capability = capability(arch)
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for is done."""
@@ -88,11 +85,11 @@ class CudaOps(PortableOps):
         return MemoryStats(used, peak, torch.cuda.mem_get_info(self._device)[1])
 
     def supports(self, request: Request) -> Support:
-        """The portable answer, made better where `products.py` has a path, and honest about what waits for the host."""
+        """The answer of `products.py`, else of the shared kernels, else the portable one: honest about its waits."""
         if isinstance(request, GemmRequest):
             return self._product(request)
         answer = super().supports(request)
-        if not answer or not isinstance(request, _HOST):
+        if not answer or not isinstance(request, _HOST) or self._path(request) is not None:
             return answer
         hung = isinstance(request, CommRequest) and _hangs(request.codec)
         return _HUNG if hung else replace(answer, level="conditional", reason=_WAITS)
@@ -115,14 +112,13 @@ class CudaOps(PortableOps):
         return super().comm_quant(x, collective, codec, group, splits=splits, decode=decode, out=out, async_op=async_op)
 
     def _product(self, request: GemmRequest) -> Support:
-        portable = super().supports(replace(request, graph=False))
-        path = products.choose(request, self._capability) if portable else None
+        path = self._library(request)
         if path is None:
             return super().supports(request)
         arithmetic = Arithmetic.of(request)
         assert arithmetic is not None
         return replace(
-            portable,
+            support(request, self._copies, graphs=True),
             arithmetic=replace(arithmetic, accumulate=path.accumulate),
             executes=path.executes,
             numerics=path.numerics,
@@ -132,17 +128,16 @@ class CudaOps(PortableOps):
 
     def _bind(self, w: PreparedWeight) -> Run:
         assert isinstance(w.request, GemmRequest)
-        path = products.choose(w.request, self._capability)
+        path = self._library(w.request)
         return super()._bind(w) if path is None else products.bind(w, path)
+
+    def _library(self, request: GemmRequest) -> products.Path | None:
+        """torch's product for this request; None where a shared kernel reads the quantized weight, or none fits."""
+        if not support(request, self._copies, graphs=True):
+            return None
+        path = products.choose(request, self._capability)
+        return None if path is not None and path.kind == "16 bits" and self._path(request) is not None else path
 
 
 def _hangs(codec: Codec) -> bool:
     return any(f.element == "e8m0" for f in codec.format.levels())
-
-
-def _capability(arch: str) -> tuple[int, int]:
-    """(9, 0) of "sm_90", (12, 0) of "sm_120"; UnsupportedError for another word."""
-    digits = arch.removeprefix("sm_")
-    if not digits.isdigit() or len(digits) < 2:
-        raise UnsupportedError(Support("unsupported", f"{arch!r} is no compute capability such as sm_90"))
-    return int(digits[:-1]), int(digits[-1])

@@ -1,0 +1,1 @@
+"""Triton kernels that the GPU backends share, and TritonOps over them (distribution qhal-triton)."""

@@ -1,0 +1,77 @@
+"""Device functions that are exact to the bit: codes to numbers, numbers to codes, one rounding to 16 bits.
+
+Small floats are coded by integer arithmetic on the bits of fp32, so that the interpreter and every compiler give the
+same codes; the definitions are those of `qhal.elements` and `qhal.rounding`: half to even, saturated.
+
+Two rules for kernels: divide with `tl.div_rn` where a contract fixes bits (`/` may be off by an ulp), and launch them
+with `enable_fp_fusion=False`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""The interpreter multiplies bf16 wrongly and cuts fp32 to bf16 (triton-lang/triton#11584): see `dot`, `narrow`."""
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 to fp32, fp16 or bf16, half to even, overflow to Inf."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        odd = (bits >> 16) & 1
+        kept = tl.where(x == x, (bits + 0x7FFF + odd) >> 16, 0x7FC0)
+        return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b with fp32 sums of 16-bit or fp8 operands, int32 sums of int8."""
+    if INTERPRETED and a.dtype != tl.int8:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def minifloat_value(code, E: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr):
+    """fp32 value of a code of 1 + E + M bits without special codes (e2m1, e2m3, e3m2); code: any integer type."""
+    word = code.to(tl.int32)
+    size = word & ((1 << (E + M)) - 1)
+    bits = (size << (23 - M)) | ((word >> (E + M)) << 31)
+    return bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))  # also right where the exponent is 0
+
+
+@triton.jit
+def e8m0_value(code):
+    """fp32 value 2^(code - 127); 255 is NaN."""
+    word = code.to(tl.int32) & 0xFF
+    bits = tl.where(word == 0, 0x00400000, word << 23)  # 2^-127 is a subnormal
+    return tl.where(word == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def minifloat_code(x, E: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, NAN: tl.constexpr):
+    """int32 code of fp32 x: half to even, saturated to code LARGEST; NaN is code NAN. Bit 7 (E + M) is the sign."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    magnitude = size.to(tl.float32, bitcast=True)
+    # below the smallest normal codes are multiples of one step: adding 2^23 rounds to whole steps
+    small = (tl.minimum(magnitude * (2.0 ** (BIAS - 1 + M)), 256.0) + 8388608.0).to(tl.int32, bitcast=True) & 0x7FFFFF
+    rounded = (size + ((1 << (22 - M)) - 1) + ((size >> (23 - M)) & 1)) >> (23 - M)
+    normal = rounded - ((127 - BIAS) << M)
+    code = tl.minimum(tl.where(size < ((128 - BIAS) << 23), small, normal), LARGEST)
+    signed = code | tl.where(bits < 0, 1 << (E + M), 0)
+    return tl.where(x != x, NAN, signed)
+
+
+@triton.jit
+def integer_code(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """int32 of fp32 x, half to even, saturated; NaN is 0."""
+    kept = tl.minimum(tl.maximum(x, LOW), HIGH)
+    whole = (kept + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to whole numbers, half to even
+    return tl.where(x != x, 0.0, whole).to(tl.int32)

@@ -1,0 +1,156 @@
+"""TritonOps: the portable operations, with a kernel wherever a family has one for the request.
+
+A family is a folder with `choose(request, target) -> Path | None`. This file only asks and calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qhal.caches import AttentionBatch, KVCache, Limits
+from qhal.formats import Format
+from qhal.groups import Groups
+from qhal.prepared import Prepared
+from qhal.requests import (
+    AttentionRequest,
+    GemmRequest,
+    GroupedRequest,
+    HadamardRequest,
+    KVRequest,
+    QuantizeRequest,
+    Request,
+    Support,
+    VQRequest,
+)
+from qhal.rotations import Rotation, kinds
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_portable.ops import PortableOps
+from qhal_portable.prepared import PreparedRotation, PreparedWeight, Run
+from qhal_portable.support import support
+from qhal_triton import attention, gemm, grouped, hadamard, kv, quantize, vq
+from qhal_triton.paths import Path
+from qhal_triton.target import Target
+
+_CHOOSE: dict[type, Callable[[Any, Target], Path | None]] = {
+    GemmRequest: gemm.choose,
+    GroupedRequest: grouped.choose,
+    QuantizeRequest: quantize.choose,
+    HadamardRequest: hadamard.choose,
+    VQRequest: vq.choose,
+    KVRequest: kv.choose,
+    AttentionRequest: attention.choose,
+}
+
+
+class TritonOps(PortableOps):
+    """QuantOps of a GPU that Triton compiles for; a backend gives its name and the target."""
+
+    interface: ClassVar[tuple[int, int]] = (1, 0)
+    _copies: ClassVar[tuple[torch.dtype, ...]] = ()  # a decoded copy would undo what the checkpoint saved
+
+    def __init__(self, target: Target, device: torch.device) -> None:
+        self._target = target
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """The torch device of the results."""
+        return self._device
+
+    def supports(self, request: Request) -> Support:
+        """The answer of the kernel that takes the request, else the portable one."""
+        path = self._path(request)
+        return super().supports(request) if path is None else path.answer(request)
+
+    def quantize(
+        self, x: Tensor, to: Operand | Format, *, for_: Prepared | None = None, out: QTensor | None = None
+    ) -> QTensor:
+        """See `quantize/`."""
+        o = to if isinstance(to, Operand) else Operand(to)
+        if isinstance(x, Tensor):
+            path = self._path(QuantizeRequest(x=x.dtype, format=o.format, static=o.static))
+            if path is not None and quantize.fits(path, x, o, self._device):
+                if for_ is not None:
+                    self._weight(for_)
+                return quantize.run(path, x, o, out)
+        return super().quantize(x, to, for_=for_, out=out)
+
+    def grouped_gemm(
+        self, x: Tensor | QTensor, w: Prepared, groups: Groups, *, out: Tensor | QTensor | None = None
+    ) -> Tensor | QTensor:
+        """See `grouped/`."""
+        weight = self._weight(w)
+        path = self._path(weight.request)
+        if path is None or not isinstance(weight.request, GroupedRequest):
+            return super().grouped_gemm(x, w, groups, out=out)
+        return grouped.run(path, self, x, weight, groups, out)
+
+    def quant_kv(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """See `kv/`."""
+        path = self._path(cache.request)
+        if path is None:
+            super().quant_kv(k, v, cache, slots)
+        else:
+            kv.run(path, k, v, cache, slots, self._device)
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        *,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """See `attention/`."""
+        if isinstance(batch, attention.TritonBatch):
+            return attention.run(batch, q, cache, sinks, out, lse)
+        return super().attention(q, cache, batch, sinks=sinks, out=out, lse=lse)
+
+    def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
+        """See `attention/`."""
+        path = self._path(request)
+        if path is None:
+            return super().attention_batch(request, limits)
+        return attention.TritonBatch(request, limits, self._device, path)
+
+    def hadamard(
+        self,
+        x: Tensor,
+        rotation: Prepared | Sequence[Rotation],
+        *,
+        quantize: Operand | None = None,
+        for_: Prepared | None = None,
+        out: Tensor | QTensor | None = None,
+    ) -> Tensor | QTensor:
+        """See `hadamard/`."""
+        chain = rotation.chain if isinstance(rotation, PreparedRotation) else rotation
+        if isinstance(x, Tensor) and x.dim() and not isinstance(chain, Prepared):
+            fmt = None if quantize is None else quantize.format
+            path = self._path(HadamardRequest(kinds=kinds(chain), n=x.shape[-1], x=x.dtype, quantize=fmt))
+            if path is not None and hadamard.fits(path, x, chain, self._device):
+                return hadamard.run(path, self, x, chain, quantize, for_, out)
+        return super().hadamard(x, rotation, quantize=quantize, for_=for_, out=out)
+
+    def vq_decode(self, w: Prepared, *, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """See `vq/`."""
+        weight = self._weight(w)
+        path = self._path(weight.request) if isinstance(weight.request, VQRequest) else None
+        return super().vq_decode(w, rows=rows, out=out) if path is None else vq.run(path, weight, rows, out)
+
+    def _bind(self, w: PreparedWeight) -> Run:
+        path = self._path(w.request)
+        return super()._bind(w) if path is None else gemm.bind(path, self, w)
+
+    def _path(self, request: Request) -> Path | None:
+        """The kernel for a request that is executable at all; None: the portable operation."""
+        if not support(request, self._copies, graphs=True):
+            return None
+        choose = _CHOOSE.get(type(request))
+        return None if choose is None else choose(request, self._target)

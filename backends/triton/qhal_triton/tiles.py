@@ -1,0 +1,39 @@
+"""Tile: one kernel with everything fixed that a compiler needs; what compile checks and ahead-of-time builds read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from qhal_triton.target import Target
+
+FAMILIES = ("gemm", "grouped", "quantize", "hadamard", "vq", "kv", "attention")
+"""Folders of this package; each has `tiles(target)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A kernel to compile.
+
+    name       unique: "gemm.words[int4.g128*bf16 x bf16]"
+    fn         the `triton.jit` function
+    signature  argument name to Triton's type: "*bf16", "*u8", "i32", "fp32"; constexpr arguments are left out
+    constants  the constexpr arguments
+    options    num_warps, num_stages, enable_fp_fusion
+    matrix     whether it must use matrix instructions
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    matrix: bool = False
+
+
+def tiles(target: Target) -> Iterator[Tile]:
+    """One tile for every kernel and format that this target is said to execute."""
+    for family in FAMILIES:
+        yield from import_module(f"qhal_triton.{family}").tiles(target)
