@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from qhal import compiling
 from qhal.errors import FormatError
+from qhal.groups import Groups, Indexed
 from qhal.layer_formats import ExpertsFormat, LinearFormat
 from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support, VQRequest
 from qhal.specs import Operand
 
 if TYPE_CHECKING:
-    from qhal.groups import Groups
     from qhal.interface import QuantOps
 
 _handles = itertools.count(1)
@@ -56,7 +58,8 @@ class Prepared:
 class PreparedLinear:
     """A whole layer on a device: y = layer(x), x [..., K] -> [..., N]. Made by `qhal.layers.prepare_linear`.
 
-    `direct` layers have neither rotations nor a low-rank branch: one gemm is all, and the bias is bound in it.
+    `direct` layers have neither rotations nor a low-rank branch: one gemm is all, and the bias is bound in it. In
+    `torch.compile` a layer is one operator (`qhal.compiling`), which knows it by `handle`.
     """
 
     ops: QuantOps
@@ -70,12 +73,16 @@ class PreparedLinear:
     def __post_init__(self) -> None:
         self.direct = self.rotate_in is None and self.rotate_out is None and self.low_rank is None
         self.decode_index = 1 if len(self.weight.inputs) > 1 else 0
+        self.handle = compiling.handle(self)
 
     def __call__(self, x: Tensor, *, decode: bool = False) -> Tensor:
         """[..., K] -> [..., N]. decode: every sequence of this step decodes one token (selects `decode_input`).
 
         Rows may have any stride, the last axis must have stride 1: FormatError, nothing is copied silently.
         """
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.qhal.linear(x, self.handle, decode)
+            return y
         try:
             shape = x.shape
         except AttributeError:
@@ -120,8 +127,14 @@ class PreparedExperts:
     gate_up: Prepared
     down: Prepared
 
+    def __post_init__(self) -> None:
+        self.handle = compiling.handle(self)
+
     def __call__(self, x: Tensor, groups: Groups) -> Tensor:
-        """x [T, K] -> [T, K]; see `QuantOps.experts`."""
+        """x [T, K] -> [T, K]; see `QuantOps.experts`. In `torch.compile` with `Indexed` groups."""
+        if torch.compiler.is_compiling() and isinstance(groups, Indexed):
+            y: Tensor = torch.ops.qhal.experts(x, self.handle, groups.ids, groups.weights)
+            return y
         return self.ops.experts(x, self, groups)
 
     def tensors(self) -> dict[str, Tensor]:
