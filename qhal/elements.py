@@ -169,7 +169,7 @@ def decode(name: str, codes: Tensor, table: Tensor | None = None) -> Tensor:
         return _float8_values(codes.dtype).index_select(0, index).view(codes.shape)
     if kind == "exponent":
         exponent = codes.view(torch.uint8) if codes.dtype == torch.float8_e8m0fnu else codes
-        # ldexp of float32 flushes 2^-127; float64 holds it and the cast to a float32 subnormal is exact
-        power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.int() - 127)
-        return torch.where(exponent == 255, torch.nan, power).float()
+        bits = exponent.int() << 23  # not ldexp: on a device that is not the current one torch 2.11 gives zeros
+        bits = torch.where(exponent == 0, 0x00400000, torch.where(exponent == 255, 0x7FC00000, bits))
+        return bits.int().view(torch.float32)
     return codes.to(torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor
 from qhal.codecs import Codec, Collective
 from qhal.collectives import Exchange, Rank, Result, Steps
 from qhal.errors import CommError, QhalError
+from qhal_portable.current_device import current
 from qhal_portable.gemm import write
 
 
@@ -28,11 +29,12 @@ class Pending:
 
     def wait(self) -> Result:
         """Block until every message has arrived; CommError if a rank died or disagrees."""
-        while self._result is None and self._fault is None:
-            try:
-                self._finish()
-            except QhalError as fault:
-                self._fault = fault
+        with current(self._device):
+            while self._result is None and self._fault is None:
+                try:
+                    self._finish()
+                except QhalError as fault:
+                    self._fault = fault
         if self._fault is not None:
             raise self._fault
         assert self._result is not None

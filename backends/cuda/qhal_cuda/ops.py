@@ -7,15 +7,12 @@ fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from qhal.codecs import Codec, Collective
-from qhal.errors import UnsupportedError
 from qhal.interface import MemoryStats
 from qhal.requests import (
     Arithmetic,
@@ -29,18 +26,16 @@ from qhal.requests import (
 )
 from qhal_cuda import products
 from qhal_cuda.targets import capability, target
+from qhal_portable.current_device import with_own_device
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import support
 from qhal_triton.ops import TritonOps
 
 _WAITS = "reads lengths, counts or headers on the host, so it waits for the device in every call; right, not fast"
-_HUNG = Support(
-    "not_implemented",
-    "collectives whose scales are e8m0 hung over NCCL on two H100s, and it is not understood yet; use another codec",
-)
 _HOST = (AttentionRequest, CommRequest, GroupedRequest, KVRequest)
 
 
+@with_own_device
 class CudaOps(TritonOps):
     """QuantOps for NVIDIA GPUs.
 
@@ -91,25 +86,7 @@ class CudaOps(TritonOps):
         answer = super().supports(request)
         if not answer or not isinstance(request, _HOST) or self._path(request) is not None:
             return answer
-        hung = isinstance(request, CommRequest) and _hangs(request.codec)
-        return _HUNG if hung else replace(answer, level="conditional", reason=_WAITS)
-
-    def comm_quant(
-        self,
-        x: Tensor,
-        collective: Collective,
-        codec: Codec,
-        group: Any,
-        *,
-        splits: Sequence[int] | None = None,
-        decode: bool = True,
-        out: Tensor | None = None,
-        async_op: bool = False,
-    ) -> Any:
-        """The portable collective over the group of these GPUs; refused before anything travels, on every rank."""
-        if _hangs(codec):
-            raise UnsupportedError(_HUNG)
-        return super().comm_quant(x, collective, codec, group, splits=splits, decode=decode, out=out, async_op=async_op)
+        return replace(answer, level="conditional", reason=_WAITS)
 
     def _product(self, request: GemmRequest) -> Support:
         path = self._library(request)
@@ -137,7 +114,3 @@ class CudaOps(TritonOps):
             return None
         path = products.choose(request, self._capability)
         return None if path is not None and path.kind == "16 bits" and self._path(request) is not None else path
-
-
-def _hangs(codec: Codec) -> bool:
-    return any(f.element == "e8m0" for f in codec.format.levels())
