@@ -33,7 +33,9 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 def with_own_device(cls: _Ops) -> _Ops:
     """A class of operations, each run with `self.device` as the current device: one call of the runtime more."""
     for name in _OPERATIONS:
-        setattr(cls, name, _guarded(getattr(cls, name)))
+        operation = getattr(cls, name)
+        if not getattr(operation, "on_own_device", False):
+            setattr(cls, name, _guarded(operation))
     return cls
 
 
@@ -46,4 +48,5 @@ def _guarded(operation: Callable[..., Any]) -> Callable[..., Any]:
         with current(device):
             return operation(self, *args, **kwargs)
 
+    call.on_own_device = True  # type: ignore[attr-defined]
     return call

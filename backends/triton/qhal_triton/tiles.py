@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from qhal_triton.target import Target
 
@@ -19,10 +19,14 @@ class Tile:
 
     name       unique: "gemm.words[int4.g128*bf16 x bf16]"
     fn         the `triton.jit` function
-    signature  argument name to Triton's type: "*bf16", "*u8", "i32", "fp32"; constexpr arguments are left out
+    signature  argument name to Triton's type: "*bf16", "*u8", "i32", "fp32"; constexpr arguments are left out. Pointers
+               are taken as multiples of 16 bytes, "*bf16:1" as of nothing; "i32:16" is a multiple of 16
     constants  the constexpr arguments
     options    num_warps, num_stages, enable_fp_fusion
     matrix     whether it must use matrix instructions
+    native     operands that some matrix instruction must take as they are: "16" (bits), "int8", "fp8", "mx" (block
+               scales); "": any. What a compiler converts to 16 bits first is right and slow, and must not be claimed
+    spills     how much may be spilled (registers on AMD, bytes on NVIDIA)
     """
 
     name: str
@@ -31,6 +35,8 @@ class Tile:
     constants: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     matrix: bool = False
+    native: Literal["", "16", "int8", "fp8", "mx"] = ""
+    spills: int = 0
 
 
 def tiles(target: Target) -> Iterator[Tile]:

@@ -1,0 +1,58 @@
+"""What compiled kernels say of themselves: registers, spills and matrix instructions, read from assembly and binaries.
+
+AMD's compiler writes its figures into the assembly text; for NVIDIA the `cuobjdump` that comes with Triton reads the
+binary. Neither needs a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+
+_AMD = re.compile(r"^\s*(v_s?mfma\w*|v_s?wmma\w*|v_swmmac\w*)", re.MULTILINE)
+_PTX = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
+_SKIPPED = frozenset({"sync", "aligned", "row", "col", "cta_group::1", "cta_group::2", "satfinite"})
+_KINDS = (  # first match wins: the more special name contains the more general one
+    ("mx", re.compile(r"mfma_scale|block_scale|kind::mx")),
+    ("fp8", re.compile(r"_f8f6f4|_fp8|_bf8|e4m3|e5m2|kind::f8f6f4")),
+    ("int8", re.compile(r"_i8\b|_iu8|\.[su]8\b|kind::i8")),
+    ("16", re.compile(r"bf16|f16")),
+)
+
+
+def amd(text: str) -> tuple[int, int, Counter[str]]:
+    """(vector registers, spilled registers, matrix instructions) of AMD assembly."""
+
+    def figure(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    spills = figure("vgpr_spill_count") + figure("sgpr_spill_count")
+    return figure("vgpr_count") + figure("agpr_count"), spills, Counter(_AMD.findall(text))
+
+
+def nvidia(ptx: str, cubin: bytes) -> tuple[int, int, Counter[str]]:
+    """(registers, bytes of stack, matrix instructions); a kernel without calls has a stack for spills only."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+)", done.stdout), re.search(r"STACK:(\d+)", done.stdout)
+    assert registers and stack, done.stdout
+    return int(registers[1]), int(stack[1]), Counter(_short(name) for name in _PTX.findall(ptx))
+
+
+def kinds(instructions: Counter[str]) -> set[str]:
+    """Which operands the matrix instructions take: "16", "int8", "fp8", "mx"."""
+    return {next((kind for kind, known in _KINDS if known.search(name)), "other") for name in instructions}
+
+
+def _short(name: str) -> str:
+    """wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 without the words that every one has."""
+    return ".".join(part for part in name.split(".") if part not in _SKIPPED)
