@@ -241,6 +241,9 @@ def _auto(require: Collection[str]) -> QuantOps:
         state = probe(info)
         if isinstance(info, Broken) or isinstance(state, Unavailable):
             continue
+        if state.devices[0].evidence != "L3":
+            passed.append(f"{info.name} is emulated here, which only its name selects")
+            continue
         try:
             ops = load(info, state.devices[0])
         except BackendError as error:

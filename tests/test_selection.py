@@ -123,6 +123,14 @@ def test_required_operations(installed: dict[str, BackendInfo | Broken]) -> None
         qhal.select("chip", require=["quantize", "attention"])
 
 
+def test_an_emulator_is_taken_by_name_only(installed: dict[str, BackendInfo | Broken]) -> None:
+    installed["cpu_reference"] = _info("cpu_reference", 1000, _usable)
+    installed["chip"] = _info("chip", 50, lambda: Available((Device(0, "a0", evidence="L2"),)))
+    with pytest.warns(UserWarning, match="chip is emulated here, which only its name selects, so cpu_reference runs"):
+        qhal.select("auto")
+    assert qhal.select("chip").name == "chip"
+
+
 def test_the_offline_form_needs_no_device(installed: dict[str, BackendInfo | Broken]) -> None:
     installed["chip"] = _info("chip", 50, lambda: Unavailable("no chip", "plug one in"))
     assert qhal.select("chip", arch="a7").name == "chip"

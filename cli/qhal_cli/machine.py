@@ -37,7 +37,7 @@ def devices(json: Json = False) -> None:
     records = [_record(name, info) for name, info in qhal.backends().items()]
     variable = os.environ.get(selection.ENVIRONMENT, "").strip()
     answer, ok = judge_environment()
-    auto = next((r["name"] for r in records if r["usable"] and r["operations"]), None)
+    auto = next((r["name"] for r in records if r["usable"] and r["operations"] and _real(r)), None)
     if json:
         emit({"backends": records, "environment": variable or None, "auto": auto, "ok": ok, "answer": answer})
     else:
@@ -57,6 +57,11 @@ def judge_environment() -> tuple[str, bool]:
         except QhalError as error:
             return str(error).splitlines()[0] + _what_to_do(error), False
     return f"{ops.name} on {ops.device}", True
+
+
+def _real(record: dict[str, Any]) -> bool:
+    """Whether the first device is one, and no emulator: "auto" takes no other."""
+    return bool(record["devices"][0]["evidence"] == "L3")
 
 
 def _what_to_do(error: QhalError) -> str:
@@ -81,7 +86,13 @@ def _record(name: str, info: BackendInfo | selection.Broken) -> dict[str, Any]:
                 "hint": selection.REPORT,
             }
         record["devices"] = [
-            {"id": f"{name}:{d.index}", "arch": d.arch, "memory": d.memory, "facts": dict(d.facts)}
+            {
+                "id": f"{name}:{d.index}",
+                "arch": d.arch,
+                "memory": d.memory,
+                "evidence": d.evidence,
+                "facts": dict(d.facts),
+            }
             for d in state.devices
         ]
     elif isinstance(state, selection.Unavailable):
