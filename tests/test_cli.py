@@ -72,15 +72,37 @@ def test_tables_show_brackets(golden: Path) -> None:
     assert "vq1x8[e8p12]" in run("inspect", str(golden / "quip/quip_e8p12_had12_20/checkpoint")).stdout
 
 
-def test_plan_and_its_refusal(golden: Path) -> None:
+SHELL = """
+import qhal
+import torch
+
+class Shell(qhal.QuantOps):
+    name, interface = "shell", (1, 0)
+    device = property(lambda self: torch.device("meta"))
+
+    def supports(self, request):
+        return qhal.Support("not_implemented", "nothing is written yet")
+
+def backend():
+    here = qhal.Unavailable("a shell", "write it")
+    return qhal.BackendInfo("shell", (1, 0), 500, lambda: here, lambda d: Shell(), lambda a: Shell())
+"""
+
+
+def test_plan_and_its_refusal(golden: Path, tmp_path: Path) -> None:
+    info = tmp_path / "shell_backend-1.0.dist-info"
+    info.mkdir()
+    (tmp_path / "shell_backend.py").write_text(SHELL)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shell-backend\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[qhal.backends]\nshell = shell_backend:backend\n")
     folder = str(golden / CASE / "checkpoint")
     record = ok("plan", folder, "--backend", "cpu_reference")
     assert {e["status"] for e in record["entries"]} == {"ok"}
-    refused = run("plan", folder, "--backend", "rocm", "--arch", "gfx942")
+    refused = run("plan", folder, "--backend", "shell", "--arch", "any", PYTHONPATH=str(tmp_path))
     assert refused.returncode == 1 and "refuses" in refused.stderr and "Traceback" not in refused.stderr
-    as_json = run("plan", folder, "--backend", "rocm", "--arch", "gfx942", "--json")
+    as_json = run("plan", folder, "--backend", "shell", "--arch", "any", "--json", PYTHONPATH=str(tmp_path))
     assert as_json.returncode == 1 and json.loads(as_json.stdout)["plan"]["entries"][0]["status"] == "refused"
-    told = run("plan", folder, "--backend", "rocm", "--arch", "gfx942", "--policy", "report")
+    told = run("plan", folder, "--backend", "shell", "--arch", "any", "--policy", "report", PYTHONPATH=str(tmp_path))
     assert told.returncode == 0 and "[refused]" in told.stdout
 
 
