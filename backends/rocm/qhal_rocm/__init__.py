@@ -11,15 +11,33 @@ from qhal.selection import BackendInfo, Device
 
 def backend() -> BackendInfo:
     """The light description that the entry point `qhal.backends` gives."""
-    from qhal_rocm.probe import ARCHITECTURES, probe
+    from qhal_rocm.probe import probe
+    from qhal_rocm.targets import CHIPS
 
-    return BackendInfo("rocm", (1, 0), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(ARCHITECTURES))
+    return BackendInfo("rocm", (1, 0), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(CHIPS))
 
 
 def _load(device: Device) -> QuantOps:
     from qhal_rocm.ops import RocmOps
 
+    if device.evidence == "L2":
+        return RocmOps(device.arch, "cpu")
+    _same_chip(device)
     return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}")
+
+
+def _same_chip(device: Device) -> None:
+    """The probe reads the driver's list, torch numbers what the runtime shows: they must mean the same GPU."""
+    import torch
+
+    from qhal.errors import BackendError
+
+    name = str(getattr(torch.cuda.get_device_properties(device.index), "gcnArchName", "")).partition(":")[0]
+    if name != device.arch:
+        raise BackendError(
+            f"rocm:{device.index} is {device.arch} for the kernel driver and {name or 'no AMD GPU'} for torch; "
+            "check the visible-devices variables, or name another device"
+        )
 
 
 def _offline(arch: str) -> QuantOps:
@@ -29,3 +47,4 @@ def _offline(arch: str) -> QuantOps:
 
 
 _TORCH_DEVICE = "cuda"
+"""torch's word for AMD's GPUs too."""

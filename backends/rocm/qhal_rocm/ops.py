@@ -1,33 +1,28 @@
-"""RocmOps: what this backend executes today, said honestly."""
+"""RocmOps: what this backend executes, said honestly.
+
+What the shared kernels take (`qhal_triton`) is theirs; everything else is the portable operation on the GPU: exact, and
+far from fast.
+"""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from qhal.interface import QuantOps
-from qhal.requests import Request, Support
+from qhal_rocm.targets import target
+from qhal_triton.gpu import GpuOps
 
 
-class RocmOps(QuantOps):
-    """QuantOps for AMD GPUs. No operation is written yet: `supports` says so, and every call raises.
+class RocmOps(GpuOps):
+    """QuantOps for AMD GPUs.
 
-    arch    exact architecture name: "gfx942"
-    device  the torch device, "meta" offline
+    arch    exact name of the instruction set: "gfx942"
+    device  the torch device: "cuda:0" (torch's word for AMD's too), "meta" offline, "cpu" for Triton's interpreter
     """
 
-    name = "rocm"
-    interface = (1, 0)
+    name: ClassVar[str] = "rocm"
+    interface: ClassVar[tuple[int, int]] = (1, 0)
 
     def __init__(self, arch: str, device: str) -> None:
-        self._arch = arch
-        self._device = device
-
-    @property
-    def device(self) -> torch.device:
-        """The torch device of the results."""
-        return torch.device(self._device)
-
-    def supports(self, request: Request) -> Support:
-        """`not_implemented` for everything, with what to do meanwhile."""
-        reason = f"no kernel is connected for {self._arch} in this version; use cpu_reference meanwhile"
-        return Support("not_implemented", reason)
+        super().__init__(target(arch), torch.device(device))
