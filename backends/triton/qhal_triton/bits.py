@@ -56,22 +56,25 @@ def e8m0_value(code):
 
 @triton.jit
 def minifloat_code(x, E: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, NAN: tl.constexpr):
-    """int32 code of fp32 x: half to even, saturated to code LARGEST; NaN is code NAN. Bit 7 (E + M) is the sign."""
+    """int32 code of fp32 x: half to even, saturated to code LARGEST; NaN is code NAN. Bit 7 (E + M) is the sign.
+
+    Let p be the power of two at or below |x|, at least the smallest normal number. Codes of its binade are p / 2^M
+    apart, the unit in the last place of p * 2^(23-M) + |x|: the sum's mantissa is |x| in such steps, rounded once, and
+    its exponent counts the binades, of 2^M codes each.
+    """
+    TOP: tl.constexpr = ((1 << M) + (LARGEST & ((1 << M) - 1))) * 2.0 ** ((LARGEST >> M) - BIAS - M)
     bits = x.to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    magnitude = size.to(tl.float32, bitcast=True)
-    # below the smallest normal codes are multiples of one step: adding 2^23 rounds to whole steps
-    small = (tl.minimum(magnitude * (2.0 ** (BIAS - 1 + M)), 256.0) + 8388608.0).to(tl.int32, bitcast=True) & 0x7FFFFF
-    rounded = (size + ((1 << (22 - M)) - 1) + ((size >> (23 - M)) & 1)) >> (23 - M)
-    normal = rounded - ((127 - BIAS) << M)
-    code = tl.minimum(tl.where(size < ((128 - BIAS) << 23), small, normal), LARGEST)
-    signed = code | tl.where(bits < 0, 1 << (E + M), 0)
-    return tl.where(x != x, NAN, signed)
+    magnitude = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), TOP)
+    power = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    total = tl.maximum(power, 2.0 ** (1 - BIAS)) * (2.0 ** (23 - M)) + magnitude
+    steps = total.to(tl.int32, bitcast=True) - ((1 - BIAS + 23 - M + 127) << 23)
+    code = ((steps >> (23 - M)) + steps) & ((1 << (E + M)) - 1)
+    return tl.where(x != x, NAN, code | ((bits >> (31 - E - M)) & (1 << (E + M))))
 
 
 @triton.jit
 def integer_code(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     """int32 of fp32 x, half to even, saturated; NaN is 0."""
-    kept = tl.minimum(tl.maximum(x, LOW), HIGH)
-    whole = (kept + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to whole numbers, half to even
-    return tl.where(x != x, 0.0, whole).to(tl.int32)
+    kept = tl.where(x != x, 0.0, tl.minimum(tl.maximum(x, LOW), HIGH))
+    # 1.5 * 2^23: the sum rounds to whole numbers, half to even, and they are its low bits
+    return (kept + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
