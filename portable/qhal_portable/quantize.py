@@ -24,10 +24,11 @@ def quantize(x: Tensor, to: Operand | Format, device: torch.device, out: QTensor
     if o.per_expert:
         raise FormatError(f"quantize to {o.format}: the scales are one row per expert; choose one with Operand.expert")
     q = encode(x.detach(), o.format, scale=o.scale, zero=o.zero, clip=o.clip)
-    return q if out is None else _write(q, out)
+    return q if out is None else write(q, out)
 
 
-def _write(q: QTensor, out: QTensor) -> QTensor:
+def write(q: QTensor, out: QTensor) -> QTensor:
+    """The planes of `q` copied into those of `out`; FormatError if they are others."""
     ours, theirs = q.planes(), out.planes()
     if out.format != q.format or out.layout != q.layout or ours.keys() != theirs.keys():
         raise FormatError(f"out is a {out.format} tensor in layout {out.layout}, the result is {q.format}")

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""The interpreter multiplies bf16 wrongly and cuts fp32 to bf16 (triton-lang/triton#11584): see `dot`, `narrow`."""
+"""The interpreter multiplies bf16 wrongly, cuts fp32 to bf16 (triton-lang/triton#11584) and misreads subnormals of bf16:
+see `dot`, `narrow`, `widen`."""
 
 
 @triton.jit
@@ -27,6 +28,14 @@ def narrow(x, dtype: tl.constexpr):
         kept = tl.where(x == x, (bits + 0x7FFF + odd) >> 16, 0x7FC0)
         return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def widen(x):
+    """Any float to fp32, exactly."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit

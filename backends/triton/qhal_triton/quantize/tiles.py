@@ -1,0 +1,93 @@
+"""What compile checks ask for: every kernel with the formats that engines quantize activations and caches to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from qhal.elements import element
+from qhal.formats import Format
+from qhal_triton.quantize.config import CHUNK, PARTS, config, warps
+from qhal_triton.quantize.kernels.grids import block_kernel, long_kernel, part_kernel, tensor_kernel
+from qhal_triton.quantize.recipe import recipe
+from qhal_triton.target import Target
+from qhal_triton.tiles import Tile
+
+FORMATS = (
+    "int8.row*fp32",
+    "int8.g128*bf16",
+    "int8.tensor*fp32",
+    "int8-int8.row*fp32@domain=minmax",
+    "uint4-uint4.g32*bf16@domain=minmax",
+    "int4.row*fp32",
+    "e4m3fn.row*fp32",
+    "e4m3fn.g128*fp32",
+    "e4m3fn.128x128*fp32",
+    "e4m3fn.tensor*fp32",
+    "e5m2.row*fp32",
+    "e4m3fnuz.row*fp32",
+    "e4m3fnuz.g128*fp32",
+    "e4m3fn.g32*e8m0",
+    "e2m3.g32*e8m0@e8m0=ceil",
+    "e2m1.g32*e8m0@e8m0=even",
+    "e2m1.g16*(e4m3fn.tensor*fp32)",
+    "e2m1.g16*(e4m3fn.tensor/fp32)",
+)
+_TYPES = {
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+
+
+def tiles(target: Target) -> Iterator[Tile]:
+    """What to compile for `target`, one tile for every kernel and format."""
+    for name in FORMATS:
+        f = Format.parse(name)
+        for x in ("bf16", "fp32"):
+            for static in (False, True):
+                yield from _tiles(f, x, static, target)
+
+
+def _tiles(f: Format, x: str, static: bool, target: Target) -> Iterator[Tile]:
+    made = recipe(f, element(x).storage, static=static, target=target)
+    if made is None:
+        return
+    assert f.block is not None and f.scale is not None
+    outer = f.scale.scale if f.scale.scale is not None else f.scale
+    pointers = {
+        "x": f"*{x}",
+        "codes": "*u8",
+        "scale": _type(f.scale),
+        "zero": _type(f.zero or outer),
+        "outer": _type(outer),
+        "parts": "*i32",
+    }
+    whole = {name: "i32" for name in ("rows", "cols", "stride", "across", "count", "chunks")}
+    known = {**pointers, **whole, "low_kept": "fp32", "high_kept": "fp32"}
+    size = config(8192 if f.block.kind == "row" else f.block.rows * f.block.cols, 8192)
+    one = {"F": made, "C": CHUNK}
+    kernels = {
+        "tensor": [(part_kernel, {**one, "PARTS": PARTS}, 8), (tensor_kernel, {**one, "PARTS": PARTS}, 8)],
+        "row": [(long_kernel, one, 8), (block_kernel, None, size.warps)],
+    }.get(f.block.kind, [(block_kernel, None, size.warps)])
+    for fn, constants, width in kernels:
+        if constants is None:
+            cols = 0 if f.block.kind == "row" else f.block.cols
+            constants = {"F": made, "C": size.elements, "NB": size.blocks, "PARTS": PARTS}
+            constants |= {"ROWS": f.block.rows, "COLS": cols}
+        names = [p.name for p in fn.params if p.name not in constants]
+        yield Tile(
+            name=f"quantize.{fn.__name__}[{x} to {f}{' static' if static else ''}]",
+            fn=fn,
+            signature={n: known[n] for n in names},
+            constants=constants,
+            options={"num_warps": width, "enable_fp_fusion": False},
+        )
+
+
+def _type(f: Format) -> str:
+    return _TYPES.get(element(f.element).storage, "*u8")
