@@ -41,26 +41,8 @@ class PagedBatch(AttentionBatch):
         tree: Tensor | None = None,
     ) -> None:
         """Checks everything against the limits, then copies."""
-        count, limits, page = query_lens.numel(), self.limits, self.request.kv.page
-        for name, t in (("kv_lens", kv_lens), ("kv_lens_device", kv_lens_device)):
-            if t is not None and (t.dim() != 1 or t.numel() != count):
-                raise BatchError(f"{name} has shape {tuple(t.shape)}, query_lens has {count} sequences")
-        if page_table.dim() != 2 or page_table.shape[0] < count:
-            raise BatchError(f"page_table has shape {tuple(page_table.shape)}, must be [{count}, pages]")
-        if count > limits.batch:
-            raise BatchError(f"{count} sequences, the batch was made for {limits.batch}")
-        if count and (int(query_lens.min()) < 0 or int(kv_lens.min()) < 0):
-            raise BatchError(f"negative lengths: query {query_lens.tolist()}, kv {kv_lens.tolist()}")
-        if int(query_lens.sum()) > limits.tokens:
-            raise BatchError(f"{int(query_lens.sum())} query tokens, the batch was made for {limits.tokens}")
-        if self.request.phase == "decode" and count and int(query_lens.max()) > 1:
-            raise BatchError(f"phase is decode, but a sequence has {int(query_lens.max())} query tokens")
-        need = -(-int(kv_lens.max()) // page) if count else 0
-        if need > min(limits.pages, page_table.shape[1]):
-            raise BatchError(
-                f"a sequence of {int(kv_lens.max())} tokens needs {need} pages of {page}; "
-                f"the batch was made for {limits.pages}, the page table has {page_table.shape[1]}"
-            )
+        count = query_lens.numel()
+        need = check_plan(self.request, self.limits, query_lens, kv_lens, page_table, kv_lens_device)
         trees = self._split(tree, query_lens)
         self.sequences = count
         self._trees = trees
@@ -72,21 +54,8 @@ class PagedBatch(AttentionBatch):
     def _split(self, tree: Tensor | None, query_lens: Tensor) -> list[Tensor | None]:
         """[q, q] of every sequence; None without trees."""
         lens = query_lens.tolist()
-        if (tree is not None) != self.request.tree:
-            given = "given" if tree is not None else "missing"
-            raise BatchError(f"tree is {given}, the batch was made for a request with tree={self.request.tree}")
-        if tree is None:
-            return [None] * len(lens)
-        needed = sum(n * n for n in lens)
-        if tree.dtype != torch.bool or tuple(tree.shape) != (needed,):
-            found = f"{tree.dtype} {tuple(tree.shape)}"
-            raise BatchError(f"tree is {found}; {lens} query tokens need bool [{needed}], the sum of their squares")
-        parts = [part.reshape(n, n).clone() for part, n in zip(tree.split([n * n for n in lens]), lens, strict=True)]
-        for b, part in enumerate(parts):
-            if not bool(part.diagonal().all()):
-                blind = (~part.diagonal()).nonzero().flatten().tolist()
-                raise BatchError(f"tree of sequence {b}: tokens {blind} do not see themselves; set their diagonal")
-        return list(parts)
+        check_tree(self.request, lens, tree)
+        return [None] * len(lens) if tree is None else [part.clone() for part in check_roots(lens, tree)]
 
     def rows(self, pages: int) -> list[tuple[int, int, Tensor, Tensor | None]]:
         """(query length, key length, pages, tree) of every sequence; BatchError for pages outside the cache."""
@@ -103,6 +72,59 @@ class PagedBatch(AttentionBatch):
         return found
 
 
+def check_plan(
+    request: AttentionRequest,
+    limits: Limits,
+    query_lens: Tensor,
+    kv_lens: Tensor,
+    page_table: Tensor,
+    kv_lens_device: Tensor | None,
+) -> int:
+    """The most pages that a sequence of this step needs; BatchError for what is past the limits."""
+    count, page = query_lens.numel(), request.kv.page
+    for name, t in (("kv_lens", kv_lens), ("kv_lens_device", kv_lens_device)):
+        if t is not None and (t.dim() != 1 or t.numel() != count):
+            raise BatchError(f"{name} has shape {tuple(t.shape)}, query_lens has {count} sequences")
+    if page_table.dim() != 2 or page_table.shape[0] < count:
+        raise BatchError(f"page_table has shape {tuple(page_table.shape)}, must be [{count}, pages]")
+    if count > limits.batch:
+        raise BatchError(f"{count} sequences, the batch was made for {limits.batch}")
+    if count and (int(query_lens.min()) < 0 or int(kv_lens.min()) < 0):
+        raise BatchError(f"negative lengths: query {query_lens.tolist()}, kv {kv_lens.tolist()}")
+    if int(query_lens.sum()) > limits.tokens:
+        raise BatchError(f"{int(query_lens.sum())} query tokens, the batch was made for {limits.tokens}")
+    if request.phase == "decode" and count and int(query_lens.max()) > 1:
+        raise BatchError(f"phase is decode, but a sequence has {int(query_lens.max())} query tokens")
+    need = -(-int(kv_lens.max()) // page) if count else 0
+    if need > min(limits.pages, page_table.shape[1]):
+        raise BatchError(
+            f"a sequence of {int(kv_lens.max())} tokens needs {need} pages of {page}; "
+            f"the batch was made for {limits.pages}, the page table has {page_table.shape[1]}"
+        )
+    return need
+
+
+def check_tree(request: AttentionRequest, lens: list[int], tree: Tensor | None) -> None:
+    """BatchError unless the tree is there if it is asked for, and has an entry for every two tokens of a sequence."""
+    if (tree is not None) != request.tree:
+        given = "given" if tree is not None else "missing"
+        raise BatchError(f"tree is {given}, the batch was made for a request with tree={request.tree}")
+    needed = sum(n * n for n in lens)
+    if tree is not None and (tree.dtype != torch.bool or tuple(tree.shape) != (needed,)):
+        found = f"{tree.dtype} {tuple(tree.shape)}"
+        raise BatchError(f"tree is {found}; {lens} query tokens need bool [{needed}], the sum of their squares")
+
+
+def check_roots(lens: list[int], tree: Tensor) -> list[Tensor]:
+    """[q, q] of every sequence; BatchError for a token that does not see itself. Reads the values."""
+    parts = [part.reshape(n, n) for part, n in zip(tree.split([n * n for n in lens]), lens, strict=True)]
+    for b, part in enumerate(parts):
+        if not bool(part.diagonal().all()):
+            blind = (~part.diagonal()).nonzero().flatten().tolist()
+            raise BatchError(f"tree of sequence {b}: tokens {blind} do not see themselves; set their diagonal")
+    return parts
+
+
 def attend(
     q: Tensor, cache: KVCache, batch: PagedBatch, sinks: Tensor | None, out: Tensor | None, lse: Tensor | None
 ) -> Tensor:
@@ -114,9 +136,9 @@ def attend(
     tokens = sum(queries for queries, _, _, _ in rows)
     mla = kv.kind == "mla"
     dim, wide = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
-    _check(q, request, sinks, tokens, dim)
-    result = _buffer(out, (tokens, request.heads, wide), request.out, "out", q.device)
-    logs = None if lse is None else _buffer(lse, (tokens, request.heads), torch.float32, "lse", q.device)
+    check_queries(q, request, sinks, tokens, dim)
+    result = buffer(out, (tokens, request.heads, wide), request.out, "out", q.device)
+    logs = None if lse is None else buffer(lse, (tokens, request.heads), torch.float32, "lse", q.device)
     q = _queries(q.detach(), request, cache)
     p_scale = None if request.p.plain else _static(cache, "p.scale", request.p)
     at = 0
@@ -233,7 +255,8 @@ def same_cache(a: KVRequest, b: KVRequest) -> bool:
     return sizes[0] == sizes[1]
 
 
-def _check(q: Tensor, request: AttentionRequest, sinks: Tensor | None, tokens: int, dim: int) -> None:
+def check_queries(q: Tensor, request: AttentionRequest, sinks: Tensor | None, tokens: int, dim: int) -> None:
+    """FormatError unless q and sinks are what the request says; BatchError for another number of tokens."""
     if q.dtype not in WIDE.values() or q.dim() != 3 or tuple(q.shape[1:]) != (request.heads, dim):
         found = f"{q.dtype} {tuple(q.shape)}"
         raise FormatError(f"attention: q is {found}, must be bf16, fp16 or fp32 [T, {request.heads}, {dim}]")
@@ -245,9 +268,8 @@ def _check(q: Tensor, request: AttentionRequest, sinks: Tensor | None, tokens: i
         raise FormatError(f"attention: sinks are {sinks.dtype} {tuple(sinks.shape)}, must be fp32 [{request.heads}]")
 
 
-def _buffer(
-    given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device
-) -> Tensor:
+def buffer(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device) -> Tensor:
+    """What was given, or a new tensor; FormatError for one of another shape or dtype."""
     if given is None:
         return torch.empty(shape, dtype=dtype, device=device)
     if (tuple(given.shape), given.dtype) != (shape, dtype):

@@ -22,7 +22,7 @@ STATIC = ("tensor", "head", "col")
 def quant_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     """Everything is checked and quantized before the first slot is written."""
     first, second = rows_of(cache)
-    _check_planes(cache)
+    check_planes(cache)
     tokens = slots.numel() if isinstance(slots, Tensor) else -1
     for name, x, axes in ((first[0], k, first[2]), (second[0], v, second[2])):
         if x.dtype not in WIDE.values() or tuple(x.shape) != (tokens, *axes):
@@ -111,7 +111,7 @@ def _numbers(cache: KVCache, name: str, fmt: Format | None) -> Tensor:
     return decode(fmt.element, cache.planes[name])
 
 
-def _check_planes(cache: KVCache) -> None:
+def check_planes(cache: KVCache) -> None:
     """FormatError unless the cache has the canonical planes of its request, of any strides."""
     for p in canonical_planes(cache.request):
         plane, shape = cache.planes.get(p.name), p.shaped(cache.pages)
