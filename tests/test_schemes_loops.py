@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qhal_schemes import lanes, packing
 from qhal_schemes.compiled import loops
-from qhal_schemes.loops import jit, turning
+from qhal_schemes.loops import columns, jit, turning
 
-SIZES = st.sampled_from((0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 130))
+SIZES = st.sampled_from((0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 130, 192))
 SEEDS = st.integers(0, 1000)
 
 
@@ -131,6 +131,28 @@ def test_a_tile_touches_nothing_else() -> None:
 def test_sums_of_rows(n: int, k: int, magnitudes: bool, seed: int) -> None:
     codes = bytes_of(seed, 2, n, k).view(torch.int8)
     same(lambda: lanes.row_sums(codes, magnitudes=magnitudes))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.int32])
+def test_results_begin_at_a_line_of_the_cache(dtype: torch.dtype) -> None:
+    kept = [lanes.empty((n, 3), dtype, torch.device("cpu")) for n in (1, 5, 64, 1000, 70000)]
+    assert all(t.data_ptr() % lanes.LINE == 0 and t.is_contiguous() for t in kept)
+    assert [t.untyped_storage().nbytes() for t in kept] == [t.nbytes for t in kept]
+
+
+@pytest.mark.parametrize("start", [0, 1, 8, 16, 32])
+def test_columns_go_to_any_place(start: int) -> None:
+    packed = np.random.default_rng(start).integers(0, 1 << 32, (192, 36), dtype=np.uint32)
+    raw = np.empty(36 * 8 * 192 + 2 * lanes.LINE, np.uint8)
+    first = -raw.ctypes.data % lanes.LINE + start
+    raw[:] = 99
+    target = raw[first : first + 36 * 8 * 192]
+    columns.split_columns(packed, target.reshape(36, 8, 192), paired=False, signed=False)
+    assert np.array_equal(target.reshape(36, 8, 192), packed.T[:, None] >> np.arange(0, 32, 4)[:, None] & 15)
+    down = target.reshape(36, 192 * 8)
+    columns.spread_down(packed, down, 4)
+    assert np.array_equal(down.reshape(36, 192, 8), packed.T[:, :, None] >> np.arange(0, 32, 4) & 15)
+    assert (raw[:first] == 99).all() and (raw[first + target.size :] == 99).all()
 
 
 def test_sums_of_long_rows_are_exact() -> None:

@@ -18,15 +18,23 @@ from qhal_schemes.compiled import loops
 STEP = 1 << 20
 """Bytes of codes of a part for each thread. Half of it would fit a smaller cache and cost twice the calls."""
 
+LINE = 64
+"""Bytes of a line of the cache."""
+
 _LANE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor for results. numpy asks for huge pages where torch does not: a page fault for 2 MB, not for 4 KB."""
+    """A tensor for results, at the start of a line of the cache.
+
+    numpy asks for huge pages where torch does not: a page fault for 2 MB, not for 4 KB. Only torch aligns to lines.
+    """
     if device.type != "cpu" or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
-    raw = torch.from_numpy(np.empty(torch.Size(shape).numel() * dtype.itemsize, np.uint8))
-    return raw.view(dtype).view(*shape)
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    raw = np.empty(nbytes + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
+    return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(*shape)
 
 
 def spread_bytes(packed: Tensor, bits: int, *, flip: int = 0, minus: int = 0, high_first: bool = False) -> Tensor:
@@ -164,6 +172,10 @@ def transpose(matrix: Tensor) -> Tensor:
     """[N, M] contiguous from [M, N], of any dtype."""
     m, n = matrix.shape
     size = matrix.element_size()
+    if size == 1 and n % 4 == 0 and (fast := loops("columns", matrix)):
+        turned = empty((n, m), matrix.dtype, matrix.device)
+        fast.turn_bytes(array(matrix).reshape(m, n), array(turned).reshape(n, m))
+        return turned
     if size <= 4 and (fast := loops("turning", matrix)):
         turned, kind = empty((n, m), matrix.dtype, matrix.device), {1: np.uint8, 2: np.uint16, 4: np.uint32}[size]
         fast.turn(array(matrix, kind).reshape(m, n), array(turned, kind).reshape(n, m))

@@ -29,7 +29,7 @@ Lane = Sequence[tuple[int, int, int]]
 class Plane(NamedTuple):
     """What a record gives to one plane.
 
-    size   bytes of a lane: 1, and every field lies within a byte; or 4, and fields lie anywhere
+    size   bytes of a lane, 1 or 4; fields lie anywhere
     minus  is subtracted from every lane, modulo 2^(8 * size)
     base   3: a field (bit of its byte, 3^i, 0) is digit i of the byte, a fraction in base 3
     """
@@ -84,7 +84,7 @@ def _record(typing: Any, plan: Any, raw: Any, outs: Any, row: Any, i: Any) -> An
             p = Plane(*plane)
             start = place(kind, target, p.size * len(p.lanes))
             for first, lanes in _vectors(p):
-                store(b, _vector(b, source, p._replace(lanes=lanes)), start, first * p.size)
+                store(b, vector(b, source, p._replace(lanes=lanes)), start, first * p.size)
         return context.get_dummy_value()
 
     return types.void(plan, raw, outs, types.intp, types.intp), generate
@@ -103,7 +103,7 @@ def _vectors(p: Plane) -> Iterator[tuple[int, Sequence[Lane]]]:
         yield first, p.lanes[first : first + width]
 
 
-def _vector(b: ir.IRBuilder, source: Any, p: Plane) -> Any:
+def vector(b: ir.IRBuilder, source: Any, p: Plane) -> Any:
     """The lanes of a plane as one vector of integers."""
     terms = max(len(lane) for lane in p.lanes)
     padded = [[*lane, *[(lane[0][0], 0, 0)] * (terms - len(lane))] for lane in p.lanes]
@@ -116,7 +116,8 @@ def _vector(b: ir.IRBuilder, source: Any, p: Plane) -> Any:
 
 def _fields(b: ir.IRBuilder, source: Any, size: int, fields: Sequence[tuple[int, int, int]]) -> Any:
     """One field of every lane."""
-    window = 8 if size == 4 and any(bit % 8 + mask.bit_length() > 32 for bit, mask, _ in fields) else size
+    straddles = any(bit % 8 + mask.bit_length() > 8 * size for bit, mask, _ in fields)
+    window = 2 * size if straddles else size
     value = _windows(b, source, window, fields)
     value = b.and_(b.lshr(value, like(value, [bit % 8 for bit, _, _ in fields])), like(value, [f[1] for f in fields]))
     value = b.shl(value, like(value, [up for _, _, up in fields]))
@@ -154,10 +155,12 @@ def load(b: ir.IRBuilder, source: Any, kind: ir.VectorType, offset: int = 0) -> 
     return b.load(b.bitcast(at, kind.as_pointer()), align=1)
 
 
-def store(b: ir.IRBuilder, value: Any, target: Any, offset: int = 0) -> None:
-    """A vector to bytes that are aligned to nothing."""
-    at = b.gep(target, [ir.Constant(ir.IntType(64), offset)])
-    b.store(value, b.bitcast(at, value.type.as_pointer()), align=1)
+def store(b: ir.IRBuilder, value: Any, target: Any, offset: int = 0, *, around: bool = False) -> None:
+    """A vector of bytes or words to bytes that are aligned to nothing; around the cache, where aligned to its size."""
+    at = b.bitcast(b.gep(target, [ir.Constant(ir.IntType(64), offset)]), value.type.as_pointer())
+    stored = b.store(value, at, align=value.type.count * value.type.element.width // 8 if around else 1)
+    if around:
+        stored.set_metadata("nontemporal", b.module.add_metadata([ir.IntType(32)(1)]))
 
 
 def shuffled(b: ir.IRBuilder, first: Any, second: Any, places: Sequence[int]) -> Any:

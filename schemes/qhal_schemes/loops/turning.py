@@ -49,7 +49,7 @@ def turn_tile(source: Array, m: int, n: int, target: Array, k: int, j: int, heig
 
 @intrinsic
 def _turn_block(_: object, source: Any, m: Any, n: Any, target: Any, k: Any, j: Any) -> tuple[Any, Callable[..., Any]]:
-    """The same for 16 rows and columns. In round d, rows whose numbers differ by d exchange the columns that do."""
+    """The same for 16 rows and columns."""
     signature = types.void(source, types.intp, types.intp, target, types.intp, types.intp)
 
     def rows(context: Any, b: Any, kind: Any, array: Any, row: Any, column: Any) -> list[Any]:
@@ -59,19 +59,29 @@ def _turn_block(_: object, source: Any, m: Any, n: Any, target: Any, k: Any, j: 
         first = b.add(b.ptrtoint(made.data, address), b.mul(column, address(nbytes)))
         return [b.inttoptr(b.add(first, b.mul(b.add(row, address(i)), step)), place) for i in range(SIDE)]
 
-    def mask(columns: list[int]) -> Any:
-        return ir.Constant(ir.VectorType(ir.IntType(32), SIDE), [ir.IntType(32)(c) for c in columns])
-
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         align = sig.args[0].dtype.bitwidth // 8
         block = [b.load(at, align=align) for at in rows(context, b, sig.args[0], *args[:3])]
-        for d in (1, 2, 4, 8):
-            for i in (i for i in range(SIDE) if not i & d):
-                x, y = block[i], block[i + d]
-                block[i] = b.shuffle_vector(x, y, mask([SIDE + c - d if c & d else c for c in range(SIDE)]))
-                block[i + d] = b.shuffle_vector(x, y, mask([SIDE + c if c & d else c + d for c in range(SIDE)]))
-        for vector, at in zip(block, rows(context, b, sig.args[3], *args[3:]), strict=True):
+        for vector, at in zip(riffled(b, block), rows(context, b, sig.args[3], *args[3:]), strict=True):
             b.store(vector, at, align=align)
         return context.get_dummy_value()
 
     return signature, code
+
+
+def riffled(b: Any, rows: list[Any]) -> list[Any]:
+    """The columns of 16 rows of 16 elements, or of several such blocks side by side, each in its place.
+
+    One round riffles rows i and i + 8 like two halves of a deck of cards, into rows 2i and 2i + 1: the first bit of the
+    row's number becomes the last one of the column's, and the other way round. Four rounds exchange all.
+    """
+    count = rows[0].type.count
+    for _ in range(4):
+        mixed = []
+        for x, y in zip(rows[:8], rows[8:], strict=True):
+            for half in (0, 8):
+                places = [s + g + half + i for g in range(0, count, SIDE) for i in range(8) for s in (0, count)]
+                mask = ir.Constant(ir.VectorType(ir.IntType(32), count), places)
+                mixed.append(b.shuffle_vector(x, y, mask))
+        rows = mixed
+    return rows

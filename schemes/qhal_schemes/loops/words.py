@@ -16,8 +16,6 @@ from qhal_schemes.loops.jit import loop, part, shared
 
 Array = np.ndarray[Any, Any]
 _LANE: dict[int, Any] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The code in each nibble of a paired word."""
 
 
 def spread(source: Array, target: Array, bits: int, *, flip: int = 0, minus: int = 0, order: str = "") -> None:
@@ -26,28 +24,18 @@ def spread(source: Array, target: Array, bits: int, *, flip: int = 0, minus: int
     order   high    4 bits, the upper field of a byte first
             paired  source is uint32 words whose nibbles stand in the order 0, 2, 4, 6, 1, 3, 5, 7
     """
-    fields, size, lane = lanes(bits, order)
-    run, numbers, made = _spread(bits, order), changes(fields, flip, minus), target.view(lane)
+    fields, size, lane = _lanes(bits, order)
+    run, numbers, made = _spread(bits, order), _changes(fields, flip, minus), target.view(lane)
     shared(lambda a, b: run(source[size * a : size * b], made[a:b], *numbers), len(made), fields)
 
 
-@cache
-def _spread(bits: int, order: str) -> Callable[..., None]:
-    piece = spread_piece(bits, order)
-
-    def spread_stream(source: Array, target: Array, flips: Any, plus: Any, top: Any) -> None:
-        piece(source, target, flips, plus, top)
-
-    return loop(spread_stream)
-
-
-def lanes(bits: int, order: str = "") -> tuple[int, int, Any]:
+def _lanes(bits: int, order: str) -> tuple[int, int, Any]:
     """A lane of a dense stream: its codes, the items of the source that hold them, its dtype."""
     fields = 8 if order == "paired" else 8 // gcd(8, bits)
     return fields, 1 if order == "paired" else fields * bits // 8, _LANE[fields]
 
 
-def changes(fields: int, flip: int, minus: int) -> tuple[Any, Any, Any]:
+def _changes(fields: int, flip: int, minus: int) -> tuple[Any, Any, Any]:
     """flips, plus and top of a lane: ((codes ^ flips) + plus) ^ top borrows from no neighbour."""
     ones = sum(1 << at for at in range(0, 8 * fields, 8))
     flips, plus, top = (_LANE[fields](n * ones) for n in (flip, 128 - minus, 128))
@@ -55,9 +43,9 @@ def changes(fields: int, flip: int, minus: int) -> tuple[Any, Any, Any]:
 
 
 @cache
-def spread_piece(bits: int, order: str = "") -> Callable[..., None]:
+def _spread(bits: int, order: str) -> Callable[..., None]:
     """Lanes from items. In halvings, the upper half of the codes moves to its bytes."""
-    fields, size, lane = lanes(bits, order)
+    fields, size, lane = _lanes(bits, order)
     steps = []
     for run in (8, 4, 2):
         low = sum(((1 << run // 2 * bits) - 1) << 8 * at for at in range(0, fields, run))
@@ -83,7 +71,7 @@ def spread_piece(bits: int, order: str = "") -> Callable[..., None]:
             x = (x & l2) | (lane(x << s2) & h2)
             target[i] = lane(lane(x ^ flips) + plus) ^ top
 
-    return part(spread_lanes)
+    return loop(spread_lanes)
 
 
 def cut(source: Array, target: Array, bits: int, minus: int) -> None:
@@ -105,38 +93,21 @@ def _cut(bits: int, fields: int) -> Callable[..., None]:
     return loop(cut_words)
 
 
-def split(source: Array, target: Array, *, paired: bool = False, signed: bool = False) -> None:
-    """target, bytes [R, F, C]: the F nibbles of every uint8 or uint32 of source [R * C], in rows of their own.
-
-    paired: nibbles stand in the order 0, 2, 4, 6, 1, 3, 5, 7 of their rows. signed: they are in two's complement.
-    """
-    rows, fields, columns = target.shape
-    run, sign, source = _split(fields, paired), np.uint8(8 if signed else 0), source.reshape(rows, columns)
-    shared(lambda a, b: run(source[a:b], target[a:b], sign), rows, fields * columns)
+def split(source: Array, target: Array, *, signed: bool = False) -> None:
+    """target, bytes [R, 2, C]: the nibbles of bytes [R * C], in rows of their own; signed: in two's complement."""
+    rows, _, columns = target.shape
+    sign, source = np.uint8(8 if signed else 0), source.reshape(rows, columns)
+    shared(lambda a, b: _split(source[a:b], target[a:b], sign), rows, 2 * columns)
 
 
-@cache
-def _split(fields: int, paired: bool) -> Callable[..., None]:
-    piece = split_piece(fields, paired)
-
-    def split_rows(source: Array, target: Array, sign: Any) -> None:
-        for r in range(source.shape[0]):
-            piece(source[r], target[r], sign)
-
-    return loop(split_rows)
+@loop
+def _split(source: Array, target: Array, sign: Any) -> None:
+    for r in range(source.shape[0]):
+        _split_row(source[r], target[r, 0], target[r, 1], sign)
 
 
-@cache
-def split_piece(fields: int, paired: bool) -> Callable[..., None]:
-    """Rows target [F, C] from source [C]; (nibble ^ sign) - sign."""
-    places = _ORDER if paired else tuple(range(fields))
-
-    def split_row(source: Array, target: Array, sign: Any) -> None:
-        for f in range(0, fields, 2):
-            low, high, shift = target[places[f]], target[places[f + 1]], np.uint32(4 * f)
-            for c in range(source.shape[0]):
-                pair = np.uint8(source[c] >> shift)
-                low[c] = ((pair & np.uint8(15)) ^ sign) - sign
-                high[c] = ((pair >> np.uint8(4)) ^ sign) - sign
-
-    return part(split_row)
+@part
+def _split_row(source: Array, low: Array, high: Array, sign: Any) -> None:
+    for c in range(source.shape[0]):
+        low[c] = ((np.uint8(source[c]) & np.uint8(15)) ^ sign) - sign
+        high[c] = ((np.uint8(source[c]) >> np.uint8(4)) ^ sign) - sign
