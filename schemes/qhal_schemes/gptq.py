@@ -135,7 +135,7 @@ class GPTQMapping(SchemeMapping):
         scale, g_idx = t[f"{module}.scales"], t.get(f"{module}.g_idx")
         checks.scales(self.index, f"{module}.scales", scale)
         if g_idx is not None:
-            self._check_index(module, g_idx, scale.shape[0], f.k if s.group_size == -1 else s.group_size)
+            self._check_index(f, g_idx, scale.shape[0], f.k if s.group_size == -1 else s.group_size)
         bias = t.get(f"{module}.bias")
         if bias is not None:
             checks.finite(self.index, f"{module}.bias", bias)
@@ -161,13 +161,14 @@ class GPTQMapping(SchemeMapping):
             raise self.index.bad(name, f"runs of {bits} words, as there is no g_idx", f"{count} words")
         return count * 32 // bits
 
-    def _check_index(self, module: str, g_idx: Tensor, groups: int, size: int) -> None:
-        checks.group_index(self.index, f"{module}.g_idx", g_idx, groups)
-        if not self.describe(module).group_index and not checks.sequential(g_idx, size):
-            raise self.index.bad(
-                f"{module}.g_idx", f"column k in group k // {size}, as desc_act is false", "another order"
-            )
-        checks.equal_groups(self.index, f"{module}.g_idx", g_idx, groups, size)
+    def _check_index(self, f: LinearFormat, g_idx: Tensor, groups: int, size: int) -> None:
+        if checks.sequential(g_idx, size):
+            return
+        name = f"{f.name}.g_idx"
+        checks.group_index(self.index, name, g_idx, groups)
+        if not f.group_index:
+            raise self.index.bad(name, f"column k in group k // {size}, as desc_act is false", "another order")
+        checks.equal_groups(self.index, name, g_idx, groups, size)
 
     def _minus_one(self) -> bool:
         """Whether zero points are stored minus one (version 1)."""
