@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""The interpreter multiplies bf16 wrongly, cuts fp32 to bf16 (triton-lang/triton#11584) and misreads subnormals of bf16:
-see `dot`, `narrow`, `widen`."""
+"""The interpreter multiplies bf16 wrongly, cuts fp32 to bf16 (triton-lang/triton#11584) and misreads its subnormals: see
+`dot`, `narrow`, `widen`."""
 
 
 @triton.jit

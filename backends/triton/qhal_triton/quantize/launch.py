@@ -40,7 +40,8 @@ def choose(request: QuantizeRequest, target: Target) -> QuantizePath | None:
         return None
     if block.kind in ("group", "tile") and block.elements > LONGEST:
         return None
-    passes = "two passes" if block.kind == "tensor" and not request.static or found.outer is not None else "one pass"
+    whole = block.kind == "tensor" or found.outer is not None  # something is shared by all blocks
+    passes = "two passes" if whole and not request.static else "one pass"
     return QuantizePath(
         kernel="quantize",
         executes=f"Triton: scales and codes in {passes}, the bits of qhal.encoding",

@@ -95,11 +95,6 @@ class Recipe:
     zero_code: Code | None = None
     middle: float = 0.0
 
-    @property
-    def planes(self) -> str:
-        """The elements in words, for the names of tiles."""
-        return f"{self.code.name}*{self.e8m0 and 'e8m0' or self.level.code.name}"
-
 
 @lru_cache(maxsize=4096)
 def recipe(to: Format, x: torch.dtype, *, static: bool, target: Target, clipped: bool = False) -> Recipe | None:

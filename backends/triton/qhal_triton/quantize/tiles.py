@@ -8,7 +8,7 @@ import torch
 
 from qhal.elements import element
 from qhal.formats import Format
-from qhal_triton.quantize.config import CHUNK, PARTS, config, warps
+from qhal_triton.quantize.config import CHUNK, PARTS, config
 from qhal_triton.quantize.kernels.grids import block_kernel, long_kernel, part_kernel, tensor_kernel
 from qhal_triton.quantize.recipe import recipe
 from qhal_triton.target import Target
@@ -66,7 +66,7 @@ def _tiles(f: Format, x: str, static: bool, target: Target) -> Iterator[Tile]:
         "outer": _type(outer),
         "parts": "*i32",
     }
-    whole = {name: "i32" for name in ("rows", "cols", "stride", "across", "count", "chunks")}
+    whole = dict.fromkeys(("rows", "cols", "stride", "across", "count", "chunks"), "i32")
     known = {**pointers, **whole, "low_kept": "fp32", "high_kept": "fp32"}
     size = config(8192 if f.block.kind == "row" else f.block.rows * f.block.cols, 8192)
     one = {"F": made, "C": CHUNK}

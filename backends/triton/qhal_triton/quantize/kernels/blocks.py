@@ -3,6 +3,8 @@
 For any kernel, F being a `Recipe`: `clean` what was loaded, `extremes` of the elements of every block, `range_of` them,
 `scale_of` and `zero_of` that range, `codes_of` the elements. A kernel that calls these is launched with
 `enable_fp_fusion=False`.
+
+A part of a constant is named (`LEVEL: tl.constexpr = F.level`) where it is handed on: Triton 3.6 needs that.
 """
 
 import triton
@@ -74,10 +76,7 @@ def _rounded(x, BF16: tl.constexpr):
 @triton.jit
 def divided(peak, L: tl.constexpr):
     """peak / divisor as the level's rule says."""
-    if L.rcp:
-        raw = peak * L.inverse
-    else:
-        raw = tl.div_rn(peak, tl.full(peak.shape, L.divisor, tl.float32))
+    raw = peak * L.inverse if L.rcp else tl.div_rn(peak, tl.full(peak.shape, L.divisor, tl.float32))
     return _rounded(raw, L.bf16)
 
 
@@ -98,7 +97,8 @@ def wide_scale(peak, L: tl.constexpr):
         raw = divided(peak, L)
         if L.empty != 0:
             raw = tl.where(peak == 0, L.empty, raw)
-    return to_wide(raw, L.code.name)
+    NAME: tl.constexpr = L.code.name
+    return to_wide(raw, NAME)
 
 
 @triton.jit
@@ -150,18 +150,20 @@ def scale_of(peak, outer, F: tl.constexpr):
     plane is the number for a wide scale, an int32 code of e8m0 or fp8 otherwise. outer: the number of the level above
     for two-level scales, else anything.
     """
+    LEVEL: tl.constexpr = F.level
     if F.e8m0 != "":
         plane = exponent_code(peak, F)
         number = _power(plane)
     elif F.outer is None:
-        number = wide_scale(peak, F.level)
+        number = wide_scale(peak, LEVEL)
         plane = number
     else:
-        wanted = divided(peak, F.level)
+        CODE: tl.constexpr = F.level.code
+        wanted = divided(peak, LEVEL)
         outer += tl.zeros_like(wanted)
         ratio = wanted * outer if F.outer.divides else tl.div_rn(wanted, outer)
-        plane = element_code(tl.where(peak == 0, 0.0, ratio), F.level.code)
-        inner = mini_value(plane, F.level.code)
+        plane = element_code(tl.where(peak == 0, 0.0, ratio), CODE)
+        inner = mini_value(plane, CODE)
         number = tl.div_rn(inner, outer) if F.outer.divides else inner * outer
     return plane, number
 
@@ -178,7 +180,8 @@ def zero_of(lo, scale, F: tl.constexpr):
         plane = integer_code(ideal, F.zero_code.low, F.zero_code.high)
         number = plane.to(tl.float32)
     else:
-        number = to_wide(ideal, F.zero_code.name)
+        NAME: tl.constexpr = F.zero_code.name
+        number = to_wide(ideal, NAME)
         plane = number
     return plane, number
 
@@ -191,7 +194,8 @@ def codes_of(x, scale, zero, lo, hi, F: tl.constexpr):
     q = _quotient(x, scale, F)
     if F.zero != "":
         q = _rounded(q + zero, F.bf16)
-    return element_code(q, F.code)
+    CODE: tl.constexpr = F.code
+    return element_code(q, CODE)
 
 
 @triton.jit

@@ -46,7 +46,8 @@ def _outer(outer, parts, low_kept, high_kept, PARTS: tl.constexpr, F: tl.constex
         number = widen(tl.load(outer + first))
     else:
         lo, hi = _joined(parts, low_kept, high_kept, PARTS, F)
-        number = wide_scale(peak_of(lo, hi, F), F.outer)
+        LEVEL: tl.constexpr = F.outer
+        number = wide_scale(peak_of(lo, hi, F), LEVEL)
         if tl.program_id(0) == 0:
             _store(outer + first, number, first == 0)
     return number
