@@ -17,6 +17,7 @@ from torch import Tensor
 from qhal.blocks import Block
 from qhal.elements import Element, decode, element
 from qhal.errors import FormatError
+from qhal.flavours import factor, relabelled
 from qhal.formats import Format
 from qhal.rounding import to_plane
 from qhal.tensors import QTensor
@@ -49,13 +50,13 @@ def _recode(t: QTensor, to: Format, nearly: bool) -> QTensor:
     if t.group_index is not None and to.block != f.block:
         raise _differ(f, to, "the block: columns in activation order have uneven groups")
     codes, zero = _codes(t, to)
-    scale = t.scale
+    scale, by = t.scale, factor(f.element, to.element) or 1.0
     if to.scale is None and scale is not None:
         raise _differ(f, to, "the scale: the target has none")
     if f.scale is None and to.scale is not None:
         raise _differ(f, to, "the scale: there is none to keep")
     if scale is not None and f.block is not None and to.block is not None and to.scale is not None:
-        scale = _scale(_spread(scale, f.block, to.block, t.shape, f, to), f, to, nearly)
+        scale = _scale(_spread(scale, f.block, to.block, t.shape, f, to), f, to, nearly, by)
     if zero is not None and to.block is not None:
         if zero.numel() > 1 and f.block is not None:
             zero = _spread_plane(zero, f.block, to.block, t.shape)
@@ -67,6 +68,14 @@ def _recode(t: QTensor, to: Format, nearly: bool) -> QTensor:
 def _codes(t: QTensor, to: Format) -> tuple[Tensor, Tensor | None]:
     """Codes and zero points of the target's element: moved together by half the range, or widened."""
     f, e, wanted = t.format, element(t.format.element), element(to.element)
+    twins = factor(e.name, wanted.name) is not None and t.zero is None and to.zero is None
+    if twins and f.scale is None:
+        raise _differ(f, to, "the scale, which would have to double or halve: there is none")
+    if twins:
+        try:
+            return relabelled(t.codes, e.name, wanted.name), None
+        except FormatError as lost:
+            raise _differ(f, to, str(lost)) from None
     if e.name != wanted.name and not (e.integer and wanted.integer):
         raise _differ(f, to, f"the element: {e.name} codes are not {wanted.name} codes")
     if not e.integer:
@@ -102,18 +111,21 @@ def _zero_numbers(t: QTensor) -> Tensor | None:
     return decode(t.format.zero.element, t.zero)
 
 
-def _scale(scale: Tensor | QTensor, f: Format, to: Format, nearly: bool) -> Tensor | QTensor:
-    """The scale plane in the target's type; a nested one by the same rules, level by level."""
+def _scale(scale: Tensor | QTensor, f: Format, to: Format, nearly: bool, by: float) -> Tensor | QTensor:
+    """The scale plane, `by` times as large, in the target's type; a nested one by the same rules, level by level."""
     assert f.scale is not None and to.scale is not None
     if isinstance(scale, QTensor):
         if f.op != to.op:
             raise _differ(f, to, "the scale: one format multiplies, the other divides")
+        by = 1 / by if f.op == "/" else by
         if to.scale.plain:
-            return _fits(scale.dequantize(), element(to.scale.element), f, to, "scales")
+            return _fits(scale.dequantize() * by, element(to.scale.element), f, to, "scales")
+        if by != 1:
+            raise _differ(f, to, "the scales of two levels, neither of which alone can double or halve")
         return recode(scale, to.scale, nearly=nearly)
     if not to.scale.plain:
         raise _differ(f, to, "the scale: one level cannot be split into two")
-    number = decode(f.scale.element, scale)
+    number = decode(f.scale.element, scale) * (1 / by if f.op == "/" else by)
     if f.op != to.op:
         number = 1 / number
     return _fits(number, element(to.scale.element), f, to, "scales")

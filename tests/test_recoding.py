@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qhal import Format, FormatError, QTensor
+from qhal.elements import decode, element
 from qhal.encoding import encode
+from qhal.flavours import FNUZ, relabelled
 from qhal.recoding import recode
 
 
@@ -39,6 +41,14 @@ SAME = [
     ("e4m3fn.g32*e8m0", "e4m3fn.g32*bf16"),
     ("e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*fp32"),
     ("int4-int4.row*(bf16.tensor*bf16)", "int4-int4.row*fp32"),
+    ("e4m3fn.row*fp32@qmax=240", "e4m3fnuz.row*fp32"),
+    ("e4m3fn.row*fp32", "e4m3fnuz.g32*fp32"),
+    ("e4m3fn.g32*e8m0", "e4m3fnuz.g32*e8m0"),
+    ("e4m3fn.tensor/fp32", "e4m3fnuz.tensor/fp32"),
+    ("e4m3fn.tensor/fp32", "e4m3fnuz.row/fp32@qmax=224"),
+    ("e4m3fn.g16*(fp16.tensor*fp32)", "e4m3fnuz.g16*fp32"),
+    ("e5m2.row*fp32", "e5m2fnuz.row*fp32"),
+    ("e4m3fnuz.row*fp32@qmax=224", "e4m3fn.row*fp32"),
 ]
 
 
@@ -51,6 +61,9 @@ def test_the_same_numbers_in_other_words(old: str, new: str) -> None:
 
 
 REFUSED = [
+    ("e4m3fnuz.row*fp32", "e4m3fn.row*fp32", "code 0x7F of e4m3fnuz has no counterpart in e4m3fn"),
+    ("e4m3fn.row*fp32", "e5m2.row*fp32", "e4m3fn codes are not e5m2 codes"),
+    ("e4m3fn.g16*(fp16.tensor*fp32)", "e4m3fnuz.g16*(fp16.tensor*fp32)", "the scales of two levels"),
     ("int4.g32*bf16", "int4.row*bf16", "row does not lie inside g32"),
     ("int4.g32*fp32", "uint4-uint4.g32*bf16", "which bf16 does not hold"),
     ("int4.g32*bf16", "e2m1.g32*bf16", "int4 codes are not e2m1 codes"),
@@ -127,3 +140,36 @@ def test_nearly_the_same_where_a_reciprocal_is_rounded() -> None:
     assert moved.max() > 0 and bool((moved <= old.dequantize().abs() * 2**-22).all())
     with pytest.raises(FormatError, match="does not hold"):  # a rounding of another kind stays refused
         recode(encode(weight(), Format.parse("int4.g16*fp32")), Format.parse("int4.g16*bf16"), nearly=True)
+
+
+@pytest.mark.parametrize(("ocp", "exact"), [("e4m3fn", 253), ("e5m2", 247)])
+def test_the_flavours_of_8_bit_floats(ocp: str, exact: int) -> None:
+    """All 256 codes: which go over as they are, which change, which are refused; and the way back."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    same, zeros, refused = 0, 0, []
+    for code in codes.split(1):
+        old = code.view(element(ocp).storage)
+        try:
+            new = relabelled(old, ocp, FNUZ[ocp])
+        except FormatError:
+            refused.append(int(code))
+            continue
+        assert new.data_ptr() != old.data_ptr()
+        assert float(decode(FNUZ[ocp], new)) * 2 == float(decode(ocp, old))
+        same += int(new.view(torch.uint8)) == int(code)
+        zeros += int(new.view(torch.uint8)) != int(code)
+        back = relabelled(new, FNUZ[ocp], ocp)
+        assert int(back.view(torch.uint8)) == (int(code) if int(code) != 0x80 else 0)
+    assert (same, zeros) == (exact, 1)
+    assert all(not torch.isfinite(decode(ocp, codes[c : c + 1].view(element(ocp).storage))) for c in refused)
+
+
+def test_a_scale_that_cannot_double_is_refused() -> None:
+    t = encode(weight(), Format.parse("e4m3fn.row*fp16"))
+    assert isinstance(t.scale, torch.Tensor)
+    large = replace(t, scale=torch.full_like(t.scale, 40000.0))
+    with pytest.raises(FormatError, match="scales such as 80000, which fp16 does not hold"):
+        recode(large, Format.parse("e4m3fnuz.row*fp16"))
+    bare = QTensor(Format.parse("e4m3fn"), t.codes)
+    with pytest.raises(FormatError, match="the scale, which would have to double or halve: there is none"):
+        recode(bare, Format.parse("e4m3fnuz"))
