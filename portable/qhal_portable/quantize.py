@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,22 @@ from qhal.specs import Operand
 from qhal.tensors import QTensor
 
 
-def quantize(x: Tensor, to: Operand | Format, device: torch.device, out: QTensor | None = None) -> QTensor:
-    """[..., K] to codes and scales by the rule of the format; written into the planes of `out` if it is given."""
+def _encode(x: Tensor, o: Operand) -> QTensor:
+    return encode(x, o.format, scale=o.scale, zero=o.zero, clip=o.clip)
+
+
+def quantize(
+    x: Tensor,
+    to: Operand | Format,
+    device: torch.device,
+    out: QTensor | None = None,
+    *,
+    by: Callable[[Tensor, Operand], QTensor] = _encode,
+) -> QTensor:
+    """[..., K] to codes and scales by the rule of the format; written into the planes of `out` if it is given.
+
+    by: what makes them of a checked x
+    """
     o = to if isinstance(to, Operand) else Operand(to)
     if not isinstance(x, Tensor) or x.dtype not in WIDE.values() or x.dim() < 2:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -23,7 +39,7 @@ def quantize(x: Tensor, to: Operand | Format, device: torch.device, out: QTensor
         raise FormatError(f"quantize to {o.format}: x is on {x.device}, must be on {device}")
     if o.per_expert:
         raise FormatError(f"quantize to {o.format}: the scales are one row per expert; choose one with Operand.expert")
-    q = encode(x.detach(), o.format, scale=o.scale, zero=o.zero, clip=o.clip)
+    q = by(x.detach(), o)
     return q if out is None else write(q, out)
 
 
