@@ -19,9 +19,15 @@ def backend() -> BackendInfo:
 
 
 def _load(device: Device) -> QuantOps:
-    from qhal_npu.ops import NpuOps
+    """The only place that asks a device who it is: this takes it (aclInit)."""
+    import torch_npu
 
-    return NpuOps(device.arch, f"{_TORCH_DEVICE}:{device.index}")
+    from qhal_npu.ops import NpuOps
+    from qhal_npu.soc import generation
+
+    npu = torch_npu.npu
+    arch = generation(str(npu.get_device_name(device.index)), int(npu.utils.get_soc_version()))
+    return NpuOps(arch, f"{_TORCH_DEVICE}:{device.index}")
 
 
 def _offline(arch: str) -> QuantOps:

@@ -36,9 +36,10 @@ def test_a_device_without_the_package_or_the_toolkit(monkeypatch: pytest.MonkeyP
     assert "set_env.sh" in state.hint
 
 
-def test_offline_operations_refuse_without_falling_back() -> None:
+def test_offline_answers_need_no_library_and_refuse_without_falling_back() -> None:
     ops = backend().offline("A2")
-    request = qhal.GemmRequest(w=qhal.Format.parse("int4_g128"), n=8, k=128, x=(qhal.Format.parse("bf16"),))
-    assert ops.supports(request).level == "not_implemented"
-    with pytest.raises(qhal.UnsupportedError, match="not_implemented"):
-        ops.quantize(torch.zeros(1, 8), qhal.Format.parse("int8_row"))
+    request = qhal.GemmRequest(w=qhal.Format.parse("int4_g128"), n=8, k=256, x=(qhal.Format.parse("bf16"),))
+    assert "npu_weight_quant_batchmatmul" in ops.supports(request).executes
+    with pytest.raises(qhal.UnsupportedError, match="float64"):
+        ops.quantize(torch.zeros(1, 64), qhal.Format.parse("nf4_flat64"))
+    assert "torch_npu" not in sys.modules

@@ -1,0 +1,218 @@
+"""The body of `gemm` for each path: the operator's call, and what the contract asks around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qhal.errors import FormatError
+from qhal.formats import Format
+from qhal.requests import GemmRequest
+from qhal.rules import Rule
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_npu import calls, layouts
+from qhal_npu.quantizing import HALF_TYPES, Quantizer, choose, mx_codes, quantize, static_codes
+from qhal_npu.weights import NpuWeight
+from qhal_portable.gemm import accept, write
+from qhal_portable.prepared import Run
+
+_Product = Callable[["Tensor | QTensor", int, torch.dtype], Tensor]
+_MX = {"scale_dtype": calls.E8M0, "pertoken_scale_dtype": calls.E8M0, "group_sizes": [1, 1, 32]}
+
+
+def bind(p: NpuWeight, arch: str) -> Run:
+    """The product of one weight along its path."""
+    request = p.request
+    assert isinstance(request, GemmRequest)
+    product: _Product = {
+        "16 bits": _plain, "fp32": _plain, "W8A16": _weight_only, "W4A16": _weight_only, "W8A8": _int8, "W4A8": _int4_8,
+        "W4A4": _int4, "FP8": _fp8, "MXFP8": _mx, "MXFP4": _mx,
+    }[p.path.kind](p, arch)  # fmt: skip
+
+    def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
+        dtype = _dtype(x, p, request, index)
+        if x.shape[0] == 0:
+            return write(torch.zeros(0, request.n, dtype=dtype, device=p.place), out)
+        return write(product(x, index, dtype), out)
+
+    return run
+
+
+def _dtype(x: Tensor | QTensor, p: NpuWeight, r: GemmRequest, index: int) -> torch.dtype:
+    """The dtype of the result; FormatError, in one line, for everything about x that does not fit."""
+    if isinstance(x, QTensor):
+        if x.format.storage not in {f.storage for f in r.x} or x.layout != "canonical":
+            known = ", ".join(str(f) for f in r.x)
+            raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
+        if r.out is None:
+            raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
+        if len(x.shape) != 2 or x.shape[-1] != r.k:
+            raise FormatError(f"x is {x.shape}, must be [T, {r.k}]")
+        return r.out
+    dtype = accept(x, r, p.place)
+    if r.x[0].plain:
+        if p.copy is not None and x.dtype != p.copy.dtype:
+            raise FormatError(f"x arrives as {x.dtype}, the weight was prepared for {r}")
+        if p.copy is None and x.dtype != p.kernel["scale"].dtype:
+            raise FormatError(f"x arrives as {x.dtype}, the weight was prepared for {r}")
+        return dtype
+    if not p.inputs:
+        raise FormatError(
+            f"x is plain {x.dtype}, but the weight was prepared for {r.x[0]} without saying how to quantize; pass "
+            "inputs= to prepare, or quantize x first"
+        )
+    if not 0 <= index < len(p.inputs):
+        raise FormatError(f"input={index}: the weight was prepared with {len(p.inputs)} inputs")
+    return dtype
+
+
+def _plain(p: NpuWeight, arch: str) -> _Product:
+    """linear in the type of x. A bias that this type cannot hold, or another result, is made of fp32 sums."""
+    copy = p.copy
+    assert copy is not None
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        value = x.codes if isinstance(x, QTensor) else x.detach()
+        if dtype == copy.dtype and (p.bias is None or p.bias_copy is not None):
+            return linear(value, copy, p.bias_copy)
+        y = linear(value, copy) if copy.dtype == torch.float32 else torch.mm(value, copy.T, out_dtype=torch.float32)
+        return (y if p.bias is None else y + p.bias).to(dtype)
+
+    return product
+
+
+def _weight_only(p: NpuWeight, arch: str) -> _Product:
+    assert isinstance(p.stored, QTensor)
+    codes, scale, offset = p.stored.codes, p.kernel["scale"], p.kernel.get("offset")
+    block = p.stored.format.block
+    group = block.cols if block is not None and block.kind == "group" else 0
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        value = x.codes if isinstance(x, QTensor) else x.detach()
+        return calls.weight_quant_matmul(value, codes, scale, offset, p.bias, group)
+
+    return product
+
+
+def _int8(p: NpuWeight, arch: str) -> _Product:
+    """bf16 and fp16 results in one call; fp32 ones, and a bias beside quant_bias, from the int32 sums."""
+    assert isinstance(p.stored, QTensor)
+    codes, scale = p.stored.codes, p.kernel["scale"]
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        o = None if isinstance(x, QTensor) else p.inputs[index]
+        deq = None if o is None else p.kernel.get(f"deq_scale.{index}")
+        if isinstance(x, QTensor):
+            q, rows, extra = x.codes, _rows(x), _quant_bias(x, p)
+        elif o is not None and deq is not None and _fused(o, x, arch):
+            q, rows, extra = static_codes(x.detach(), o), None, p.kernel.get(f"quant_bias.{index}")
+        else:
+            assert o is not None
+            made = quantize(x.detach(), o, arch)
+            q, rows = made.codes, _rows(made)
+            extra = p.kernel.get(f"quant_bias.{index}") if deq is not None else _quant_bias(made, p)
+        folded = o is not None and f"folded.{index}" in p.kernel
+        bias = None if folded else p.bias
+        if dtype == torch.float32 or (extra is not None and bias is not None):
+            y = calls.quant_matmul(q, codes, scale, torch.int32, bias=extra).float()
+            y = y * deq if deq is not None else y * rows[:, None] * scale  # type: ignore[index]
+            return (y if bias is None else y + bias).to(dtype)
+        if deq is not None and dtype == torch.bfloat16:
+            return calls.quant_matmul(q, codes, deq, dtype, bias=bias if extra is None else extra)
+        if rows is None:  # without pertoken_scale an fp16 result takes 19-bit scales
+            assert o is not None and o.scale is not None
+            rows = o.scale.float().reshape(1).expand(q.shape[0]).contiguous()
+        return calls.quant_matmul(q, codes, scale, dtype, pertoken_scale=rows, bias=bias if extra is None else extra)
+
+    return product
+
+
+def _fused(o: Operand, x: Tensor, arch: str) -> bool:
+    found = choose(o.format, x.dtype, o.static, arch, clip=o.clipped)
+    return isinstance(found, Quantizer) and found.op == "npu_quantize"
+
+
+def _rows(q: QTensor) -> Tensor:
+    """fp32 [T]: the scale of every row."""
+    assert isinstance(q.scale, Tensor)
+    return q.scale.float().reshape(-1).expand(q.codes.shape[0]).contiguous()
+
+
+def _quant_bias(q: QTensor, p: NpuWeight) -> Tensor | None:
+    """int32 [N] of an x that arrives with a static zero point."""
+    if q.zero is None:
+        return None
+    assert isinstance(q.zero, Tensor)
+    return -(q.zero.reshape(()).round().to(torch.int32) * p.kernel["sums"])
+
+
+def _int4_8(p: NpuWeight, arch: str) -> _Product:
+    """As one expert of a grouped product, which is what this kind is documented for."""
+    assert isinstance(p.stored, QTensor)
+    codes, scale, scale_bias = p.stored.codes, p.kernel["scale"], p.kernel["scale_bias"]
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        q = x if isinstance(x, QTensor) else quantize(x.detach(), p.inputs[index], arch)
+        ends = torch.full((1,), q.codes.shape[0], dtype=torch.int64, device=p.place)
+        narrow = dtype if dtype in HALF_TYPES else torch.bfloat16
+        if narrow != dtype:
+            raise FormatError(f"int8 x int4 returns bf16 or fp16; x arrives as {dtype}")
+        return calls.grouped_matmul(q.codes, codes, ends, dtype, scale=scale, bias=scale_bias, per_token_scale=_rows(q))
+
+    return product
+
+
+def _int4(p: NpuWeight, arch: str) -> _Product:
+    assert isinstance(p.stored, QTensor)
+    codes, scale = p.stored.codes, p.kernel["scale"]
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        if dtype not in HALF_TYPES:
+            raise FormatError(f"int4 x int4 returns bf16 or fp16; x arrives as {dtype}")
+        o = None if isinstance(x, QTensor) else p.inputs[index]
+        if isinstance(x, Tensor) and o is not None and not o.static and not o.clipped and _default(o.format):
+            packed, rows = calls.dynamic_quant(x.detach(), calls.QUINT4X2)
+        else:
+            q = x if isinstance(x, QTensor) else quantize(x.detach(), p.inputs[index], arch)
+            packed, rows = layouts.pack_int4(q.codes), _rows(q)
+        return calls.quant_matmul(packed, codes.transpose(0, 1), scale, dtype, pertoken_scale=rows)
+
+    return product
+
+
+def _default(f: Format) -> bool:
+    return f.rule in (Rule(), Rule(clip="range")) and f.zero is None  # without a clip, its order means nothing
+
+
+def _fp8(p: NpuWeight, arch: str) -> _Product:
+    assert isinstance(p.stored, QTensor)
+    codes, scale = p.stored.codes, p.kernel["scale"]
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        q = x if isinstance(x, QTensor) else quantize(x.detach(), p.inputs[index], arch)
+        return calls.quant_matmul(q.codes, codes.transpose(0, 1), scale, dtype, pertoken_scale=_rows(q), bias=p.bias)
+
+    return product
+
+
+def _mx(p: NpuWeight, arch: str) -> _Product:
+    assert isinstance(p.stored, QTensor)
+    codes, scale = p.stored.codes, p.kernel["scale"]
+    fp4 = p.path.kind == "MXFP4"
+    types = {"x1_dtype": calls.E2M1, "x2_dtype": calls.E2M1} if fp4 else {}
+
+    def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
+        if isinstance(x, QTensor):
+            assert isinstance(x.scale, Tensor)
+            q, pairs = (layouts.pack_nibbles(x.codes) if fp4 else x.codes), layouts.mx_pairs(x.scale)
+        else:
+            q, pairs = mx_codes(x.detach(), p.inputs[index].format)
+        return calls.quant_matmul(
+            q, codes.transpose(0, 1), scale, dtype, pertoken_scale=pairs, bias=p.bias, **_MX, **types
+        )
+
+    return product
