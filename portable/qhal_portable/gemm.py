@@ -6,6 +6,8 @@ float64, the result is rounded once. Copy: `torch.nn.functional.linear` in the d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -14,6 +16,7 @@ from qhal.elements import WIDE, element
 from qhal.errors import FormatError
 from qhal.formats import Format
 from qhal.requests import GemmRequest, GroupedRequest, NumericsClass, VQRequest, minimum_class
+from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_portable.prepared import PreparedWeight, Run, quantized_inputs
 from qhal_portable.quantize import quantize
@@ -99,11 +102,18 @@ def operand(
 
 
 def quantized(
-    x: Tensor | QTensor, request: GemmRequest, p: PreparedWeight, index: int, *, axes: int = 2
+    x: Tensor | QTensor,
+    request: GemmRequest,
+    p: PreparedWeight,
+    index: int,
+    *,
+    axes: int = 2,
+    by: Callable[[Tensor, Operand], QTensor] | None = None,
 ) -> tuple[Tensor | QTensor, torch.dtype]:
     """Q(x) (a plain x that nothing quantizes as it is), and the dtype of the result.
 
-    FormatError, in one line, for everything about x that does not fit. axes: 2, or 3 for [E, M, K].
+    FormatError, in one line, for everything about x that does not fit. axes: 2, or 3 for [E, M, K]; by: what quantizes,
+    None for `qhal.encoding`.
     """
     inputs, device = p.inputs, p.device
     if not isinstance(x, QTensor):
@@ -117,7 +127,7 @@ def quantized(
             return x, dtype
         if not 0 <= index < len(inputs):
             raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
-        return quantize(x, inputs[index], device), dtype
+        return (quantize(x, inputs[index], device) if by is None else by(x, inputs[index])), dtype
     if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
         known = ", ".join(str(f) for f in request.x)
         raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")

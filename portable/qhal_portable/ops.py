@@ -98,6 +98,7 @@ class PortableOps(QuantOps):
                 inputs=inputs,
                 operand=operand,
                 bias=bias,
+                layout=self._layout(request),
             )
         if isinstance(request, GemmRequest):
             made.run = self._bind(made)
@@ -202,6 +203,10 @@ class PortableOps(QuantOps):
         """See `attention.PagedBatch`."""
         self._require(request)
         return attention.PagedBatch(request, limits, self.device)
+
+    def _layout(self, request: Request) -> str:
+        """What `storage.keep` is asked for."""
+        return storage.NIBBLE
 
     def _bind(self, w: PreparedWeight) -> prepared.Run:
         """What `gemm` calls for this weight."""

@@ -22,7 +22,7 @@ from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support,
 from qhal.rotations import Dense, Diagonal, Kronecker, Permutation, Rotation, kinds
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_portable.storage import Stored, canonical, decode_into, expert, keep, planes
+from qhal_portable.storage import NIBBLE, Stored, canonical, decode_into, expert, keep, planes
 
 Run = Callable[["Tensor | QTensor", int, "Tensor | None"], Tensor]
 
@@ -37,6 +37,7 @@ class PreparedWeight(Prepared):
     bias        float32 [N] or [E, N]
     bias_copy   the bias in the dtype of `copy`
     run         the product with everything bound, see `gemm.bind`
+    layout      what `storage.keep` was asked for
     """
 
     stored: Stored
@@ -45,6 +46,7 @@ class PreparedWeight(Prepared):
     bias: Tensor | None = None
     bias_copy: Tensor | None = None
     run: Run | None = None
+    layout: str = NIBBLE
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +89,14 @@ def build_weight(
     inputs: Sequence[Operand],
     operand: Operand | None,
     bias: Tensor | None,
+    layout: str = NIBBLE,
 ) -> PreparedWeight:
     """Check everything against the request, then keep it. copy_dtype: of the decoded copy, None for no copy."""
     device = owner.device
     check(w, request, inputs, operand, bias, device)
-    stored = keep(w, device)
+    stored = keep(w, device, layout)
     operand = None if operand is None else _keep_operand(operand, device)
-    multiplied = stored if operand is None else round_to_operand(stored, operand)
+    multiplied = stored if operand is None else round_to_operand(stored, operand, layout)
     copy = None
     if copy_dtype is not None:
         same = isinstance(stored, Tensor) and stored.dtype == copy_dtype
@@ -109,6 +112,7 @@ def build_weight(
         copy=copy if isinstance(copy, Tensor) else None,
         bias=own,
         bias_copy=None if own is None or copy_dtype is None else own.to(copy_dtype, copy=True),
+        layout=layout,
     )
 
 
@@ -126,11 +130,11 @@ def refit(
         raise FormatError(f"into= was prepared for {into.request}, not for {request}; prepare a new weight")
     device = into.device
     check(w, request, inputs, operand, bias, device)
-    fresh = keep(w, device)
+    fresh = keep(w, device, into.layout)
     updates = _pairs(planes(into.stored), planes(fresh), "weight")
     multiplied = fresh
     if operand is not None:
-        multiplied = round_to_operand(fresh, _keep_operand(operand, device))
+        multiplied = round_to_operand(fresh, _keep_operand(operand, device), into.layout)
         updates += _pairs(planes(into.multiplied), planes(multiplied), "operand")
     if into.copy is not None and into.copy is not into.stored:
         updates.append((into.copy, decode_into(multiplied, torch.empty_like(into.copy))))
@@ -164,7 +168,7 @@ def build_rotation(
     return into
 
 
-def round_to_operand(w: Stored, operand: Operand) -> Stored:
+def round_to_operand(w: Stored, operand: Operand, layout: str) -> Stored:
     """The weight rounded to the operand's format by `qhal.encoding`; every expert by itself."""
 
     def one(part: Stored, o: Operand) -> QTensor:
@@ -173,9 +177,9 @@ def round_to_operand(w: Stored, operand: Operand) -> Stored:
         return encode(value, o.format, scale=o.scale, zero=o.zero, clip=o.clip)
 
     if len(w.shape) == 2:
-        return keep(one(w, operand), w.device)
+        return keep(one(w, operand), w.device, layout)
     singles = [one(expert(w, e), operand.expert(e)) for e in range(w.shape[0])]
-    return keep(QTensor.stack(singles), w.device)
+    return keep(QTensor.stack(singles), w.device, layout)
 
 
 def check(

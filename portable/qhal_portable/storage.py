@@ -1,8 +1,9 @@
 """How this backend keeps a canonical weight: codes of 4 bits and fewer two to a byte, everything else as it is.
 
-Layout "nibble": byte j of a row holds the codes of columns 2j (low half) and 2j + 1 (high half). Signed codes keep four
-bits of their two's complement. Weights with an odd number of columns stay canonical. Decoding goes a few rows at a
-time, so that a large weight never exists twice in float32.
+Layout "nibble": byte j of a row holds the codes of columns 2j (low half) and 2j + 1 (high half). Layout "nibble64": in
+every run of 128 columns byte j holds those of columns j and j + 64, so that a kernel reads two runs of neighbours; any
+power of two may stand for 64. Signed codes keep four bits of their two's complement. Weights whose columns are no
+whole runs stay canonical. Decoding goes a few rows at a time, so that a large weight never exists twice in float32.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ NIBBLE = "nibble"
 _PART = 1 << 20  # elements that are decoded at a time: 4 MB of float32, which stays in the cache
 
 
-def keep(w: Stored, device: torch.device) -> Stored:
-    """A copy of a canonical weight that belongs to us, on the device, in the compact layout.
+def keep(w: Stored, device: torch.device, layout: str = NIBBLE) -> Stored:
+    """A copy of a canonical weight that belongs to us, on the device, in the compact layout where it has one.
 
     FormatError where codes are no codes.
     """
@@ -36,15 +37,22 @@ def keep(w: Stored, device: torch.device) -> Stored:
         return _keep_codebooks(w, device)
     check_values(w)
     own = _each(w, lambda t: _own(t, device))
-    if w.layout == "canonical" and element(w.format.element).bits <= 4 and w.codes.shape[-1] % 2 == 0:
-        return replace(own, codes=_pack(own.codes), layout=NIBBLE)
+    apart = distance(layout)
+    if apart and w.layout == "canonical" and element(w.format.element).bits <= 4 and w.codes.shape[-1] % (2 * apart) == 0:
+        return replace(own, codes=_pack(own.codes, apart), layout=layout)
     return own
+
+
+def distance(layout: str) -> int:
+    """Columns between the two codes of a byte: 1 of "nibble", 64 of "nibble64"; 0 where every code has a byte."""
+    return int(layout.removeprefix(NIBBLE) or 1) if layout.startswith(NIBBLE) else 0
 
 
 def canonical(w: Stored) -> Stored:
     """The canonical form of what `keep` made; bits are those that went in. Nibbles are unpacked, the rest is shared."""
-    if isinstance(w, QTensor) and w.layout == NIBBLE:
-        return replace(w, codes=_unpack(w.codes, element(w.format.element)), layout="canonical")
+    apart = distance(w.layout) if isinstance(w, QTensor) else 0
+    if isinstance(w, QTensor) and apart:
+        return replace(w, codes=_unpack(w.codes, element(w.format.element), apart), layout="canonical")
     return w
 
 
@@ -69,7 +77,7 @@ def parts(w: Stored) -> Iterator[Tensor]:
         yield w.dequantize()
         return
     rows, columns = w.shape[-2], w.shape[-1]
-    if isinstance(w, QTensor) and w.layout == NIBBLE:
+    if isinstance(w, QTensor) and distance(w.layout):
         columns *= 2
     step = max(_PART // max(columns, 1), 1)
     if isinstance(w, Tensor):
@@ -192,11 +200,12 @@ def _own(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
-def _pack(codes: Tensor) -> Tensor:
-    low, high = codes[..., 0::2].to(torch.uint8) & 15, codes[..., 1::2].to(torch.uint8) & 15
-    return low | (high << 4)
+def _pack(codes: Tensor, apart: int) -> Tensor:
+    runs = codes.unflatten(-1, (-1, 2, apart)).to(torch.uint8) & 15
+    return (runs[..., 0, :] | (runs[..., 1, :] << 4)).flatten(-2)
 
 
-def _unpack(packed: Tensor, e: Element) -> Tensor:
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+def _unpack(packed: Tensor, e: Element, apart: int) -> Tensor:
+    runs = packed.unflatten(-1, (-1, 1, apart))
+    codes = torch.cat([runs & 15, runs >> 4], -2).flatten(-3)
     return ((codes ^ 8).to(torch.int8) - 8) if e.kind == "int" else codes
