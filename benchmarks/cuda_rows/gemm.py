@@ -1,0 +1,224 @@
+"""gemm: every weight and activation format of the bars, against torch, humming and FlashInfer.
+
+humming is called as it is shipped: its split sums ("stream-K") add partial results in 16 bits, in the order in which
+blocks finish. Where that happens the row shows it and does not judge by it: the contract here is one rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cuda_rows.bench import Bench, Call, Group, Measured, codes, copies
+from qhal.elements import element
+from qhal.formats import Format
+from qhal.requests import GemmRequest
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+
+MS = (1, 8, 16, 64, 256, 4096)
+_LOOSER = {"humming": "partial sums added in 16 bits"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One line of formats. humming: its names of weight, scale, group (and input) types; other: peers by name."""
+
+    name: str
+    w: str
+    x: str = "bf16"
+    unit: str = "bf16"
+    n: int = 8192
+    k: int = 8192
+    ms: tuple[int, ...] = MS
+    humming: dict[str, Any] | None = None
+    act: dict[str, Any] | None = None
+    other: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}/{self.n}x{self.k}/m{m}" for m in self.ms)
+
+
+def _grouped(dtype: str, group: int = 128, **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "group_size": group, **more}
+
+
+KINDS = (
+    Kind("w4a16", "int4.g128*bf16", ms=(1, 2, 4, 8, 16, 32, 64, 128, 256, 4096), humming=_grouped("uint4")),
+    Kind("w4a16", "int4.g128*bf16", n=14336, k=4096, ms=(1, 2, 4, 8, 16, 32, 64, 128, 256), humming=_grouped("uint4")),
+    Kind("w8a16-int8", "int8.row*bf16", humming=_grouped("uint8", 0)),
+    Kind("w8a16-fp8", "e4m3fn.row*bf16", humming=_grouped("float8e4m3", 0)),
+    Kind("w6a16-e3m2", "e3m2.g128*bf16", humming=_grouped("float6e3m2")),
+    Kind("w4a16-zero", "uint4-uint4.g128*bf16", humming=_grouped("uint4", has_zero_point=True)),
+    Kind("w4a16-mxfp4", "e2m1.g32*e8m0", humming=_grouped("float4e2m1", 32, scale_dtype="float8e8m0")),
+    Kind(
+        "w4a16-nvfp4",
+        "e2m1.g16*(e4m3fn.tensor*fp32)",
+        humming=_grouped("float4e2m1", 16, scale_dtype="float8e4m3", scale_2_type="tensor"),
+    ),
+    Kind("w3a16", "int3.g128*bf16", humming=_grouped("uint3")),
+    Kind("w2a16-zero", "uint2-uint2.g128*bf16", humming=_grouped("uint2", has_zero_point=True)),
+    Kind("w4a8-int8", "int4.g128*bf16", "int8.row*fp32", "int8", humming=_grouped("uint4"), act={"dtype": "int8"}),
+    Kind(
+        "w4a8-fp8",
+        "int4.g128*bf16",
+        "e4m3fn.row*fp32",
+        "fp8",
+        ms=(1, 16, 64, 256, 4096),
+        humming=_grouped("uint4"),
+        act={"dtype": "float8e4m3"},
+    ),
+    Kind(
+        "w8a8-int8",
+        "int8.row*fp32",
+        "int8.row*fp32",
+        "int8",
+        ms=(1, 16, 64, 256, 4096),
+        humming=_grouped("int8", 0),
+        act={"dtype": "int8"},
+        other=("int_mm",),
+    ),
+    Kind(
+        "w8a8-fp8-row",
+        "e4m3fn.row*fp32",
+        "e4m3fn.row*fp32",
+        "fp8",
+        ms=(1, 16, 64, 256, 4096),
+        humming=_grouped("float8e4m3", 0),
+        act={"dtype": "float8e4m3"},
+        other=("scaled_mm row",),
+    ),
+    Kind(
+        "w8a8-fp8-tensor",
+        "e4m3fn.tensor*fp32",
+        "e4m3fn.tensor*fp32",
+        "fp8",
+        ms=(1, 16, 64, 256, 4096),
+        other=("scaled_mm tensor",),
+    ),
+    Kind(
+        "w8a8-fp8-block",
+        "e4m3fn.128x128*fp32",
+        "e4m3fn.g128*fp32",
+        "fp8",
+        humming=_grouped("float8e4m3", 128, group_size_n=128),
+        act={"dtype": "float8e4m3", "group_size": 128},
+        other=("flashinfer blockscale", "scaled_mm block"),
+    ),
+)
+
+
+def run(kind: Kind, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
+    """Weights once, then every row count."""
+    w, xf = Format.parse(kind.w), Format.parse(kind.x)
+    n, k, device = kind.n, kind.k, bench.device
+    plain, inputs = xf.plain, () if xf.plain else (Operand(xf),)
+    request = GemmRequest(
+        w=w, n=n, k=k, x=(xf,), m=(1, max(kind.ms)), out=None if plain else torch.bfloat16, graph=True
+    )
+    answer = bench.ops.supports(request)
+    nbytes = int(n * k * w.bits / 8)
+    weights = [codes(w, (n, k), device) for _ in range(min(copies(nbytes), 4))]
+    ours: list[Any] = []
+    failed = ""
+    if answer and answer.graph:
+        try:
+            for i in range(copies(nbytes)):
+                ours.append(bench.ops.prepare(weights[i % len(weights)], request, inputs=inputs))
+        except Exception as error:
+            failed = f"failed: prepare: {error}"
+    dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
+    for m in kind.ms:
+        row = f"{kind.name}/{n}x{k}/m{m}"
+        if row not in wanted:
+            continue
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+        us, note = None, failed
+        if not failed:
+            us, note = bench.ours(answer, lambda x=x: [partial(bench.ops.gemm, x, p) for p in ours])
+        peers = {"torch bf16": lambda x=x: [partial(linear, x, d) for d in dense]}
+        if kind.humming is not None:
+            peers["humming"] = lambda x=x: _humming(kind, x, copies(nbytes))
+        for name in kind.other:
+            peers[name] = lambda x=x, name=name: _OTHER[name](x, weights, copies(nbytes))
+        bits = element(xf.element).bits
+        yield Measured(
+            row, us, answer.executes, answer.numerics.label if answer.numerics is not None else "",
+            bench.peers(peers), dict(_LOOSER) if kind.humming else {},
+            bench.floor(nbytes + m * k * bits / 8 + 2 * m * n, 2.0 * m * n * k, kind.unit), nbytes, note=note,
+        )  # fmt: skip
+
+
+_LAYERS: dict[tuple[str, int, int], list[Any]] = {}
+
+
+def _humming(kind: Kind, x: Tensor, count: int) -> list[Call]:
+    """The library as its own documentation calls it, quantization of the activations included."""
+    key = (kind.name, kind.n, kind.k)
+    if key not in _LAYERS:
+        from humming.layer import HummingLayer
+
+        _LAYERS.clear()  # one format at a time in memory
+        made = []
+        for _ in range(count):
+            layer = HummingLayer(
+                shape_n=kind.n,
+                shape_k=kind.k,
+                weight_config=dict(kind.humming or {}),
+                input_config=None if kind.act is None else dict(kind.act),
+                torch_dtype=torch.bfloat16,
+            ).cuda()
+            layer.load_from_unquantized(torch.randn(kind.n, kind.k, device=x.device, dtype=torch.bfloat16))
+            layer.transform()
+            made.append(layer)
+        _LAYERS[key] = made
+    return [partial(layer, x) for layer in _LAYERS[key]]
+
+
+def _int_mm(x: Tensor, weights: list[QTensor], count: int) -> list[Call]:
+    if x.shape[0] <= 16:
+        raise ValueError("torch._int_mm takes more than 16 rows")
+    a = torch.randint(-128, 128, x.shape, dtype=torch.int8, device=x.device)
+    return [partial(torch._int_mm, a, w.codes.T) for w in _many(weights, count)]
+
+
+def _scaled(x: Tensor, weights: list[QTensor], count: int, *, scales: str) -> list[Call]:
+    m, k = x.shape
+    a, n = x.to(torch.float8_e4m3fn), weights[0].codes.shape[0]
+    one = {
+        "tensor": (torch.ones((), device=x.device), torch.ones((), device=x.device)),
+        "row": (torch.ones(m, 1, device=x.device), torch.ones(1, n, device=x.device)),
+        "block": (
+            torch.ones(k // 128, m, device=x.device).t(),
+            torch.ones(n // 128, k // 128, device=x.device).t(),
+        ),
+    }[scales]
+    how = {"scale_a": one[0], "scale_b": one[1], "out_dtype": torch.bfloat16, "use_fast_accum": False}
+    return [partial(torch._scaled_mm, a, w.codes.T, **how) for w in _many(weights, count)]
+
+
+def _blockscale(x: Tensor, weights: list[QTensor], count: int) -> list[Call]:
+    from flashinfer.gemm import fp8_blockscale_gemm_sm90
+
+    return [partial(fp8_blockscale_gemm_sm90, x, w.codes, None, w.scale) for w in _many(weights, count)]
+
+
+def _many(weights: list[QTensor], count: int) -> list[QTensor]:
+    return [weights[i % len(weights)].to(weights[0].device) for i in range(count)]
+
+
+_OTHER = {
+    "int_mm": _int_mm,
+    "scaled_mm row": partial(_scaled, scales="row"),
+    "scaled_mm tensor": partial(_scaled, scales="tensor"),
+    "scaled_mm block": partial(_scaled, scales="block"),
+    "flashinfer blockscale": _blockscale,
+}
+GROUPS = tuple(Group(kind.rows, partial(run, kind)) for kind in KINDS)
