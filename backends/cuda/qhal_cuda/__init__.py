@@ -25,9 +25,10 @@ def backend() -> BackendInfo:
 
 
 def _load(device: Device) -> QuantOps:
+    from qhal_cuda.libraries import usable
     from qhal_cuda.ops import CudaOps
 
-    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}")
+    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable())
 
 
 def _offline(arch: str) -> QuantOps:

@@ -1,44 +1,94 @@
 """CudaOps: what this backend executes, said honestly.
 
 Products of two 8-bit operands, and of 16-bit ones, run on the tensor cores through torch (`products.py`); what the
-shared kernels take (`qhal_triton`) is theirs. Everything else is the portable operation on the GPU: exact, and far from
-fast.
+shared kernels take (`qhal_triton`) is theirs, and weights that meet many rows are humming's (`humming/`) where that
+library is installed. Everything else is the portable operation on the GPU: exact, and far from fast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from qhal.requests import Arithmetic, GemmRequest, Request, Support
-from qhal_cuda import products
+from qhal.caches import KVCache
+from qhal.codebooks import CodebookTensor
+from qhal.prepared import Prepared
+from qhal.requests import (
+    Arithmetic,
+    GemmRequest,
+    GroupedRequest,
+    HadamardRequest,
+    Request,
+    Support,
+    VQRequest,
+)
+from qhal.rotations import Rotation
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_cuda import humming, products
 from qhal_cuda.targets import capability, target
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import support
 from qhal_triton.gpu import GpuOps
+from qhal_triton.paths import Path
+
+_MANY = 64
+"""Rows from which humming comes before the shared kernels: a block sums a whole K there, so few rows leave SMs idle."""
 
 
 class CudaOps(GpuOps):
     """QuantOps for NVIDIA GPUs.
 
-    arch    compute capability: "sm_90"
-    device  the torch device, "meta" offline
+    arch       compute capability: "sm_90"
+    device     the torch device, "meta" offline
+    libraries  names of the optional libraries that may be called (`libraries.usable`)
     """
 
     name: ClassVar[str] = "cuda"
     interface: ClassVar[tuple[int, int]] = (1, 0)
 
-    def __init__(self, arch: str, device: str) -> None:
+    def __init__(self, arch: str, device: str, libraries: Collection[str] = ()) -> None:
         super().__init__(target(arch), torch.device(device))
         self._capability = capability(arch)
+        self._libraries = frozenset(libraries)
 
     def supports(self, request: Request) -> Support:
         """The answer of `products.py`, else of the shared kernels, else the portable one: honest about its waits."""
         return self._product(request) if isinstance(request, GemmRequest) else super().supports(request)
 
+    def prepare(
+        self,
+        w: QTensor | CodebookTensor | Tensor | Sequence[Rotation],
+        request: GemmRequest | GroupedRequest | HadamardRequest | VQRequest,
+        *,
+        inputs: Sequence[Operand] = (),
+        operand: Operand | None = None,
+        bias: Tensor | None = None,
+        into: Prepared | None = None,
+    ) -> Prepared:
+        """A weight in the layout of the kernel that `supports` named."""
+        path = self._humming(request) if isinstance(request, GemmRequest) else None
+        old = into if into is None else self._weight(into)
+        ours = old is None or isinstance(old, humming.HummingWeight)
+        if path is None or not ours or not isinstance(w, QTensor) or operand is not None or bias is not None:
+            return super().prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
+        assert isinstance(request, GemmRequest) and (old is None or isinstance(old, humming.HummingWeight))
+        return humming.build(w, request, path.answer(request), self, inputs, old)
+
+    def restore(self, thing: Prepared | KVCache | QTensor) -> QTensor | CodebookTensor | Tensor | KVCache:
+        """The canonical form, from any layout of this backend."""
+        if isinstance(thing, humming.HummingWeight) and self._weight(thing):
+            return humming.restore(thing)
+        return super().restore(thing)
+
     def _product(self, request: GemmRequest) -> Support:
+        laid = self._humming(request)
+        if laid is not None:
+            return laid.answer(request)
         path = self._library(request)
         if path is None:
             return super().supports(request)
@@ -57,6 +107,13 @@ class CudaOps(GpuOps):
         assert isinstance(w.request, GemmRequest)
         path = self._library(w.request)
         return super()._bind(w) if path is None else products.bind(w, path)
+
+    def _humming(self, request: GemmRequest) -> Path | None:
+        """humming's path where it is installed and no shared kernel serves these row counts better."""
+        if "humming" not in self._libraries or not support(request, self._copies, graphs=True):
+            return None
+        path = humming.choose(request, self._capability)
+        return path if path is not None and (request.m[0] >= _MANY or self._path(request) is None) else None
 
     def _library(self, request: GemmRequest) -> products.Path | None:
         """torch's product for this request; None where a shared kernel reads the quantized weight, or none fits."""

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from qhal.selection import Available, Device, Unavailable
+from qhal_cuda import libraries
 
 _INSTALL = "pip install torch from the CUDA index of your driver (https://pytorch.org/get-started/locally)"
 MINIMUM = (8, 0)
@@ -56,6 +57,7 @@ def _devices() -> Available | Unavailable:
             too_old.append(f"{name} (sm_{capability[0]}{capability[1]})")
             continue
         facts = {"name": name, "driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__}
+        facts |= libraries.facts()
         memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         found.append(Device(index, f"sm_{capability[0]}{capability[1]}", memory, facts))
     if not found:
