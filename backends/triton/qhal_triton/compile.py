@@ -59,10 +59,21 @@ def listed(where: str, target: Target) -> dict[str, Tile]:
 
 
 def matrix(
-    archs: Sequence[str], *, where: str = TILES, names: str = "", jobs: int = 2, limit: float = LIMIT
+    archs: Sequence[str],
+    *,
+    where: str = TILES,
+    names: str = "",
+    full: bool = False,
+    jobs: int = 2,
+    limit: float = LIMIT,
 ) -> Iterator[Cell]:
-    """The cells whose name contains `names`, in the order in which they are done."""
-    asked = [(arch, name) for arch in archs for name in listed(where, target_of(arch)) if names in name]
+    """The cells whose name contains `names`, by architecture; full: variants too."""
+    asked = [
+        (arch, name)
+        for arch in archs
+        for name, tile in listed(where, target_of(arch)).items()
+        if names in name and (full or not tile.variant)
+    ]
     idle: Queue[_Worker] = Queue()
     workers = [_Worker(where, limit) for _ in range(min(jobs, len(asked)))]
     for worker in workers:
@@ -163,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m qhal_triton.compile", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=[], metavar="ARCH", help="gfx942, sm_90, ...")
     parser.add_argument("--names", default="", help="only tiles whose name contains this")
+    parser.add_argument("--full", action="store_true", help="every tile, not one for every kernel and format")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--json", type=Path, help="write the cells here")
     parser.add_argument("--cache", default="build/triton", help="where Triton keeps binaries")
@@ -183,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     start, cells = time.monotonic(), []
-    for cell in matrix(given.arch, where=given.tiles, names=given.names, jobs=given.jobs):
+    for cell in matrix(given.arch, where=given.tiles, names=given.names, full=given.full, jobs=given.jobs):
         cells.append(cell)
         print(_line(cell), flush=True)
     bad = sum(bool(cell["problems"]) for cell in cells)

@@ -27,6 +27,7 @@ class Tile:
     native     operands that some matrix instruction must take as they are: "16" (bits), "int8", "fp8", "mx" (block
                scales); "": any. What a compiler converts to 16 bits first is right and slow, and must not be claimed
     spills     how much may be spilled (registers on AMD, bytes on NVIDIA)
+    variant    another tile stands for this kernel and format: compiled where everything is (`--full`)
     """
 
     name: str
@@ -37,6 +38,7 @@ class Tile:
     matrix: bool = False
     native: Literal["", "16", "int8", "fp8", "mx"] = ""
     spills: int = 0
+    variant: bool = False
 
 
 def tiles(target: Target) -> Iterator[Tile]:

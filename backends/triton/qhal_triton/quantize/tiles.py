@@ -86,6 +86,7 @@ def _tiles(f: Format, x: str, static: bool, target: Target) -> Iterator[Tile]:
             signature={n: known[n] for n in names},
             constants=constants,
             options={"num_warps": width, "enable_fp_fusion": False},
+            variant=static or x != "bf16",
         )
 
 
