@@ -1,4 +1,4 @@
-"""attention: one sequence after the other over its pages, all heads at once, in float64.
+"""attention: one sequence after the other over its pages, all heads at once, in float64 (or `inner`).
 
 s = scale * q.k, soft-capped; p = exp(s - max); o = (sum of p * v) / (sum of p, and of exp(sink - max)); one rounding.
 q is quantized to request.q and every exp(s - max), rounded to fp32, to request.p before the product with v, as kernels
@@ -126,9 +126,15 @@ def check_roots(lens: list[int], tree: Tensor) -> list[Tensor]:
 
 
 def attend(
-    q: Tensor, cache: KVCache, batch: PagedBatch, sinks: Tensor | None, out: Tensor | None, lse: Tensor | None
+    q: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    sinks: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    inner: torch.dtype = torch.float64,
 ) -> Tensor:
-    """See QuantOps.attention. `sinks` join the denominator, so they are part of lse."""
+    """See QuantOps.attention. `sinks` join the denominator, so they are part of lse. inner: what it is computed in."""
     request, kv = batch.request, batch.request.kv
     if not same_cache(cache.request, kv):
         raise FormatError(f"the cache is {cache.request}, the batch was made for {kv}")
@@ -147,7 +153,7 @@ def attend(
         if mla:  # one key-value head: keys are latent and rope together, values are the latent rows
             k, v = torch.cat([k, v], -1), k
         seen = visible(queries, length, request, q.device, tree)
-        o, log = one_sequence(q[at : at + queries].double(), k.double(), v.double(), request, seen, sinks, p_scale)
+        o, log = one_sequence(q[at : at + queries].to(inner), k.to(inner), v.to(inner), request, seen, sinks, p_scale)
         result[at : at + queries] = round_once(o, request.out)
         if logs is not None:
             logs[at : at + queries] = log
@@ -164,7 +170,7 @@ def one_sequence(
     sinks: Tensor | None,
     p_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """q [t, H, D], k [L, G, D], v [L, G, Dv], all float64 -> o [t, H, Dv] and the natural log of the denominator.
+    """q [t, H, D], k [L, G, D], v [L, G, Dv], all of one type -> o [t, H, Dv] and the natural log of the denominator.
 
     seen  bool [t, L]: which keys a query sees
     """
@@ -177,7 +183,7 @@ def one_sequence(
         s = request.softcap * torch.tanh(s / request.softcap)
     s = torch.where(seen, s, -torch.inf)
     top = s.amax(-1, keepdim=True)
-    sink = None if sinks is None else sinks.double().reshape(groups, share, 1, 1)
+    sink = None if sinks is None else sinks.to(q.dtype).reshape(groups, share, 1, 1)
     if sink is not None:
         top = torch.maximum(top, sink)
     e = torch.exp(s - top)
@@ -234,11 +240,11 @@ def _static(cache: KVCache, name: str, fmt: Format) -> Tensor:
 
 
 def _weights(e: Tensor, p: Format, scale: Tensor | None) -> Tensor:
-    """exp(s - max) as the product with v sees it, float64."""
+    """exp(s - max) as the product with v sees it, in the dtype of e."""
     if not p.plain:
-        return encode(e.float(), p, scale=scale).dequantize().double()
+        return encode(e.float(), p, scale=scale).dequantize().to(e.dtype)
     dtype = element(p.element).storage
-    return e if dtype == torch.float32 else round_once(e, dtype).double()
+    return e if dtype == torch.float32 else round_once(e, dtype).to(e.dtype)
 
 
 def _weighted(p: Tensor, v: Tensor, seen: Tensor) -> Tensor:

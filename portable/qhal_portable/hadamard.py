@@ -1,12 +1,13 @@
 """hadamard: every kind of rotation, applied in float64 and rounded once at the end of the chain.
 
-float64 stands above the contract's fp32: the result is the correctly rounded one up to 2^-50 of the row's magnitude.
+float64 stands above the contract's fp32: the result is the correctly rounded one up to 2^-50 of the row's magnitude. A
+device without float64 asks for float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +18,23 @@ from qhal.rotations import Dense, Diagonal, Hadamard, Kronecker, Permutation, Ro
 from qhal_portable.rounding import round_once
 
 
-def rotate(x: Tensor, chain: Sequence[Rotation]) -> Tensor:
-    """[..., n] -> x @ R1 @ R2 ..., in the dtype of x. FormatError for a rotation that does not fit n features."""
+def rotate(
+    x: Tensor,
+    chain: Sequence[Rotation],
+    inner: torch.dtype = torch.float64,
+    by: Callable[[Tensor, Rotation], Tensor] | None = None,
+) -> Tensor:
+    """[..., n] -> x @ R1 @ R2 ..., in the dtype of x. FormatError for a rotation that does not fit n features.
+
+    inner  what it is computed in
+    by     what applies one rotation to an x of that type, None: `apply`
+    """
     if not isinstance(x, Tensor) or x.dtype not in WIDE.values() or x.dim() < 1:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise FormatError(f"hadamard: x is {found}, must be bf16, fp16 or fp32 [..., n]")
-    y = x.detach().double()
+    y = x.detach().to(inner)
     for r in chain:
-        y = _apply(y, r)
+        y = (by or apply)(y, r)
     return round_once(y, x.dtype)
 
 
@@ -62,7 +72,8 @@ def _table_fault(name: str, k: int) -> str:
     return ""
 
 
-def _apply(x: Tensor, r: Rotation) -> Tensor:
+def apply(x: Tensor, r: Rotation) -> Tensor:
+    """x @ R in the dtype of x."""
     n = x.shape[-1]
     if isinstance(r, Diagonal | Permutation):
         size = r.values.numel() if isinstance(r, Diagonal) else r.index.numel()
@@ -70,9 +81,9 @@ def _apply(x: Tensor, r: Rotation) -> Tensor:
             raise FormatError(f"{type(r).__name__} of size {size} does not fit {n} features")
         return x * _like(r.values, x).reshape(-1) if isinstance(r, Diagonal) else x[..., r.checked().to(x.device)]
     if isinstance(r, Hadamard):
-        return _hadamard(_blocks(x, r, r.n), r).reshape(x.shape)
+        return _hadamard(blocks(x, r, r.n), r).reshape(x.shape)
     if isinstance(r, Dense):
-        return (_blocks(x, r, r.block.shape[0]) @ _like(r.block, x)).reshape(x.shape)
+        return (blocks(x, r, r.block.shape[0]) @ _like(r.block, x)).reshape(x.shape)
     return _kronecker(x, r)
 
 
@@ -111,11 +122,12 @@ def _kronecker(x: Tensor, r: Kronecker) -> Tensor:
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """A part of a chain, in float64 where x is: chains may be given from the processor."""
-    return t.to(x.device, torch.float64)
+    """A part of a chain, in the dtype of x and where x is: chains may be given from the processor."""
+    return t.to(x.dtype).to(x.device)
 
 
-def _blocks(x: Tensor, r: Rotation, size: int) -> Tensor:
+def blocks(x: Tensor, r: Rotation, size: int) -> Tensor:
+    """x [..., n] as [..., n / size, size]; FormatError where it does not divide."""
     if x.shape[-1] % size:
         raise FormatError(f"{type(r).__name__} of size {size} does not fit {x.shape[-1]} features")
     return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)

@@ -6,6 +6,8 @@ Rows [T, G, D] are quantized by `qhal.encoding`: `row` and `g<k>` scales are com
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,23 @@ from qhal.tensors import QTensor
 STATIC = ("tensor", "head", "col")
 
 
-def quant_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    """Everything is checked and quantized before the first slot is written."""
+def _write(plane: Tensor, where: Tensor, values: Tensor) -> None:
+    page = plane.shape[1]
+    plane[where // page, where % page] = values
+
+
+def quant_kv(
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    slots: Tensor,
+    *,
+    write: Callable[[Tensor, Tensor, Tensor], None] = _write,
+) -> None:
+    """Everything is checked and quantized before the first slot is written.
+
+    write  puts values [t, ...] at slots int64 [t] of a plane [pages, page, ...]; one-byte types come as bytes
+    """
     first, second = rows_of(cache)
     check_planes(cache)
     tokens = slots.numel() if isinstance(slots, Tensor) else -1
@@ -39,7 +56,7 @@ def quant_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     planes = {**_encode(cache, *first, k[keep]), **_encode(cache, *second, v[keep])}
     for name, values in planes.items():
         plane = _bytes(cache.planes[name])
-        plane[where // page, where % page] = _bytes(values).reshape(where.numel(), *plane.shape[2:])
+        write(plane, where, _bytes(values).reshape(where.numel(), *plane.shape[2:]))
 
 
 def rows_of(cache: KVCache) -> tuple[tuple[str, Format, tuple[int, ...]], tuple[str, Format, tuple[int, ...]]]:

@@ -170,7 +170,7 @@ class PortableOps(QuantOps):
             chain = rotation
             if isinstance(x, Tensor) and x.dim():
                 self._require(HadamardRequest(kinds=kinds(chain), n=x.shape[-1], x=x.dtype))
-        y = hadamard.rotate(x, chain)
+        y = self._rotate(x, chain)
         if quantize is not None:
             if isinstance(out, Tensor):
                 raise FormatError(f"out is a plain tensor, the result is {quantize.format}")
@@ -207,6 +207,10 @@ class PortableOps(QuantOps):
     def _layout(self, request: Request) -> str:
         """What `storage.keep` is asked for."""
         return storage.NIBBLE
+
+    def _rotate(self, x: Tensor, chain: Sequence[Rotation]) -> Tensor:
+        """What `hadamard` applies."""
+        return hadamard.rotate(x, chain)
 
     def _bind(self, w: PreparedWeight) -> prepared.Run:
         """What `gemm` calls for this weight."""

@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 -> `dtype`, half to even, overflow to Inf (float8: as torch casts float32).
+    """float64 or float32 -> `dtype`, half to even, overflow to Inf (float8: as torch casts float32).
 
     PyTorch casts float64 to a narrow float through float32 and so rounds twice. Rounding to odd in between keeps every
     tie and every side of a tie (Boldo and Melquiond, "When double rounding is odd", 2005): float32 has more than two
     bits more than any narrower type.
     """
+    if value.dtype == torch.float32:
+        return value.to(dtype)
     near = value.float()
     if dtype in (torch.float32, torch.float64):
         return value if dtype == torch.float64 else near

@@ -72,12 +72,12 @@ def choose(r: GemmRequest, arch: str) -> Path | Refusal:
     kind = _kind(r, plain)
     if kind is None:
         why = "" if plain and _lossless(r) else f"no operator multiplies {r.w} with {'|'.join(map(str, r.x))}"
-        return _decoded(r, arch, why) if plain else Refusal("", why)
+        return decoded(r, arch, why) if plain else Refusal("", why)
     broken = next(_broken(r, kind, arch), None)
     if broken is None:
         return _path(r, kind)
     if plain:
-        return _decoded(r, arch, str(broken))
+        return decoded(r, arch, str(broken))
     if kind == "W4A8" and broken.demand in ("scale-bias", "int4-eights", "generation", "int4-out"):
         wider = next(_broken(r, "W8A8", arch), None)
         return replace(_path(r, "W8A8"), note=f"{broken}; int4 codes are kept as int8") if wider is None else wider
@@ -210,7 +210,7 @@ def _path(r: GemmRequest, kind: str) -> Path:
     return Path(kind, _CLASS[kind], words, layout, "int32" if kind in ("W8A8", "W4A4") else "fp32")
 
 
-def _decoded(r: GemmRequest, arch: str, why: str) -> Path | Refusal:
+def decoded(r: GemmRequest, arch: str, why: str) -> Path | Refusal:
     """The product with a decoded copy of the weight; why: the reason that there is no operator for it."""
     names = {f.element for f in r.x}
     if r.operand is not None or len(names) != 1:

@@ -20,7 +20,7 @@ from qhal_npu.weights import NpuWeight
 from qhal_portable.gemm import accept, write
 from qhal_portable.prepared import Run
 
-_Product = Callable[["Tensor | QTensor", int, torch.dtype], Tensor]
+Product = Callable[["Tensor | QTensor", int, torch.dtype], Tensor]
 _MX = {"scale_dtype": calls.E8M0, "pertoken_scale_dtype": calls.E8M0, "group_sizes": [1, 1, 32]}
 
 
@@ -28,18 +28,24 @@ def bind(p: NpuWeight, arch: str) -> Run:
     """The product of one weight along its path."""
     request = p.request
     assert isinstance(request, GemmRequest)
-    product: _Product = {
-        "16 bits": _plain, "fp32": _plain, "W8A16": _weight_only, "W4A16": _weight_only, "W8A8": _int8, "W4A8": _int4_8,
-        "W4A4": _int4, "FP8": _fp8, "MXFP8": _mx, "MXFP4": _mx,
-    }[p.path.kind](p, arch)  # fmt: skip
+    made = product(p, arch)
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
         dtype = _dtype(x, p, request, index)
         if x.shape[0] == 0:
             return write(torch.zeros(0, request.n, dtype=dtype, device=p.place), out)
-        return write(product(x, index, dtype), out)
+        return write(made(x, index, dtype), out)
 
     return run
+
+
+def product(p: NpuWeight, arch: str) -> Product:
+    """(x, index of the input, dtype of the result) -> the product, for an x that fits."""
+    makers: dict[str, Callable[[NpuWeight, str], Product]] = {
+        "16 bits": _plain, "fp32": _plain, "W8A16": _weight_only, "W4A16": _weight_only, "W8A8": _int8, "W4A8": _int4_8,
+        "W4A4": _int4, "FP8": _fp8, "MXFP8": _mx, "MXFP4": _mx,
+    }  # fmt: skip
+    return makers[p.path.kind](p, arch)
 
 
 def _dtype(x: Tensor | QTensor, p: NpuWeight, r: GemmRequest, index: int) -> torch.dtype:
@@ -70,7 +76,7 @@ def _dtype(x: Tensor | QTensor, p: NpuWeight, r: GemmRequest, index: int) -> tor
     return dtype
 
 
-def _plain(p: NpuWeight, arch: str) -> _Product:
+def _plain(p: NpuWeight, arch: str) -> Product:
     """linear in the type of x. A bias that this type cannot hold, or another result, is made of fp32 sums."""
     copy = p.copy
     assert copy is not None
@@ -85,7 +91,7 @@ def _plain(p: NpuWeight, arch: str) -> _Product:
     return product
 
 
-def _weight_only(p: NpuWeight, arch: str) -> _Product:
+def _weight_only(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale, offset = p.stored.codes, p.kernel["scale"], p.kernel.get("offset")
     block = p.stored.format.block
@@ -98,7 +104,7 @@ def _weight_only(p: NpuWeight, arch: str) -> _Product:
     return product
 
 
-def _int8(p: NpuWeight, arch: str) -> _Product:
+def _int8(p: NpuWeight, arch: str) -> Product:
     """bf16 and fp16 results in one call; fp32 ones, and a bias beside quant_bias, from the int32 sums."""
     assert isinstance(p.stored, QTensor)
     codes, scale = p.stored.codes, p.kernel["scale"]
@@ -150,7 +156,7 @@ def _quant_bias(q: QTensor, p: NpuWeight) -> Tensor | None:
     return -(q.zero.reshape(()).round().to(torch.int32) * p.kernel["sums"])
 
 
-def _int4_8(p: NpuWeight, arch: str) -> _Product:
+def _int4_8(p: NpuWeight, arch: str) -> Product:
     """As one expert of a grouped product, which is what this kind is documented for."""
     assert isinstance(p.stored, QTensor)
     codes, scale, scale_bias = p.stored.codes, p.kernel["scale"], p.kernel["scale_bias"]
@@ -166,7 +172,7 @@ def _int4_8(p: NpuWeight, arch: str) -> _Product:
     return product
 
 
-def _int4(p: NpuWeight, arch: str) -> _Product:
+def _int4(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale = p.stored.codes, p.kernel["scale"]
 
@@ -188,7 +194,7 @@ def _default(f: Format) -> bool:
     return f.rule in (Rule(), Rule(clip="range")) and f.zero is None  # without a clip, its order means nothing
 
 
-def _fp8(p: NpuWeight, arch: str) -> _Product:
+def _fp8(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale = p.stored.codes, p.kernel["scale"]
 
@@ -199,7 +205,7 @@ def _fp8(p: NpuWeight, arch: str) -> _Product:
     return product
 
 
-def _mx(p: NpuWeight, arch: str) -> _Product:
+def _mx(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale = p.stored.codes, p.kernel["scale"]
     fp4 = p.path.kind == "MXFP4"

@@ -24,14 +24,21 @@ from qhal_portable import storage
 from qhal_portable.prepared import PreparedWeight, check
 from qhal_portable.storage import Stored
 
+STACKED = ("W8A8", "16 bits", "fp32")
+"""Kinds whose experts are one weight [E, ...] of one operator; of the others each expert has a weight of its own."""
+
 
 @dataclass(eq=False, kw_only=True)
 class NpuWeight(PreparedWeight):
-    """A weight for one path. kernel: what the operator takes beside it, by name; place: where results live."""
+    """A weight for one path. kernel: what the operator takes beside it, by name; place: where results live.
+
+    experts  one weight for each, where there is no operator for all of them
+    """
 
     path: Path
     place: torch.device
     kernel: dict[str, Tensor] = field(default_factory=dict)
+    experts: tuple[NpuWeight, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +47,8 @@ class NpuWeight(PreparedWeight):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor it keeps, by name; `host.` are those in the host's memory."""
+        if self.experts:
+            return {f"expert.{e}.{k}": t for e, w in enumerate(self.experts) for k, t in w.tensors().items()}
         found = super().tensors()
         if self.copy is not None and self.place.type != "cpu":
             found = {f"host.{k}" if k.startswith("weight.") else k: t for k, t in found.items()}
@@ -68,7 +77,15 @@ def build(
         return _decoded(made, w, gemm, device)
     assert isinstance(w, QTensor)
     storage.check_values(w)
-    return _laid(made, w, gemm, device)
+    if isinstance(request, GroupedRequest) and path.kind not in STACKED:
+        for e in range(request.experts):
+            part = storage.expert(w, e)
+            ours = None if bias is None else bias[e]
+            one = build(part, gemm, support, owner, path, inputs=[o.expert(e) for o in inputs], bias=ours)
+            made.experts = (*made.experts, one)
+        made.stored = made.multiplied = made.experts[0].stored
+        return made
+    return _laid(made, w, request, device)
 
 
 def refit(into: NpuWeight, fresh: NpuWeight) -> NpuWeight:
@@ -90,6 +107,8 @@ def refit(into: NpuWeight, fresh: NpuWeight) -> NpuWeight:
 
 def restored(w: NpuWeight) -> Stored:
     """The canonical weight, in tensors of its own."""
+    if w.experts:
+        return QTensor.stack([part for e in w.experts if isinstance(part := restored(e), QTensor)])
     if w.copy is not None:
         back = storage.copied(w.stored)
         return back.to(w.place) if isinstance(back, Tensor) else _moved(back, w.place)
@@ -117,8 +136,9 @@ def _decoded(made: NpuWeight, w: Stored, r: GemmRequest, device: torch.device) -
     return made
 
 
-def _laid(made: NpuWeight, w: QTensor, r: GemmRequest, device: torch.device) -> NpuWeight:
+def _laid(made: NpuWeight, w: QTensor, request: GemmRequest | GroupedRequest, device: torch.device) -> NpuWeight:
     path, f = made.path, w.format
+    r = request.gemm if isinstance(request, GroupedRequest) else request
     codes = _lay(w.codes.to(device), path, element(f.element).kind == "uint")
     numbers = None if w.scale is None else (w.scale.dequantize() if isinstance(w.scale, QTensor) else w.scale)
     assert numbers is not None
@@ -139,7 +159,7 @@ def _laid(made: NpuWeight, w: QTensor, r: GemmRequest, device: torch.device) -> 
         made.kernel["scale_bias"] = (8.0 * sums.float() * scale[..., 0]).reshape(-1, w.shape[-2])
     else:
         made.kernel["scale"] = numbers.float().expand(*w.shape[:-1], 1)[..., 0].contiguous()
-        if path.kind == "W8A8":
+        if path.kind == "W8A8" and isinstance(request, GemmRequest):
             _static(made, w, r, device)
     return made
 

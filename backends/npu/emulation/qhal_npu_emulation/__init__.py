@@ -1,36 +1,52 @@
-"""An Ascend NPU that computes on the processor: torch_npu's operators by their documented formulas.
+"""Ascend NPUs that compute on the processor: torch_npu's operators by their documented formulas.
 
 Level L2. The backend runs unchanged: every call goes through the dispatcher with the wheel's own schema (L1 schema),
 and where the wheel is installed its own Meta kernel is asked too (L1 meta). `qhal conformance run --backend
-npu_emulated:0` (A2; 1: A3, 2: A5) works where this distribution is installed; it is in no other requirements file.
+npu_emulated_a2` (or a3, a5) works where this distribution is installed; it is in no other requirements file.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from qhal.interface import QuantOps
 from qhal.selection import Available, BackendInfo, Device
 
 ARCHS = ("A2", "A3", "A5")
-NAME = "npu_emulated"
 
 
-def backend() -> BackendInfo:
-    """The description that the entry point `qhal.backends` gives."""
-    return BackendInfo(NAME, (1, 0), order=9000, probe=_probe, load=_load, offline=_offline, archs=ARCHS)
+def name(arch: str) -> str:
+    """The backend that emulates a generation."""
+    return f"npu_emulated_{arch.lower()}"
 
 
-def _probe() -> Available:
-    facts = {"emulated": "documented formulas on the processor"}
-    return Available(tuple(Device(i, arch, 0, facts, "L2") for i, arch in enumerate(ARCHS)))
+def info(arch: str) -> BackendInfo:
+    """The description of one generation, for an entry point of `qhal.backends`."""
+    facts = {"emulated": "documented formulas of torch_npu's operators on the processor"}
+    state = Available((Device(0, arch, 0, facts, "L2"),))
+    load = partial(ops, arch)
+    return BackendInfo(name(arch), (1, 0), 9000, lambda: state, lambda device: load(), lambda _: load(), (arch,))
 
 
-def _load(device: Device) -> QuantOps:
-    return _offline(device.arch)
-
-
-def _offline(arch: str) -> QuantOps:
-    from qhal_npu.ops import NpuOps
+def ops(arch: str) -> QuantOps:
+    """The NPU's operations on the processor."""
     from qhal_npu_emulation import library
+    from qhal_npu_emulation.emulated import CLASSES
 
     library.install()
-    return NpuOps(arch, "cpu")
+    return CLASSES[arch](arch, "cpu")
+
+
+def a2() -> BackendInfo:
+    """The entry point of A2."""
+    return info("A2")
+
+
+def a3() -> BackendInfo:
+    """The entry point of A3."""
+    return info("A3")
+
+
+def a5() -> BackendInfo:
+    """The entry point of A5."""
+    return info("A5")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhal_npu_emulation import matmuls, quantizers
+from qhal_npu_emulation import attention, matmuls, quantizers
 
 SCHEMAS = Path(__file__).with_name("schemas.txt")
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -30,6 +30,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
         matmuls.npu_grouped_matmul,
         matmuls.npu_convert_weight_to_int4pack,
         matmuls.npu_format_cast,
+        attention.npu_fused_infer_attention_score,
+        attention.npu_scatter_nd_update_,
     )
 }
 NO_META: dict[str, Callable[..., Tensor]] = {
