@@ -73,7 +73,16 @@ def dynamic_mx_quant(x: Tensor, dst_type: int, round_mode: str) -> tuple[Tensor,
 def to_nz(w: Tensor) -> Tensor:
     """w [..., K, N] in FRACTAL_NZ. RuntimeError if it stayed ND, which torch_npu does not report."""
     _allow_internal_format(w)
-    cast: Tensor = _npu().npu_format_cast(w, FRACTAL_NZ)
+    return _checked_nz(w, _npu().npu_format_cast(w, FRACTAL_NZ))
+
+
+def e2m1_to_nz(w: Tensor) -> Tensor:
+    """E2M1 pairs [N, K/2] in FRACTAL_NZ, laid out to meet e4m3fn activations."""
+    _allow_internal_format(w)
+    return _checked_nz(w, _npu().npu_format_cast(w, FRACTAL_NZ, customize_dtype=E4M3FN, input_dtype=E2M1))
+
+
+def _checked_nz(w: Tensor, cast: Tensor) -> Tensor:
     if w.device.type == "npu" and int(_npu().get_npu_format(cast)) != FRACTAL_NZ:
         raise RuntimeError(
             "npu_format_cast left a weight in ND; set torch.npu.config.allow_internal_format = True before loading"

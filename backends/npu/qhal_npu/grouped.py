@@ -27,7 +27,7 @@ from qhal_portable.gemm import accept, write
 from qhal_portable.grouped import activate, width
 from qhal_portable.quantize import quantize as checked_quantize
 
-_EACH = ("FP8", "MXFP8", "MXFP4")
+_EACH = ("FP8", "FP8 blocks", "MXFP8", "MXFP4", "MXFP4 x MXFP8")
 """Kinds whose experts are multiplied one by one, with fp32 sums as results where something follows."""
 
 

@@ -250,7 +250,9 @@ class NpuOps(PortableOps):
         if f.plain and not f.element.startswith("e"):
             return ""
         found = quantizing.choose(f, None, static, self._arch)
-        return found if isinstance(found, str) else ""
+        if isinstance(found, str):
+            return found
+        return f"{f} is made in float64, which the NPU does not compute" if found.op == "host" else ""
 
     def _grouped(self, request: GroupedRequest, answer: Support) -> Support:
         one = self._product(replace(request.gemm, batch_invariant=False))
@@ -291,8 +293,8 @@ class NpuOps(PortableOps):
         for f, fixed in zip(request.x, (*request.static, *(False for _ in request.x)), strict=False):
             if not f.plain:
                 maker = quantizing.choose(f, None, fixed, self._arch, clip=request.clip)
-                if isinstance(maker, str):
-                    return Support("unsupported", maker)
+                if isinstance(maker, str) or maker.op == "host":
+                    return Support("unsupported", maker if isinstance(maker, str) else f"{f} is made on the host")
                 rules += [maker.rule] if maker.rule is not None else []
         arithmetic = Arithmetic.of(request)
         assert arithmetic is not None
@@ -322,7 +324,8 @@ class NpuOps(PortableOps):
         found = quantizing.choose(request.format, request.x, request.static, self._arch)
         if isinstance(found, str):
             return Support("unsupported", found)
-        executes = answer.executes if found.op == "torch" else found.op
+        executes = answer.executes if found.op in ("torch", "host") else found.op
+        executes += " on the host" if found.op == "host" else ""
         return replace(
             answer,
             level="conditional",

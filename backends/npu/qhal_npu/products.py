@@ -31,6 +31,8 @@ _CLASS = {
     "FP8": NumericsClass.REDUCED_ACC,
     "MXFP8": NumericsClass.REDUCED_ACC,
     "MXFP4": NumericsClass.REDUCED_ACC,
+    "MXFP4 x MXFP8": NumericsClass.REDUCED_ACC,
+    "FP8 blocks": NumericsClass.REDUCED_ACC,
 }
 
 
@@ -96,7 +98,10 @@ def _kind(r: GemmRequest, plain: bool) -> str | None:
     pair = (w, x.pop())
     if any(f.scale is not None and f.scale.element == "e8m0" for f in (r.w, *r.x)):
         mx = all(_mx(f) for f in (r.w, *r.x))
-        return {("e4m3fn", "e4m3fn"): "MXFP8", ("e2m1", "e2m1"): "MXFP4"}.get(pair) if mx else None
+        kinds = {("e4m3fn", "e4m3fn"): "MXFP8", ("e2m1", "e2m1"): "MXFP4", ("e2m1", "e4m3fn"): "MXFP4 x MXFP8"}
+        return kinds.get(pair) if mx else None
+    if pair == ("e4m3fn", "e4m3fn") and _tiled(r):
+        return "FP8 blocks"
     return {
         ("int8", "int8"): "W8A8", ("int4", "int8"): "W4A8", ("int4", "int4"): "W4A4", ("e4m3fn", "e4m3fn"): "FP8",
     }.get(pair)  # fmt: skip
@@ -115,9 +120,9 @@ def _broken(r: GemmRequest, kind: str, arch: str) -> Iterator[Refusal]:
     if kind.endswith("A16"):
         yield from _weight_only(r, kind)
     elif kind.startswith("MX"):
-        if kind == "MXFP4" and r.k % 2:
+        if kind != "MXFP8" and r.k % 2:
             yield Refusal("mx-even", f"{kind}: k={r.k}", replace(r, k=r.k + 1))
-    else:
+    elif kind != "FP8 blocks":
         yield from _row_scaled(r, kind)
     if _CLASS[kind] > minimum_class(r):
         yield Refusal("", f"{kind} sums in class {_CLASS[kind].label}, the request accepts {minimum_class(r).label}")
@@ -194,6 +199,13 @@ def _mx(f: Format) -> bool:
     block = f.block
     whole = f.scale is not None and f.scale.plain and f.scale.element == "e8m0" and f.op == "*"
     return whole and block is not None and block.kind == "group" and block.cols == 32 and f.sparsity is None
+
+
+def _tiled(r: GemmRequest) -> bool:
+    """Tiles of 128 x 128 and groups of 128, one fp32 scale each."""
+    assert isinstance(r.w, Format)
+    plain = all(_plain_scale(f) and f.op == "*" and f.zero is None and f.offset is None for f in (r.w, *r.x))
+    return plain and r.w.block == Block("tile", 128, 128) and {f.block for f in r.x} == {Block("group", cols=128)}
 
 
 def _lossless(r: GemmRequest) -> bool:

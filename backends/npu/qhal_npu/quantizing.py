@@ -7,6 +7,7 @@ npu_dynamic_mx_quant  e4m3fn and e2m1 in groups of 32: floor(log2 amax). Its e4m
                       E2M1 codes as asked; another rule is answered with the rule that it follows. What the formula
                       says nothing of, blocks with NaN or Inf, and byte 0 for blocks of zeros, is put right after it
 torch                 the definition (`qhal.encoding`) on the NPU's own operators, where it needs no float64
+host                  the definition on the processor, where it does: tables, exponents, means
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qhal.rules import Rule
 from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_npu import calls, layouts
+from qhal_portable import storage
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 _ROWS = {"int8": calls.INT8, "e4m3fn": calls.E4M3FN}
@@ -45,7 +47,7 @@ def choose(f: Format, x: torch.dtype | None, static: bool, arch: str, *, clip: b
     if _mx(f):
         return _mx_quantizer(f, static, arch, clip)
     if any(element(level.element).kind in ("exponent", "lut") for level in levels) or f.rule.domain == "mean":
-        return f"{f} is made in float64, which the NPU does not compute; quantize it on the host"
+        return Quantizer("host")
     half = x is None or x in HALF_TYPES
     rows = f.block is not None and f.block.kind == "row" and f.element in _ROWS and _plain(f, Rule())
     if rows and half and not static and not clip and f.zero is None and (f.element == "int8" or arch == "A5"):
@@ -71,7 +73,7 @@ def _mx_quantizer(f: Format, static: bool, arch: str, clip: bool) -> Quantizer |
     if arch != "A5":
         return f"microscaling formats need an A5, this is {arch}"
     if f.element not in ("e4m3fn", "e2m1") or static or clip or f.op != "*" or f.sparsity is not None:
-        return f"npu_dynamic_mx_quant makes e4m3fn and e2m1 with computed scales, not {f}"
+        return Quantizer("host")
     followed = Rule(round="even" if f.element == "e4m3fn" else f.rule.round)
     return Quantizer("npu_dynamic_mx_quant", None if followed == f.rule else followed)
 
@@ -81,6 +83,8 @@ def quantize(x: Tensor, o: Operand, arch: str) -> QTensor:
     f = o.format
     found = choose(f, x.dtype, o.static, arch, clip=o.clipped)
     assert isinstance(found, Quantizer)
+    if found.op == "host":
+        return _on_host(x, o)
     if found.op == "torch" or not x.numel():
         return encode(x, f, scale=o.scale, zero=o.zero, clip=o.clip)
     if found.op == "npu_quantize":
@@ -99,6 +103,16 @@ def quantize(x: Tensor, o: Operand, arch: str) -> QTensor:
     else:  # float8 has no masked copies; every bit of 0 is 0
         codes = codes.view(torch.uint8).masked_fill(empty, 0).view(codes.dtype)
     return QTensor(f, codes, scale[..., None].masked_fill(empty, 1.0))
+
+
+def _on_host(x: Tensor, o: Operand) -> QTensor:
+    def host(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.cpu()
+
+    made = encode(x.cpu(), o.format, scale=host(o.scale), zero=host(o.zero), clip=o.clip)
+    back = storage.canonical(storage.keep(made, x.device))
+    assert isinstance(back, QTensor)
+    return back
 
 
 def static_codes(x: Tensor, o: Operand) -> Tensor:

@@ -43,7 +43,7 @@ def product(p: NpuWeight, arch: str) -> Product:
     """(x, index of the input, dtype of the result) -> the product, for an x that fits."""
     makers: dict[str, Callable[[NpuWeight, str], Product]] = {
         "16 bits": _plain, "fp32": _plain, "W8A16": _weight_only, "W4A16": _weight_only, "W8A8": _int8, "W4A8": _int4_8,
-        "W4A4": _int4, "FP8": _fp8, "MXFP8": _mx, "MXFP4": _mx,
+        "W4A4": _int4, "FP8": _fp8, "FP8 blocks": _fp8, "MXFP8": _mx, "MXFP4": _mx, "MXFP4 x MXFP8": _mx,
     }  # fmt: skip
     return makers[p.path.kind](p, arch)
 
@@ -197,10 +197,15 @@ def _default(f: Format) -> bool:
 def _fp8(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale = p.stored.codes, p.kernel["scale"]
+    blocks = {"group_sizes": [1, 128, 128]} if p.path.kind == "FP8 blocks" else {}
 
     def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
         q = x if isinstance(x, QTensor) else quantize(x.detach(), p.inputs[index], arch)
-        return calls.quant_matmul(q.codes, codes.transpose(0, 1), scale, dtype, pertoken_scale=_rows(q), bias=p.bias)
+        assert isinstance(q.scale, Tensor)
+        rows = q.scale.float() if blocks else _rows(q)
+        return calls.quant_matmul(
+            q.codes, codes.transpose(0, 1), scale, dtype, pertoken_scale=rows, bias=p.bias, **blocks
+        )
 
     return product
 
@@ -209,7 +214,9 @@ def _mx(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale = p.stored.codes, p.kernel["scale"]
     fp4 = p.path.kind == "MXFP4"
-    types = {"x1_dtype": calls.E2M1, "x2_dtype": calls.E2M1} if fp4 else {}
+    types = {"x1_dtype": calls.E2M1} if fp4 else {}
+    types |= {} if p.path.kind == "MXFP8" else {"x2_dtype": calls.E2M1}
+    bias = p.bias if p.bias is None or p.path.kind != "MXFP4 x MXFP8" else p.bias[None]
 
     def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
         if isinstance(x, QTensor):
@@ -218,7 +225,7 @@ def _mx(p: NpuWeight, arch: str) -> Product:
         else:
             q, pairs = mx_codes(x.detach(), p.inputs[index].format)
         return calls.quant_matmul(
-            q, codes.transpose(0, 1), scale, dtype, pertoken_scale=pairs, bias=p.bias, **_MX, **types
+            q, codes.transpose(0, 1), scale, dtype, pertoken_scale=pairs, bias=bias, **_MX, **types
         )
 
     return product

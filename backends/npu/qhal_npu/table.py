@@ -74,6 +74,16 @@ OPERATORS: tuple[Operator, ...] = (
         ("aclnnQuantMatmulV5",), f"{_DOCUMENT}; {_USED}",
     ),
     Operator(
+        "FP8 blocks", "npu_quant_matmul", ("A5",), "e4m3fn", "e4m3fn",
+        "scale [K/128, N/128] fp32, pertoken_scale [M, K/128] fp32, groups [1, 128, 128], plus bias fp32",
+        "[N, K], seen transposed", ("aclnnQuantMatmulV5",), _META,
+    ),
+    Operator(
+        "MXFP4 x MXFP8", "npu_quant_matmul", ("A5",), "e4m3fn", "e2m1, two to a byte",
+        "E8M0 bytes in pairs, groups [1, 1, 32], plus bias fp32 [1, N]", "[N, K/2] FRACTAL_NZ, seen transposed",
+        ("aclnnQuantMatmulWeightNz",), f"{_META}; {_USED}",
+    ),
+    Operator(
         "MXFP4", "npu_quant_matmul", ("A5",), "e2m1, two to a byte", "e2m1, two to a byte",
         "E8M0 bytes in pairs, groups [1, 1, 32], plus bias fp32", "[N, K/2], seen transposed",
         ("aclnnQuantMatmulV5",), f"{_DOCUMENT}; {_USED}",

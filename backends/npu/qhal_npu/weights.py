@@ -150,6 +150,8 @@ def _laid(made: NpuWeight, w: QTensor, request: GemmRequest | GroupedRequest, de
     if path.kind.startswith("MX"):
         pairs = layouts.mx_pairs(numbers if isinstance(w.scale, QTensor) else w.scale.to(device))  # type: ignore[union-attr]
         made.kernel["scale"] = pairs.transpose(-2, -3)
+    elif path.kind == "FP8 blocks":
+        made.kernel["scale"] = numbers.float().transpose(-1, -2)
     elif path.kind.endswith("A16"):
         made.kernel.update(_antiquant(w, r, device))
     elif path.kind == "W4A8":
@@ -230,6 +232,8 @@ def _lay(codes: Tensor, path: Path, unsigned: bool) -> Tensor:
         return calls.int4pack(codes)
     if path.kind == "MXFP4":
         return layouts.pack_nibbles(codes)
+    if path.kind == "MXFP4 x MXFP8":
+        return calls.e2m1_to_nz(layouts.pack_nibbles(codes))
     return codes.to(codes.device, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -246,6 +250,8 @@ def _back(laid: Tensor, layout: str, path: Path, unsigned: bool) -> Tensor:
         return (codes + 8).to(torch.uint8) if unsigned else codes
     if path.kind == "W4A4":
         return layouts.unpack_int4(laid)
+    if path.kind == "MXFP4 x MXFP8":
+        return layouts.unpack_nibbles(calls.from_nz(laid))
     return layouts.unpack_nibbles(laid) if path.kind == "MXFP4" else laid
 
 

@@ -127,7 +127,7 @@ def test_float64_and_graphs_are_refused() -> None:
         ("e4m3fn.g32*e8m0@round=away", False, "A5", "npu_dynamic_mx_quant", Rule()),
         ("e2m1.g32*e8m0@e8m0=over1.75,round=away", False, "A5", "npu_dynamic_mx_quant", Rule(round="away")),
         ("e4m3fn.row*fp32", False, "A2", "", None),
-        ("nf4_flat64", False, "A2", "", None),
+        ("nf4_flat64", False, "A2", "on the host", None),
     ],
 )
 def test_quantizers(name: str, static: bool, arch: str, executes: str, rule: Rule | None) -> None:

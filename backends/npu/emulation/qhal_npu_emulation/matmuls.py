@@ -32,6 +32,8 @@ def npu_quant_matmul(
     assert isinstance(out, torch.dtype)
     if scale_dtype is not None and kind(scale_dtype) == "e8m0":
         return _mx(x1, x2, scale, pertoken_scale, bias, x1_dtype, x2_dtype).to(out)
+    if group_sizes == [1, 128, 128]:
+        return _blocks(x1, x2, scale, pertoken_scale, bias).to(out)
     a, b = x1, x2
     if x1.dtype == torch.int32:
         a, b = unpack_int4(x1), int4_weight(x2)
@@ -61,6 +63,16 @@ def _mx(
     sa = e8m0(rows).flatten(-2).repeat_interleave(32, -1)[..., :k]
     sb = e8m0(scale).permute(1, 0, 2).flatten(-2).repeat_interleave(32, -1)[..., :k].t()
     y = ((a.double() * sa.double()) @ (b.double() * sb.double())).to(F32)
+    return y if bias is None else y + bias.to(F32)
+
+
+def _blocks(x1: Tensor, x2: Tensor, scale: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x1 [M, K] in groups of 128, x2 [K, N] in tiles of 128 x 128: scales [M, K/128] and [K/128, N/128]."""
+    assert rows is not None
+    k, n = x2.shape
+    a = x1.to(F32).double() * rows.repeat_interleave(128, 1)[:, :k]
+    b = x2.to(F32).double() * scale.repeat_interleave(128, 0)[:k].repeat_interleave(128, 1)[:, :n]
+    y = (a @ b).to(F32)
     return y if bias is None else y + bias.to(F32)
 
 
