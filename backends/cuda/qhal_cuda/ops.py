@@ -1,24 +1,27 @@
 """CudaOps: what this backend executes, said honestly.
 
 Products of two 8-bit operands, and of 16-bit ones, run on the tensor cores through torch (`products.py`); what the
-shared kernels take (`qhal_triton`) is theirs, and weights that meet many rows are humming's (`humming/`) where that
-library is installed. Everything else is the portable operation on the GPU: exact, and far from fast.
+shared kernels take (`qhal_triton`) is theirs. Where these libraries are installed, weights that meet many rows are
+humming's (`humming/`) and prefill over 16-bit caches is FlashInfer's (`flashinfer.py`). Everything else is the portable
+operation on the GPU: exact, and far from fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qhal.caches import KVCache
+from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.codebooks import CodebookTensor
 from qhal.prepared import Prepared
 from qhal.requests import (
     Arithmetic,
+    AttentionRequest,
     GemmRequest,
     GroupedRequest,
     HadamardRequest,
@@ -29,7 +32,7 @@ from qhal.requests import (
 from qhal.rotations import Rotation
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_cuda import humming, products
+from qhal_cuda import flashinfer, humming, products
 from qhal_cuda.targets import capability, target
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import support
@@ -57,8 +60,15 @@ class CudaOps(GpuOps):
         self._libraries = frozenset(libraries)
 
     def supports(self, request: Request) -> Support:
-        """The answer of `products.py`, else of the shared kernels, else the portable one: honest about its waits."""
-        return self._product(request) if isinstance(request, GemmRequest) else super().supports(request)
+        """The answer of a library, else of the shared kernels, else the portable one: honest about its waits."""
+        if isinstance(request, GemmRequest):
+            return self._product(request)
+        answer = super().supports(request)
+        flash = self._flash(request) if isinstance(request, AttentionRequest) else None
+        if flash is None:
+            return answer
+        rest = f"lengths that only the device knows, and uneven planes: {answer.executes}"
+        return replace(flash.answer(request), executes=f"{flash.executes}; {rest}")
 
     def prepare(
         self,
@@ -84,6 +94,35 @@ class CudaOps(GpuOps):
         if isinstance(thing, humming.HummingWeight) and self._weight(thing):
             return humming.restore(thing)
         return super().restore(thing)
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        *,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """By the kernel that the batch was made for."""
+        if isinstance(batch, flashinfer.FlashBatch):
+            if batch.takes(cache):
+                return batch.run(q, cache, sinks, out, lse)
+            batch = batch.other
+        return super().attention(q, cache, batch, sinks=sinks, out=out, lse=lse)
+
+    def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
+        """FlashInfer's, or that of the shared kernels or of the portable operation."""
+        if self._flash(request) is None:
+            return super().attention_batch(request, limits)
+        other = partial(super().attention_batch, request, limits)
+        return flashinfer.FlashBatch(request, limits, self._device, other)
+
+    def _flash(self, request: AttentionRequest) -> Path | None:
+        if "flashinfer" not in self._libraries or not support(request, self._copies, graphs=True):
+            return None
+        return flashinfer.choose(request, self._capability)
 
     def _product(self, request: GemmRequest) -> Support:
         laid = self._humming(request)
