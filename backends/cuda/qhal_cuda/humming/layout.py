@@ -4,7 +4,7 @@ A weight [N, K] is cut into 64 rows x 16 columns. In such a tile each of 32 thre
 rows r, r + 8, ..., r + 56 and in each of them columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9. Its codes are dealt to the slots
 of `bits` words, P = 2, 4 or 8 bits a slot; where a slot is wider than a code, the next code's high bits fill its top.
 Read from `weight_repack_nk` and `transform_humming_weight_scale` of the package; `tests/test_cuda_humming.py` checks
-both directions, `benchmarks/cuda_bars.py` the library's own words against these on a GPU.
+both directions, `tests/test_cuda_on_gpu.py` the library's own words against these where there is a GPU.
 """
 
 from __future__ import annotations
