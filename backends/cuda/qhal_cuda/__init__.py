@@ -27,8 +27,10 @@ def backend() -> BackendInfo:
 def _load(device: Device) -> QuantOps:
     from qhal_cuda.libraries import usable
     from qhal_cuda.ops import CudaOps
+    from qhal_triton.tuning import fingerprint, load
 
-    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable())
+    table = load(fingerprint(device.facts))
+    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable(), table)
 
 
 def _offline(arch: str) -> QuantOps:

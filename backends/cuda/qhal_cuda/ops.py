@@ -38,6 +38,7 @@ from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import support
 from qhal_triton.gpu import GpuOps
 from qhal_triton.paths import Path
+from qhal_triton.tuning import Table
 
 _MANY = 64
 """Rows from which humming comes before the shared kernels: a block sums a whole K there, so few rows leave SMs idle."""
@@ -49,13 +50,14 @@ class CudaOps(GpuOps):
     arch       compute capability: "sm_90"
     device     the torch device, "meta" offline
     libraries  names of the optional libraries that may be called (`libraries.usable`)
+    table      tiles that were measured on this GPU (`qhal tune`)
     """
 
     name: ClassVar[str] = "cuda"
     interface: ClassVar[tuple[int, int]] = (1, 0)
 
-    def __init__(self, arch: str, device: str, libraries: Collection[str] = ()) -> None:
-        super().__init__(target(arch), torch.device(device))
+    def __init__(self, arch: str, device: str, libraries: Collection[str] = (), table: Table | None = None) -> None:
+        super().__init__(target(arch), torch.device(device), table)
         self._capability = capability(arch)
         self._libraries = frozenset(libraries)
 

@@ -35,6 +35,7 @@ from qhal_portable.support import support
 from qhal_triton import attention, gemm, grouped, hadamard, kv, quantize, vq
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
+from qhal_triton.tuning import Table
 
 _CHOOSE: dict[type, Callable[[Any, Target], Path | None]] = {
     GemmRequest: gemm.choose,
@@ -48,14 +49,15 @@ _CHOOSE: dict[type, Callable[[Any, Target], Path | None]] = {
 
 
 class TritonOps(PortableOps):
-    """QuantOps of a GPU that Triton compiles for; a backend gives its name and the target."""
+    """QuantOps of a GPU that Triton compiles for; a backend gives its name, the target and what was measured on it."""
 
     interface: ClassVar[tuple[int, int]] = (1, 0)
     _copies: ClassVar[tuple[torch.dtype, ...]] = ()  # a decoded copy would undo what the checkpoint saved
 
-    def __init__(self, target: Target, device: torch.device) -> None:
+    def __init__(self, target: Target, device: torch.device, table: Table | None = None) -> None:
         self._target = target
         self._device = device
+        self._table = table or Table()
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+import triton
+
 from qhal.errors import QhalError
 
 _SCHEMA = 1
@@ -79,6 +81,13 @@ def sources() -> str:
         if "kernels" in path.parts or path.name in ("kernels.py", "config.py", "bits.py"):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def fingerprint(device: Mapping[str, str]) -> dict[str, str]:
+    """What a table belongs to, from the facts of a probed device (`qhal.selection.Device`): missing ones are "?"."""
+    named = {"gpu": "name", "driver": "driver", "cuda": "cuda", "hip": "hip", "torch": "torch"}
+    found = {ours: device[theirs] for ours, theirs in named.items() if theirs in device}
+    return {"gpu": "?", **found, "triton": triton.__version__, "kernels": sources()}
 
 
 def folder() -> Path:
