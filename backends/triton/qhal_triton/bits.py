@@ -17,8 +17,8 @@ import triton.language as tl
 from qhal_triton import interpreting
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""The interpreter multiplies bf16 wrongly, cuts fp32 to bf16 (triton-lang/triton#11584) and misreads its subnormals: see
-`dot`, `narrow`, `widen`."""
+"""The interpreter multiplies bf16 wrongly, cuts fp32 to bf16 (triton-lang/triton#11584) and misreads its subnormals:
+see `dot`, `narrow`, `widen`."""
 
 if INTERPRETED:
     interpreting.prepare_once()

@@ -157,25 +157,27 @@ def _launch(f: Recipe, x: Tensor, to: Operand, q: QTensor) -> None:
     block = q.format.block
     assert block is not None
     low, high = to.clip
-    codes, scale, outer, zero = _bytes(q.codes), q.scale, q.scale, q.zero
+    codes, scale, outer = _bytes(q.codes), q.scale, _outermost(q.scale)
     if isinstance(scale, QTensor):
-        scale, outer = _bytes(scale.codes), scale.scale
-    zero = q.scale if zero is None else zero
-    flat, parts = (1, rows * cols) if stride == cols else (rows, cols), x
-    chunks = -(-flat[1] // CHUNK)
+        scale = _bytes(scale.codes)
+    zero = scale if q.zero is None else q.zero
+    parts, count = x, 1
+    across, down = (rows * cols, 1) if stride == cols else (cols, rows)  # all of it is one row, if it lies so
+    width = min(CHUNK, 1 << (across - 1).bit_length())
+    beside = -(-across // width)
+    chunks = beside * -(-down // (CHUNK // width))
     tensor = block.kind == "tensor"
     if (tensor and (not f.static or f.clamp)) or (f.outer is not None and not f.static):
-        count = min(PARTS, 1 << (flat[0] * chunks - 1).bit_length())
+        count = min(PARTS, 1 << (chunks - 1).bit_length())
         parts = torch.empty(2 * count, dtype=torch.int32, device=x.device)
         part_kernel[(count,)](
-            x, parts, flat[1], stride, chunks, flat[0] * chunks, count, CHUNK, f, num_warps=8, **_OPTIONS
+            x, parts, down, across, stride, beside, chunks, count, CHUNK, width, f, num_warps=8, **_OPTIONS
         )
-    else:
-        count = 1
     if tensor:
-        tensor_kernel[(flat[0] * chunks,)](
-            x, codes, scale, zero, parts, low, high, flat[1], stride, chunks, count, CHUNK, f, num_warps=8, **_OPTIONS
-        )
+        tensor_kernel[(chunks,)](
+            x, codes, scale, zero, parts, low, high, down, across, stride, beside, count, CHUNK, width, f,
+            num_warps=8, **_OPTIONS,
+        )  # fmt: skip
         return
     if block.kind == "row" and 1 << (cols - 1).bit_length() > LONGEST:
         long_kernel[(rows,)](x, codes, scale, zero, low, high, cols, stride, CHUNK, f, num_warps=8, **_OPTIONS)

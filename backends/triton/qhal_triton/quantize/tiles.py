@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -66,20 +67,20 @@ def _tiles(f: Format, x: str, static: bool, target: Target) -> Iterator[Tile]:
         "outer": _type(outer),
         "parts": "*i32",
     }
-    whole = dict.fromkeys(("rows", "cols", "stride", "across", "count", "chunks"), "i32")
+    whole = dict.fromkeys(("rows", "cols", "stride", "across", "count", "beside"), "i32")
     known = {**pointers, **whole, "low_kept": "fp32", "high_kept": "fp32"}
     size = config(8192 if f.block.kind == "row" else f.block.rows * f.block.cols, 8192)
     one = {"F": made, "C": CHUNK}
-    kernels = {
-        "tensor": [(part_kernel, {**one, "PARTS": PARTS}, 8), (tensor_kernel, {**one, "PARTS": PARTS}, 8)],
-        "row": [(long_kernel, one, 8), (block_kernel, None, size.warps)],
-    }.get(f.block.kind, [(block_kernel, None, size.warps)])
+    whole_tensor = {**one, "PARTS": PARTS, "WIDTH": CHUNK}
+    blocks = {"F": made, "C": size.elements, "NB": size.blocks, "PARTS": PARTS, "ROWS": f.block.rows}
+    blocks["COLS"] = 0 if f.block.kind == "row" else f.block.cols
+    kernels: list[tuple[Any, dict[str, Any], int]] = [(block_kernel, blocks, size.warps)]
+    if f.block.kind == "tensor":
+        kernels = [(part_kernel, whole_tensor, 8), (tensor_kernel, whole_tensor, 8)]
+    elif f.block.kind == "row":
+        kernels.append((long_kernel, one, 8))
     for fn, constants, width in kernels:
-        if constants is None:
-            cols = 0 if f.block.kind == "row" else f.block.cols
-            constants = {"F": made, "C": size.elements, "NB": size.blocks, "PARTS": PARTS}
-            constants |= {"ROWS": f.block.rows, "COLS": cols}
-        names = [p.name for p in fn.params if p.name not in constants]
+        names = [name for name in fn.arg_names if name not in constants]
         yield Tile(
             name=f"quantize.{fn.__name__}[{x} to {f}{' static' if static else ''}]",
             fn=fn,

@@ -124,16 +124,26 @@ def long_kernel(
 
 
 @triton.jit
-def part_kernel(x, parts, cols, stride, chunks, count, PARTS: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
-    """Extremes of every PARTS-th chunk of C columns; chunks: of a row, count: in all."""
+def _chunk(x, chunk, rows, cols, stride, beside, C: tl.constexpr, WIDTH: tl.constexpr):
+    """(values, row, col, inside) [1, C] of one chunk: C / WIDTH rows of WIDTH columns, `beside` chunks in a band."""
     e = tl.arange(0, C)[None, :]
+    row = ((chunk // beside) * (C // WIDTH) + e // WIDTH).to(tl.int64)
+    col = (chunk % beside) * WIDTH + e % WIDTH
+    inside = (row < rows) & (col < cols)
+    return tl.load(x + row * stride + col, mask=inside, other=0.0), row, col, inside
+
+
+@triton.jit
+def part_kernel(
+    x, parts, rows, cols, stride, beside, count,
+    PARTS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Extremes of every PARTS-th chunk; count: chunks in all."""
     down = tl.zeros([1], tl.int32)
     up = tl.zeros([1], tl.int32)
     for chunk in range(tl.program_id(0), count, PARTS):
-        row = (chunk // chunks).to(tl.int64)
-        col = (chunk % chunks) * C + e
-        v = clean(tl.load(x + row * stride + col, mask=col < cols, other=0.0), F)
-        some_down, some_up = extremes(v, 1, F)
+        value, _, _, _ = _chunk(x, chunk, rows, cols, stride, beside, C, WIDTH)
+        some_down, some_up = extremes(clean(value, F), 1, F)
         down = tl.maximum(down, some_down)
         up = tl.maximum(up, some_up)
     here = tl.program_id(0) + tl.arange(0, 1)
@@ -143,14 +153,12 @@ def part_kernel(x, parts, cols, stride, chunks, count, PARTS: tl.constexpr, C: t
 
 @triton.jit
 def tensor_kernel(
-    x, codes, scale, zero, parts, low_kept, high_kept, cols, stride, chunks,
-    PARTS: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    x, codes, scale, zero, parts, low_kept, high_kept, rows, cols, stride, beside,
+    PARTS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of C columns under the scale of the whole tensor: given, or from all parts."""
+    """One chunk under the scale of the whole tensor: given, or from all parts."""
     chunk = tl.program_id(0)
-    row = (chunk // chunks).to(tl.int64)
-    col = (chunk % chunks) * C + tl.arange(0, C)[None, :]
-    v = clean(tl.load(x + row * stride + col, mask=col < cols, other=0.0), F)
+    value, row, col, inside = _chunk(x, chunk, rows, cols, stride, beside, C, WIDTH)
     first = tl.arange(0, 1)
     lo = tl.zeros([1], tl.float32)
     hi = lo
@@ -169,5 +177,5 @@ def tensor_kernel(
             plane, z = zero_of(lo, s, F)
             if chunk == 0:
                 _store(zero + first, plane, first == 0)
-    code = codes_of(v, s[:, None], z[:, None], lo[:, None], hi[:, None], F)
-    _store(codes + row * cols + col, code, col < cols)
+    code = codes_of(clean(value, F), s[:, None], z[:, None], lo[:, None], hi[:, None], F)
+    _store(codes + row * cols + col, code, inside)
