@@ -2,6 +2,8 @@
 # make dev    just the environment in .venv                             make lint   style, types, import rules
 # make docs   the documentation site in build/site                      make bench  speed and memory bars
 # make test-browser   the conformance page in headless Chromium, at phone and desktop width
+# make conformance-rocm   what is known of AMD GPUs without one      make cuda-offline   kernels compiled for NVIDIA GPUs
+# make compile-full   every kernel for every chip, and the tables of docs/kernels.md
 PYTHON ?= python3
 VENV ?= .venv
 # pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
@@ -11,9 +13,10 @@ DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/triton -e backends/c
 SOURCES := qhal portable schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
-.PHONY: help dev chromium demo kv-quality test test-browser lint format conformance docs docs-update docs-picture bench clean
+.PHONY: help dev chromium demo kv-quality test test-browser lint format conformance docs docs-update docs-picture bench clean \
+  conformance-rocm cuda-offline compile-full
 help:
-	@head -4 Makefile | sed 's/^# //'
+	@head -6 Makefile | sed 's/^# //'
 
 dev: $(VENV)/.installed
 # one command line for all of ours: none of them is fetched from the index
@@ -72,6 +75,29 @@ docs: dev
 # what pages repeat from the code: interface, command line, outputs of commands
 docs-update: dev
 	$(BIN)/python docs/generate.py --console
+
+# levels L0 (layouts), L1 (compiles) and L2 (interpreted) of the AMD backend; build/conformance/rocm/report.json has all
+conformance-rocm: dev
+	$(BIN)/python backends/rocm/levels.py --out build/conformance/rocm
+
+# L1: every kernel and format for NVIDIA's chips, with the newest Triton and with the oldest that is supported
+COMPILE := $(BIN)/python -m qhal_triton.compile --jobs $(PYTEST_WORKERS)
+NVIDIA := sm_80 sm_89 sm_90 sm_100 sm_120
+AMD := gfx942 gfx950 gfx1100 gfx1201
+OLDEST := build/triton-3.6.0
+cuda-offline: dev $(OLDEST)
+	$(COMPILE) --arch $(NVIDIA) --json build/compile/nvidia.json
+	PYTHONPATH=$(OLDEST) $(COMPILE) --arch $(NVIDIA) --cache build/triton-oldest --json build/compile/nvidia-oldest.json
+
+$(OLDEST):
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+compile-full: dev $(OLDEST)
+	$(COMPILE) --full --arch $(AMD) --json build/compile/amd-full.json
+	$(COMPILE) --full --arch $(NVIDIA) --json build/compile/nvidia-full.json
+	PYTHONPATH=$(OLDEST) $(COMPILE) --full --arch $(NVIDIA) --cache build/triton-oldest --json build/compile/oldest-full.json
+	$(BIN)/python -m qhal_triton.page build/compile/amd-full.json build/compile/nvidia-full.json \
+	  build/compile/oldest-full.json > docs/kernels.md
 
 bench: dev
 	$(BIN)/python benchmarks/run.py

@@ -1,0 +1,159 @@
+"""Everything that is known of this backend without an AMD GPU, by level of evidence, in one report.
+
+    python backends/rocm/levels.py --out build/conformance/rocm
+
+L0 layout       the tests of `test_rocm_layouts.py`: bijections, exact changes of flavour
+L1 compiles     every kernel and format for every chip (`python -m qhal_triton.compile`)
+L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 and as gfx950 would choose
+L3 device       not run
+
+Each level is a section of report.json, and none stands in for another. L2 also says how many cases a kernel took and
+how many the portable operations. Exit code 0: everything that was run holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from qhal.requests import Request
+from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_rocm.ops import RocmOps
+
+HERE = Path(__file__).parent
+COMPILED = ("gfx942", "gfx950", "gfx1100", "gfx1201")
+INTERPRETED = ("gfx942", "gfx950")
+TIMEOUT = "300"
+"""Seconds for one case: the interpreter is slow, and a loaded machine is slower."""
+
+
+def layouts(out: Path) -> dict[str, Any]:
+    """L0."""
+    xml = out / "layouts.xml"
+    tests = HERE / "tests" / "test_rocm_layouts.py"
+    done = _run([sys.executable, "-m", "pytest", "-q", str(tests), f"--junitxml={xml}"], out / "layouts.log")
+    cases = ElementTree.parse(xml).getroot().iter("testcase") if xml.is_file() else ()
+    found = {str(case.get("name")): not list(case) for case in cases}
+    return {"ok": done == 0 and bool(found), "checks": found}
+
+
+def compiles(out: Path, archs: Sequence[str], jobs: int) -> dict[str, Any]:
+    """L1."""
+    cells = out / "cells.json"
+    cells.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "qhal_triton.compile", "--jobs", str(jobs), "--json", str(cells), "--arch", *archs]
+    code = _run(command, out / "compile.log", without="TRITON_INTERPRET")
+    if not cells.is_file():
+        return {"ok": False, "reason": f"the compile check ended with {code}, see {out / 'compile.log'}"}
+    found = json.loads(cells.read_text())
+    bad = [f"{c['arch']} {c['name']}: {'; '.join(c['problems'])}" for c in found["cells"] if c["problems"]]
+    return {"ok": code == 0, "triton": found["triton"], "cells": len(found["cells"]), "archs": list(archs), "bad": bad}
+
+
+def interpreted(out: Path, arch: str) -> dict[str, Any]:
+    """L2 of one chip."""
+    folder = out / arch
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "qhal_cli.entry", "conformance", "run", "--backend", "rocm", "--level", "0"]
+    environment = {"TRITON_INTERPRET": "1", "QHAL_ROCM_INTERPRET": arch, "OMP_NUM_THREADS": "1"}
+    code = _run([*command, "--timeout", TIMEOUT, "--out", str(folder)], out / f"{arch}.log", environment)
+    if not report.is_file():
+        return {"ok": False, "reason": f"the suite ended with {code}, see {out / f'{arch}.log'}"}
+    found = json.loads(report.read_text())
+    assert found["device"]["arch"] == arch and found["device"]["evidence"].startswith("L2")
+    return {
+        "ok": code == 0,
+        "verdict": found["verdict"],
+        "suite": found["suite"]["version"],
+        "counts": found["counts"],
+        "profiles": {name: entry["status"] for name, entry in found["profiles"].items()},
+        "by": by_kernel(found["cases"], arch),
+        "seconds": found["seconds"],
+        "report": report.relative_to(out).as_posix(),
+    }
+
+
+def by_kernel(entries: Sequence[dict[str, Any]], arch: str) -> dict[str, dict[str, int]]:
+    """By operation: how many of the executed cases a kernel took, and how many the portable operation."""
+    ops = RocmOps(arch, "cpu")
+    ran = {entry["id"] for entry in entries if entry["status"] in ("pass", "fail")}
+    found: dict[str, Counter[str]] = {}
+    for case in catalogue(0):
+        if case.id not in ran or case.operation == "contract":
+            continue
+        request = OPERATIONS[case.operation].request(case)
+        who = "portable" if request is None else executor(ops, request)
+        found.setdefault(case.operation, Counter({"kernel": 0, "portable": 0}))[who] += 1
+    return {operation: dict(count) for operation, count in sorted(found.items())}
+
+
+def executor(ops: RocmOps, request: Request) -> str:
+    """Who takes a request: "kernel" or "portable"."""
+    return "portable" if ops._path(request) is None else "kernel"
+
+
+def _run(command: list[str], log: Path, more: dict[str, str] | None = None, without: str = "") -> int:
+    environment = {k: v for k, v in os.environ.items() if k != without} | (more or {})
+    with log.open("w") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+
+
+def main() -> int:
+    """See the first lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/conformance/rocm"))
+    parser.add_argument("--compile", nargs="*", default=COMPILED, metavar="ARCH", help="chips of L1")
+    parser.add_argument("--interpret", nargs="*", default=INTERPRETED, metavar="ARCH", help="chips of L2")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    out = given.out
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with ThreadPoolExecutor(given.jobs) as pool:
+        parts = {arch: pool.submit(interpreted, out, arch) for arch in given.interpret}
+        levels: dict[str, Any] = {"L0 layout": layouts(out)}
+        emulated = {arch: part.result() for arch, part in parts.items()}
+    levels["L1 compiles"] = compiles(out, given.compile, given.jobs)
+    levels["L2 interpreted"] = emulated
+    levels["L3 device"] = {"ok": None, "reason": "not run: no AMD GPU was at hand"}
+    seconds = round(time.monotonic() - start, 1)
+    report = {"backend": "rocm", "seconds": seconds, "levels": levels}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(_words(levels))
+    print(f"written: {out / 'report.json'} ({seconds:.0f} s)")
+    sections = (levels["L0 layout"], levels["L1 compiles"], *emulated.values())
+    return 0 if all(section["ok"] for section in sections) else 1
+
+
+def _words(levels: dict[str, Any]) -> str:
+    checks = levels["L0 layout"]["checks"]
+    lines = [f"L0 layout: {sum(checks.values())} of {len(checks)} checks hold"]
+    cells = levels["L1 compiles"]
+    lines.append(
+        f"L1 compiles: {cells['cells'] - len(cells['bad'])} of {cells['cells']} cells for {', '.join(cells['archs'])}"
+        if "cells" in cells
+        else f"L1 compiles: {cells['reason']}"
+    )
+    lines += [f"  {line}" for line in cells.get("bad", ())]
+    for arch, part in levels["L2 interpreted"].items():
+        lines.append(f"L2 interpreted as {arch}: {part.get('verdict', part.get('reason'))} {part.get('counts', '')}")
+        lines += [
+            f"  {operation}: {count['kernel']} cases by a kernel, {count['portable']} by the portable operation"
+            for operation, count in part.get("by", {}).items()
+        ]
+    return "\n".join([*lines, f"L3 device: {levels['L3 device']['reason']}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
