@@ -1,6 +1,6 @@
 """Bars of the NVIDIA backend: every row runs through `ops` in a captured graph beside the best libraries, one process.
 
-    python benchmarks/cuda_bars.py [--rows PREFIX ...] [--list] [--out FILE] [--without LIBRARY ...]
+    python benchmarks/cuda_bars.py [--rows PREFIX ...] [--list] [--out FILE] [--without PEER ...]
     python benchmarks/cuda_bars.py --check FILE
 
 Prints our time, the best peer of the same arithmetic, the ratio, and the share of the floor; --out (default
@@ -33,6 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[""], metavar="PREFIX", help="rows whose name begins so")
     parser.add_argument("--list", action="store_true", help="the names of all rows")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PEER", help="peers whose name begins so: not measured"
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--check", type=Path, metavar="FILE", help="judge a written file; needs no GPU")
     arguments = parser.parse_args()
@@ -45,7 +48,7 @@ def main() -> int:
         print("not run: no NVIDIA GPU here; --check FILE judges a written run, --list names the rows", file=sys.stderr)
         return 0
     out = arguments.out or (Path(os.environ["OUT"]) / "bench.json" if os.environ.get("OUT") else None)
-    rows = measure(arguments.rows)
+    rows = measure(arguments.rows, arguments.without)
     result = {"device": facts(), "rows": [asdict(r) | {"best": r.best()} for r in rows]}
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
@@ -64,11 +67,11 @@ def facts() -> dict[str, Any]:
     return found
 
 
-def measure(prefixes: list[str]) -> list[Measured]:
+def measure(prefixes: list[str], without: list[str]) -> list[Measured]:
     """The rows whose names begin with one of these, printed as they come."""
     import qhal
 
-    bench = Bench(qhal.select("cuda"))
+    bench = Bench(qhal.select("cuda"), without)
     rows: list[Measured] = []
     heading = f"{'row':34}{'us':>9}{'best peer':>24}{'us':>9}{'ratio':>7}{'floor %':>8}"
     print(f"{bench.gpu}\n{heading}", flush=True)

@@ -60,8 +60,8 @@ class Group:
 class Bench:
     """The device, our operations on it, and the clock."""
 
-    def __init__(self, ops: QuantOps, budget_ms: float = 60.0) -> None:
-        self.ops, self.device, self._budget = ops, ops.device, budget_ms
+    def __init__(self, ops: QuantOps, without: Sequence[str] = (), budget_ms: float = 60.0) -> None:
+        self.ops, self.device, self._without, self._budget = ops, ops.device, tuple(without), budget_ms
         self.gpu = torch.cuda.get_device_name(self.device)
 
     def floor(self, nbytes: float, flop: float, unit: str) -> float | None:
@@ -111,6 +111,9 @@ class Bench:
         """Each peer's time, or "no peer: why"; a library that is missing or breaks ends its own row only."""
         found: dict[str, float | str] = {}
         for name, make in peers.items():
+            if name.startswith(self._without or "\0"):
+                found[name] = "no peer: left out"
+                continue
             try:
                 found[name] = self.time(make())
             except Exception as error:

@@ -53,6 +53,7 @@ def _grouped(dtype: str, group: int = 128, **more: Any) -> dict[str, Any]:
 KINDS = (
     Kind("w4a16", "int4.g128*bf16", ms=(1, 2, 4, 8, 16, 32, 64, 128, 256, 4096), humming=_grouped("uint4")),
     Kind("w4a16", "int4.g128*bf16", n=14336, k=4096, ms=(1, 2, 4, 8, 16, 32, 64, 128, 256), humming=_grouped("uint4")),
+    Kind("w4a16-many", "int4.g128*bf16", ms=(64, 128, 256, 4096), humming=_grouped("uint4")),
     Kind("w8a16-int8", "int8.row*bf16", humming=_grouped("uint8", 0)),
     Kind("w8a16-fp8", "e4m3fn.row*bf16", humming=_grouped("float8e4m3", 0)),
     Kind("w6a16-e3m2", "e3m2.g128*bf16", humming=_grouped("float6e3m2")),
@@ -121,7 +122,7 @@ def run(kind: Kind, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
     n, k, device = kind.n, kind.k, bench.device
     plain, inputs = xf.plain, () if xf.plain else (Operand(xf),)
     request = GemmRequest(
-        w=w, n=n, k=k, x=(xf,), m=(1, max(kind.ms)), out=None if plain else torch.bfloat16, graph=True
+        w=w, n=n, k=k, x=(xf,), m=(min(kind.ms), max(kind.ms)), out=None if plain else torch.bfloat16, graph=True
     )
     answer = bench.ops.supports(request)
     nbytes = int(n * k * w.bits / 8)
