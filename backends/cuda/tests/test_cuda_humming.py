@@ -41,7 +41,8 @@ WORDS = {
 FORMATS = (
     *(f"int{b}.g128*bf16" for b in range(2, 9)), "int4.g32*fp16", "int8.row*bf16", "int8.g64*fp16", "e2m1.g32*e8m0",
     "e2m1.g16*(e4m3fn.tensor*fp32)", "e3m2.g128*bf16", "e2m3.g32*bf16", "e2m1.g32*fp16", "uint2-uint2.g128*bf16",
-    "uint4-uint4.g32*bf16", "uint4-uint4.g64*fp16", "uint6-uint6.g128*bf16", "uint4-uint4.row*bf16",
+    "uint4-uint4.g32*bf16", "uint4-uint4.g64*fp16", "uint6-uint6.g128*bf16", "e4m3fn.row*bf16", "e4m3fn.g128*fp16",
+    "uint4-uint4.row*bf16",
 )  # fmt: skip
 
 
@@ -95,9 +96,10 @@ def forward(
     number = torch.exp2(scale.float() - 127) if config.bs_dtype == "float8e8m0" else scale.float()
     codes = layout.unpack(weight, bits).int()
     if config.b_dtype.startswith("float"):
-        table = values({"float4e2m1": "e2m1", "float6e3m2": "e3m2", "float6e2m3": "e2m3"}[config.b_dtype])
+        table = values({"4": "e2m1", "6": config.b_dtype[6:], "8": "e2m1"}[config.b_dtype[5]])
+        eight = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() if bits == 8 else None
         assert table is not None
-        value = table[codes.long()]
+        value = table[codes.long()] if eight is None else eight
     elif config.has_zero_point:
         assert zero_point is not None and zero_point.dtype == torch.int32
         assert zero_point.shape == (k // group, n * (4 if bits <= 4 else 8) // 32)
@@ -227,7 +229,7 @@ def test_the_arithmetic_is_in_its_class(case: Case) -> None:
         request_of("int4.g128*bf16", n=64),
         request_of("int4.g128*bf16", k=96),
         request_of("int4.g128*bf16", numerics=NumericsClass.FP32_ACC),
-        request_of("e4m3fn.g128*bf16"),
+        request_of("e5m2.g128*bf16"),
         request_of("uint8-uint8.g128*bf16"),
         request_of("e2m1.g32*e8m0", "fp16"),
         request_of("int8.row*fp32", "int8.row*fp32"),
@@ -256,6 +258,12 @@ def test_bad_weights_and_inputs_are_one_error() -> None:
     scale[3, 2] = 255
     with pytest.raises(qhal.FormatError, match="1 scales are NaN"):
         OPS.prepare(replace(w, scale=scale), mx)
+    eight = request_of("e4m3fn.g128*bf16")
+    w = datasets.weight("humming", "nan", eight.w, 128, 256, "normal")
+    codes = w.codes.clone()
+    codes[5, 7] = float("nan")
+    with pytest.raises(qhal.FormatError, match="has NaN codes"):
+        OPS.prepare(replace(w, codes=codes), eight)
     request = request_of("int4.g128*bf16")
     w = datasets.weight("humming", "w", request.w, 128, 256, "normal")
     with pytest.raises(qhal.FormatError, match="are no numbers of that type"):

@@ -22,7 +22,7 @@ USABLE = (
 )
 FORMATS = (
     "int4.g128*bf16", "int3.g32*bf16", "int8.g128*bf16", "int8.row*bf16", "int8.g64*fp16", "uint4-uint4.g64*bf16",
-    "uint6-uint6.g128*bf16", "e2m1.g32*e8m0", "e2m1.g16*(e4m3fn.tensor*fp32)", "e3m2.g128*bf16",
+    "uint6-uint6.g128*bf16", "e2m1.g32*e8m0", "e2m1.g16*(e4m3fn.tensor*fp32)", "e3m2.g128*bf16", "e4m3fn.row*bf16",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ sums in float32, and rounds to the type of x. Not taken, because the result woul
 * a scale per channel, and a bias: applied to the 16-bit result. A row's scale is given to it once per group instead.
 * int8 activations with group scales: scales are rounded to 11 bits of the largest. Grouped products with an activation
   or weights of tokens: the product is rounded before either.
-* 8-bit float weights: their NaN codes decode to numbers.
+* e5m2 weights: their Inf and NaN codes decode to numbers. e4m3fn has two NaN codes; a weight with one is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HALVES = ("bf16", "fp16")
 _N, _K = 128, 64
 _GROUPS = (32, 64, 128)
 _WIDE = tuple(Format(name) for name in WIDE)
-_FLOATS = {"e2m1": "float4e2m1", "e3m2": "float6e3m2", "e2m3": "float6e2m3"}
+_FLOATS = {"e2m1": "float4e2m1", "e3m2": "float6e3m2", "e2m3": "float6e2m3", "e4m3fn": "float8e4m3"}
 
 
 @dataclass(frozen=True)

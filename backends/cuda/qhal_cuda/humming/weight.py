@@ -45,8 +45,8 @@ def build(
 ) -> HummingWeight:
     """Check and re-lay a canonical weight [N, K]; into: its tensors get the values, at their addresses.
 
-    FormatError for what does not fit, for scales that the stated type cannot hold, and for a NaN among 8-bit scales:
-    the library decodes it to a number.
+    FormatError for what does not fit, for scales that the stated type cannot hold, and for a NaN among codes and 8-bit
+    scales: the library decodes it to a number.
     """
     k = choice.kind(request)
     assert k is not None
@@ -54,7 +54,7 @@ def build(
     check(w, request, inputs, None, None, device)
     storage.check_values(w)
     own = w.to(device)
-    _check_scales(own, k)
+    _check_numbers(own, k)
     if request.x[0].element == "fp16":  # it says so if a weight does not fit
         storage.decode_into(own, torch.empty(request.n, request.k, dtype=torch.float16, device=device))
     single = isinstance(own.zero, Tensor) and isinstance(own.scale, Tensor) and own.zero.shape != own.scale.shape
@@ -123,7 +123,7 @@ def _unsigned(codes: Tensor, fmt: Format, k: Kind) -> Tensor:
     bf16 has 8 bits of precision, so the library takes int8 as a sign and |q|, or |q| - 1 below zero.
     """
     if element(fmt.element).kind != "int":
-        return codes
+        return codes.view(torch.uint8)
     if k.bits == 8 and k.x == "bfloat16":
         return torch.where(codes >= 0, codes, 127 - codes.to(torch.int16)).to(torch.uint8)
     return (codes.to(torch.int16) + (1 << (k.bits - 1))).to(torch.uint8)
@@ -131,15 +131,17 @@ def _unsigned(codes: Tensor, fmt: Format, k: Kind) -> Tensor:
 
 def _signed(codes: Tensor, fmt: Format, k: Kind) -> Tensor:
     if element(fmt.element).kind != "int":
-        return codes
+        return codes.view(element(fmt.element).storage)
     wide = codes.to(torch.int16)
     if k.bits == 8 and k.x == "bfloat16":
         return torch.where(wide < 128, wide, 127 - wide).to(torch.int8)
     return (wide - (1 << (k.bits - 1))).to(torch.int8)
 
 
-def _check_scales(w: QTensor, k: Kind) -> None:
-    """FormatError for NaN among 8-bit scales, and for wide scales that are no numbers of the stated type."""
+def _check_numbers(w: QTensor, k: Kind) -> None:
+    """FormatError for NaN among 8-bit codes and scales, and for wide scales that are no numbers of the stated type."""
+    if w.codes.is_floating_point() and bool(w.codes.float().isnan().any()):
+        raise FormatError(f"{w.format}: the weight has NaN codes, which humming decodes to numbers; repair them")
     if isinstance(w.scale, QTensor):
         bad = w.scale.codes.float().isnan()
     elif _tensor(w.scale).dtype.itemsize == 1:
