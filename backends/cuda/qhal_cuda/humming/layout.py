@@ -9,6 +9,8 @@ both directions, `tests/test_cuda_on_gpu.py` the library's own words against the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,16 @@ def padded(bits: int) -> int:
     return 1 << (bits - 1).bit_length()
 
 
-def pack(codes: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """uint8 codes [N, K] below 2**bits to int32 words [K / 16, N * bits / 2]; N in 64s, K in 16s."""
+def pack(codes: Tensor, bits: int, unsigned: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """uint8 codes [N, K] below 2**bits to int32 words [K / 16, N * bits / 2]; N in 64s, K in 16s.
+
+    unsigned  makes such codes of a few rows of others
+    """
     n, k = codes.shape
-    words = out if out is not None else torch.empty(k // COLUMNS, n * bits // 2, dtype=torch.int32, device=codes.device)
+    words = torch.empty(k // COLUMNS, n * bits // 2, dtype=torch.int32, device=codes.device)
     for first in range(0, n, _rows(k)):
         part = codes[first : first + _rows(k)]
+        part = part if unsigned is None else unsigned(part)
         tiles = part.reshape(-1, 4, 2, 8, k // COLUMNS, 2, 4, 2)  # n64, n16, n8, r, k16, k8, c, pair
         threads = tiles.permute(4, 0, 3, 6, 1, 2, 5, 7).reshape(k // COLUMNS, -1, 32)
         words[:, first * bits // 2 : (first + len(part)) * bits // 2] = _words(threads, bits).flatten(1)

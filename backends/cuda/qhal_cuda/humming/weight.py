@@ -106,7 +106,7 @@ def restore(w: HummingWeight) -> QTensor:
 def _planes(w: QTensor, k: Kind) -> QTensor:
     """Codes, scales and zero points as the library reads them."""
     n, groups = w.codes.shape[0], w.codes.shape[1] // k.group
-    codes = layout.pack(_unsigned(w.codes, w.format, k), k.bits)
+    codes = layout.pack(w.codes, k.bits, lambda part: _unsigned(part, w.format, k))
     if isinstance(w.scale, QTensor):
         outer = _tensor(w.scale.scale).float().reshape(1).clone()
         scale: Tensor | QTensor = replace(w.scale, codes=layout.grid(w.scale.codes), scale=outer, layout=LAYOUT)
@@ -140,7 +140,7 @@ def _signed(codes: Tensor, fmt: Format, k: Kind) -> Tensor:
 
 def _check_numbers(w: QTensor, k: Kind) -> None:
     """FormatError for NaN among 8-bit codes and scales, and for wide scales that are no numbers of the stated type."""
-    if w.codes.is_floating_point() and bool(w.codes.float().isnan().any()):
+    if w.codes.is_floating_point() and bool(((w.codes.view(torch.uint8) & 127) == 127).any()):  # e4m3fn
         raise FormatError(f"{w.format}: the weight has NaN codes, which humming decodes to numbers; repair them")
     if isinstance(w.scale, QTensor):
         bad = w.scale.codes.float().isnan()
