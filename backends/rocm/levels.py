@@ -77,7 +77,7 @@ def interpreted(out: Path, arch: str) -> dict[str, Any]:
         "verdict": found["verdict"],
         "suite": found["suite"]["version"],
         "counts": found["counts"],
-        "profiles": {name: entry["status"] for name, entry in found["profiles"].items()},
+        "profiles": {name: entry["verdict"] for name, entry in found["profiles"].items()},
         "by": by_kernel(found["cases"], arch),
         "seconds": found["seconds"],
         "report": report.relative_to(out).as_posix(),

@@ -22,8 +22,10 @@ def _load(device: Device) -> QuantOps:
 
     if device.evidence == "L2":
         return RocmOps(device.arch, "cpu")
+    from qhal_rocm.aiter_calls import usable
+
     _same_chip(device)
-    return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}")
+    return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable())
 
 
 def _same_chip(device: Device) -> None:

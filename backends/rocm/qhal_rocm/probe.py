@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from qhal.selection import Available, Device, Unavailable
+from qhal_rocm.aiter_calls import INSTALL, PACKAGE, installed
 from qhal_rocm.targets import CHIPS
 
 TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
@@ -70,6 +71,7 @@ def probe() -> Available | Unavailable:
         facts = {"kind": CHIPS[node.arch].words, "hip": torch.version.hip, "torch": torch.__version__}
         facts |= {"compute units": str(node.units)} if node.units else {}
         facts |= {"partition": node.partition} if node.partition else {}
+        facts |= {PACKAGE: installed() or f"missing; {INSTALL}"}
         devices.append(Device(index, node.arch, node.memory, facts))
     return Available(tuple(devices))
 

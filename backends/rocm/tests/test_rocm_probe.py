@@ -9,7 +9,7 @@ import torch
 
 import qhal
 from qhal.selection import Available, Device, Unavailable
-from qhal_rocm import _same_chip, backend, probe
+from qhal_rocm import _same_chip, aiter_calls, backend, probe
 from qhal_rocm.targets import CHIPS, target
 
 VARIABLES = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
@@ -70,6 +70,7 @@ def test_a_device_has_its_facts(machine: Path) -> None:
         "hip": "7.1",
         "torch": torch.__version__,
         "compute units": "304",
+        "amd-aiter": f"missing; {aiter_calls.INSTALL}",
     }
 
 
