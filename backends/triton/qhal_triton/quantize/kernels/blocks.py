@@ -12,7 +12,6 @@ import triton.language as tl
 
 from qhal_triton.bits import INTERPRETED, integer_code, minifloat_code, minifloat_value, narrow, widen
 
-NAN = tl.constexpr(float("nan"))
 INF = tl.constexpr(float("inf"))
 
 
@@ -260,12 +259,12 @@ def mini_value(code, C: tl.constexpr):
     """fp32 value of a code of a small float, int32."""
     value = minifloat_value(code, C.e, C.m, C.bias)
     if C.nan == 0x80:
-        value = tl.where(code == 0x80, NAN, value)
+        value = tl.where(code == 0x80, float("nan"), value)
     elif C.nan != 0:
         size = code & 0x7F
         if C.name == "e5m2":  # its exponent of 16 is infinity: the value above is 65536
             value = tl.where(size == 0x7C, value * 2.0**112, value)
-            value = tl.where(size > 0x7C, NAN, value)
+            value = tl.where(size > 0x7C, float("nan"), value)
         else:
-            value = tl.where(size > C.largest, NAN, value)
+            value = tl.where(size > C.largest, float("nan"), value)
     return value
