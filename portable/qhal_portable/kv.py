@@ -19,6 +19,7 @@ from qhal.formats import Format
 from qhal.tensors import QTensor
 
 STATIC = ("tensor", "head", "col")
+RowOf = tuple[str, Format, tuple[int, ...]]
 
 
 def _write(plane: Tensor, where: Tensor, values: Tensor) -> None:
@@ -38,6 +39,18 @@ def quant_kv(
 
     write  puts values [t, ...] at slots int64 [t] of a plane [pages, page, ...]; one-byte types come as bytes
     """
+    first, second = check_rows(k, v, cache, slots)
+    check_slots(cache, slots)
+    keep = slots >= 0
+    where = slots[keep].long()
+    planes = {**_encode(cache, *first, k[keep]), **_encode(cache, *second, v[keep])}
+    for name, values in planes.items():
+        plane = _bytes(cache.planes[name])
+        write(plane, where, _bytes(values).reshape(where.numel(), *plane.shape[2:]))
+
+
+def check_rows(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> tuple[RowOf, RowOf]:
+    """The two rows of the cache; FormatError unless k, v and slots have their shapes and types. Reads no value."""
     first, second = rows_of(cache)
     check_planes(cache)
     tokens = slots.numel() if isinstance(slots, Tensor) else -1
@@ -47,19 +60,17 @@ def quant_kv(
             raise FormatError(f"quant_kv: {name} is {found}, must be bf16, fp16 or fp32 {(tokens, *axes)}")
     if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
         raise FormatError(f"quant_kv: slots are {slots.dtype} {tuple(slots.shape)}, must be int32 or int64 [T]")
-    page = cache.request.page
-    limit = cache.pages * page
-    if tokens and (int(slots.min()) < -1 or int(slots.max()) >= limit):
+    return first, second
+
+
+def check_slots(cache: KVCache, slots: Tensor) -> None:
+    """BatchError for slots that the cache does not have. Reads the values."""
+    limit = cache.pages * cache.request.page
+    if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= limit):
         raise BatchError(f"quant_kv: slots reach from {slots.min()} to {slots.max()}; the cache has 0 to {limit - 1}")
-    keep = slots >= 0
-    where = slots[keep].long()
-    planes = {**_encode(cache, *first, k[keep]), **_encode(cache, *second, v[keep])}
-    for name, values in planes.items():
-        plane = _bytes(cache.planes[name])
-        write(plane, where, _bytes(values).reshape(where.numel(), *plane.shape[2:]))
 
 
-def rows_of(cache: KVCache) -> tuple[tuple[str, Format, tuple[int, ...]], tuple[str, Format, tuple[int, ...]]]:
+def rows_of(cache: KVCache) -> tuple[RowOf, RowOf]:
     """(plane prefix, format, axes of one token) of the two rows; FormatError for a private layout."""
     if cache.layout != "canonical":
         raise FormatError(f"the cache has layout {cache.layout!r}; this backend reads and writes canonical caches")
