@@ -98,7 +98,7 @@ class TritonOps(PortableOps):
         if path is None:
             super().quant_kv(k, v, cache, slots)
         else:
-            kv.run(path, k, v, cache, slots, self._device)
+            kv.run(k, v, cache, slots, self._device, self._target)
 
     def attention(
         self,

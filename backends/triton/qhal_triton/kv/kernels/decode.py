@@ -1,0 +1,149 @@
+"""Rows of a cache in registers: codes to operands of matrix instructions, in one or two parts, exactly.
+
+A part is bf16 or fp16. One holds codes, and codes times scales of few bits; two of bf16 hold any 16 significant bits,
+and are within 2^-17 of a number that has more.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qhal_triton.bits import INTERPRETED, e8m0_value, minifloat_value, narrow, widen
+
+
+@triton.jit
+def numbers(code, ELEMENT: tl.constexpr):
+    """fp32 value of codes (bytes, or the integers 0 to 15 of a nibble) and of wide floats."""
+    if ELEMENT == "fp32":
+        value = code
+    elif ELEMENT == "bf16" or ELEMENT == "fp16":
+        value = widen(code)
+    elif ELEMENT == "e8m0":
+        value = e8m0_value(code)
+    elif ELEMENT == "e2m1":
+        value = minifloat_value(code, 2, 1, 1)
+    elif ELEMENT == "e5m2":
+        value = (code.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif ELEMENT == "e4m3fn":
+        word = code.to(tl.int32) & 0xFF
+        value = tl.where((word & 0x7F) == 0x7F, float("nan"), minifloat_value(word, 4, 3, 7))
+    elif ELEMENT == "e4m3fnuz":
+        word = code.to(tl.int32) & 0xFF
+        value = tl.where(word == 0x80, float("nan"), minifloat_value(word, 4, 3, 8))
+    elif ELEMENT == "e5m2fnuz":
+        word = code.to(tl.int32) & 0xFF
+        value = tl.where(word == 0x80, float("nan"), minifloat_value(word, 5, 2, 16))
+    elif ELEMENT == "int8":  # the bits of 2^23 + n are those of 2^23 and of n: no slow conversion
+        word = ((code.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000
+        value = word.to(tl.float32, bitcast=True) - 8388736.0
+    elif ELEMENT == "int4":
+        word = ((code.to(tl.int32) & 0xF) ^ 0x8) | 0x4B000000
+        value = word.to(tl.float32, bitcast=True) - 8388616.0
+    else:
+        tl.static_assert(ELEMENT == "uint8" or ELEMENT == "uint4", "an element that rows are made of")
+        word = (code.to(tl.int32) & 0xFF) | 0x4B000000
+        value = word.to(tl.float32, bitcast=True) - 8388608.0
+    return value
+
+
+@triton.jit
+def spread(value, EACH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS / EACH] to [ROWS, COLS]: every number EACH times."""
+    GROUPS: tl.constexpr = COLS // EACH
+    return tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, GROUPS, EACH)), (ROWS, COLS))
+
+
+@triton.jit
+def inner(plane, at, head, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+          ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """The scale or zero point of every element of a tile, fp32, in a shape that broadcasts to [ROWS, COLS].
+
+    at    [ROWS] where the plane has the row's first number; head: where it has the head's (static planes)
+    ODD   0, or 1 for the high halves of bytes
+    """
+    STEP: tl.constexpr = 2 if R.element == "int4" or R.element == "uint4" or R.element == "e2m1" else 1
+    if R.kind == "group":
+        EACH: tl.constexpr = R.group // STEP if R.group // STEP < COLS else COLS
+        GROUPS: tl.constexpr = COLS // EACH
+        groups = tl.arange(0, GROUPS)
+        here = ok[:, None] & (groups * (EACH * STEP) < D)[None, :]
+        value = numbers(tl.load(plane + at[:, None] + groups[None, :], mask=here, other=1), ELEMENT)
+        value = spread(value, EACH, ROWS, COLS)
+    elif R.kind == "col":
+        cols = tl.arange(0, COLS) * STEP + ODD
+        value = numbers(tl.load(plane + head + cols, mask=cols < D, other=1), ELEMENT)[None, :]
+    elif R.kind == "row":
+        value = numbers(tl.load(plane + at, mask=ok, other=1), ELEMENT)[:, None]
+    else:
+        value = numbers(tl.load(plane + head + tl.arange(0, 1)), ELEMENT)[:, None]
+    return value
+
+
+@triton.jit
+def parts(value, PARTS: tl.constexpr, TYPE: tl.constexpr):
+    """fp32 as one exact part, or as two: (upper 8 bits, the next)."""
+    if PARTS == 1:
+        upper = value.to(TYPE)
+        rest = upper
+    else:
+        high = (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        upper = high.to(tl.bfloat16)
+        rest = narrow(tl.where(tl.abs(value) == float("inf"), 0.0, value - high), tl.bfloat16)
+    return upper, rest
+
+
+@triton.jit
+def operand(code, scale, s_at, s_head, zero, z_at, z_head, ok, ODD: tl.constexpr, R: tl.constexpr,
+            D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
+            TYPE: tl.constexpr):  # fmt: skip
+    """The parts of a tile of codes [ROWS, COLS]; NATIVE: the compiler's own conversions of fp8 are exact and fast."""
+    INSIDE: tl.constexpr = R.kind == "group" or R.kind == "col"
+    PLAIN: tl.constexpr = R.zero == "" and not INSIDE and PARTS == 1
+    if PLAIN and (R.element == "bf16" or R.element == "fp16"):
+        upper = code.to(TYPE)
+        rest = upper
+    elif PLAIN and R.element == "e4m3fn" and NATIVE and not INTERPRETED:
+        upper = code.to(tl.float8e4nv, bitcast=True).to(TYPE)
+        rest = upper
+    elif PLAIN and R.element == "e5m2" and NATIVE and not INTERPRETED:
+        upper = code.to(tl.float8e5, bitcast=True).to(TYPE)
+        rest = upper
+    else:
+        value = numbers(code, R.element)
+        if R.zero != "":
+            value = value - inner(zero, z_at, z_head, R.zero, ok, ODD, R, D, ROWS, COLS)
+        if INSIDE:
+            s = inner(scale, s_at, s_head, R.scale, ok, ODD, R, D, ROWS, COLS)
+            value = tl.div_rn(value, s + tl.zeros_like(value)) if R.divides else value * s
+        upper, rest = parts(value, PARTS, TYPE)
+    return upper, rest
+
+
+@triton.jit
+def tile(codes, c_at, scale, s_at, s_head, zero, z_at, z_head, ok, R: tl.constexpr, D: tl.constexpr,
+         ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
+         TYPE: tl.constexpr):  # fmt: skip
+    """Rows from memory as parts of [ROWS, COLS]: (upper, lower) and, of packed codes, those of the odd columns.
+
+    c_at, s_at, z_at  [ROWS] int64 where each row begins; ok [ROWS]: which rows are read at all
+    COLS              columns of a tile: a power of two, of packed codes half of the row's
+    """
+    PACKED: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
+    WIDTH: tl.constexpr = (D + 1) // 2 if PACKED else D
+    cols = tl.arange(0, COLS)
+    here = ok[:, None]
+    if WIDTH != COLS:
+        here = here & (cols < WIDTH)[None, :]
+    code = tl.load(codes + c_at[:, None] + cols[None, :], mask=here, other=0)
+    if PACKED:
+        upper, rest = operand(code & 0xF, scale, s_at, s_head, zero, z_at, z_head, ok, 0, R, D, ROWS, COLS, NATIVE,
+                              PARTS, TYPE)  # fmt: skip
+        odd, odd_rest = operand(code >> 4, scale, s_at, s_head, zero, z_at, z_head, ok, 1, R, D, ROWS, COLS, NATIVE,
+                                PARTS, TYPE)  # fmt: skip
+    else:
+        upper, rest = operand(code, scale, s_at, s_head, zero, z_at, z_head, ok, 0, R, D, ROWS, COLS, NATIVE, PARTS,
+                              TYPE)  # fmt: skip
+        odd = upper
+        odd_rest = rest
+    return upper, rest, odd, odd_rest

@@ -1,0 +1,67 @@
+"""The planes of a cache as kernels take them: bytes, and strides of page, slot and head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qhal.caches import KVCache
+from qhal.errors import FormatError
+from qhal_triton.kv.rows import Row
+
+
+class Plane(NamedTuple):
+    """A plane and its strides in elements; 0 along an axis that it does not have."""
+
+    data: Tensor
+    page: int = 0
+    slot: int = 0
+    head: int = 0
+
+    @staticmethod
+    def of(cache: KVCache, name: str, kind: str = "") -> Plane:
+        """kind: the blocks whose numbers it holds; "" for codes. FormatError where the last axis is not contiguous."""
+        plane = cache.planes[name]
+        mla = cache.request.kind == "mla"
+        if kind == "tensor" or (kind == "head" and mla):
+            return Plane(_bytes(plane))
+        within = 0 if kind in ("row", "head") else 1  # axes inside of a row
+        if within and plane.shape[-1] > 1 and plane.stride(-1) != 1:
+            raise FormatError(f"the cache's {name} has stride {plane.stride(-1)} inside of a row; kernels need 1")
+        strides = plane.stride()[: plane.dim() - within]
+        head = 0 if mla else strides[-1]
+        if kind in ("head", "col"):
+            return Plane(_bytes(plane), 0, 0, head)
+        return Plane(_bytes(plane), strides[0], strides[1], head)
+
+
+class RowPlanes(NamedTuple):
+    """The planes of K or of V (MLA: latent, rope); absent ones are the codes, which then nobody reads."""
+
+    codes: Plane
+    scale: Plane
+    zero: Plane
+    outer: Tensor
+
+    @staticmethod
+    def of(cache: KVCache, name: str, row: Row) -> RowPlanes:
+        """The planes that `row` says the cache has."""
+        codes = Plane.of(cache, f"{name}.codes")
+        none = Plane(codes.data)
+        scale = (
+            Plane.of(cache, f"{name}.scale.codes" if row.outer else f"{name}.scale", row.kind) if row.scale else none
+        )
+        zero = Plane.of(cache, f"{name}.zero", row.kind) if row.zero else none
+        outer = cache.planes[f"{name}.scale.scale"] if row.outer else codes.data
+        return RowPlanes(codes, scale, zero, outer)
+
+    def flat(self) -> tuple[object, ...]:
+        """In the order of the kernels' arguments."""
+        return (*self.codes, *self.scale, *self.zero, self.outer)
+
+
+def _bytes(plane: Tensor) -> Tensor:
+    """One-byte types as bytes: kernels decode them themselves."""
+    return plane.view(torch.uint8) if plane.element_size() == 1 else plane
