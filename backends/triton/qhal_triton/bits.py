@@ -47,7 +47,7 @@ def widen(x):
 def dot(a, b, acc):
     """acc + a @ b with fp32 sums of 16-bit or fp8 operands, int32 sums of int8."""
     if INTERPRETED and a.dtype != tl.int8:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        return tl.dot(widen(a), widen(b), acc)
     return tl.dot(a, b, acc)
 
 

@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_device import DEVICE, HOPPER, Kernels, same
 
 import qhal
 from qhal.encoding import encode
 from qhal.formats import Format
-from qhal.interface import MemoryStats
 from qhal.requests import QuantizeRequest
 from qhal.rules import Rule
 from qhal.specs import Operand
-from qhal.tensors import QTensor
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_triton import quantize
-from qhal_triton.ops import TritonOps
 from qhal_triton.quantize import launch
-from qhal_triton.target import Target
 from qhal_triton.tiles import tiles
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = Target(kind="cuda", arch="sm_90", warp=32, shared=227 << 10, fp8=frozenset({"e4m3fn", "e5m2"}))
-
-
-class Kernels(TritonOps):
-    """The shared operations where the tests run."""
-
-    name: ClassVar[str] = "triton"
-
-    def __init__(self) -> None:
-        super().__init__(HOPPER, torch.device(DEVICE))
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
-        """Not asked here."""
-        raise NotImplementedError
-
-    def memory_stats(self) -> MemoryStats:
-        """Not asked here."""
-        raise NotImplementedError
-
 
 OPS = Kernels()
 CASES = [case for case in catalogue(0) if case.operation == "quantize"]
@@ -89,23 +58,6 @@ def test_the_suite_passes_on_the_kernels(
         monkeypatch.undo()  # nothing is launched for nothing
     record = run_case(case, OPS)
     assert record.outcome.status is Status.PASS, record.outcome.reason
-
-
-def same(got: QTensor, want: QTensor) -> None:
-    """Equal planes; any NaN is NaN."""
-    ours, theirs = got.planes(), want.planes()
-    assert ours.keys() == theirs.keys() and got.format == want.format
-    for name, plane in theirs.items():
-        mine = ours[name].cpu()
-        assert (mine.shape, mine.dtype) == (plane.shape, plane.dtype), name
-        wrong = _words(mine) != _words(plane)
-        if plane.dtype.is_floating_point:
-            wrong &= ~(torch.isnan(mine.float()) & torch.isnan(plane.float()))
-        assert not wrong.any(), (name, mine[wrong][:4], plane[wrong][:4])
-
-
-def _words(plane: Tensor) -> Tensor:
-    return plane.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[plane.element_size()])
 
 
 def check(x: Tensor, o: Operand) -> None:

@@ -1,39 +1,9 @@
-"""hadamard: no kernel yet, the portable operation serves."""
+"""hadamard: one transform, with signs or scales before and after it, as products of 16-bit operands with fp32 sums.
 
-from __future__ import annotations
+`config.py` cuts a transform, `kernels.py` says why the result is that of fp32; a quantization may follow in one pass.
+"""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from qhal.requests import HadamardRequest
-from qhal.rotations import Rotation
-from qhal.specs import Operand
-from qhal.tensors import QTensor
-from qhal_triton.paths import Path
-from qhal_triton.target import Target
-from qhal_triton.tiles import Tile
-
-
-def choose(request: HadamardRequest, target: Target) -> Path | None:
-    """The kernel that takes the request; None: no kernel does."""
-    return None
-
-
-def tiles(target: Target) -> Iterator[Tile]:
-    """What to compile for `target`, one tile for every kernel and format."""
-    yield from ()
-
-
-def fits(path: Path, x: Tensor, chain: Sequence[Rotation], device: torch.device) -> bool:
-    """Whether these arguments are what the kernel takes; errors are left to the portable operation."""
-    raise NotImplementedError(path.kernel)
-
-
-def run(
-    path: Path, ops: Any, x: Tensor, chain: Sequence[Rotation], to: Operand | None, for_: Any, out: Any
-) -> Tensor | QTensor:
-    """The chain applied."""
-    raise NotImplementedError(path.kernel)
+from qhal_triton.hadamard.launch import choose as choose
+from qhal_triton.hadamard.launch import fits as fits
+from qhal_triton.hadamard.launch import run as run
+from qhal_triton.hadamard.tiles import tiles as tiles

@@ -55,7 +55,7 @@ def choose(request: QuantizeRequest, target: Target) -> QuantizePath | None:
 def fits(path: Path, x: Tensor, to: Operand, device: torch.device) -> bool:
     """Whether these arguments are what the kernel takes; errors are left to the portable operation."""
     assert isinstance(path, QuantizePath)
-    if x.dim() < 2 or x.device != device or not x.numel() or to.per_expert or _matrix(x) is None:
+    if x.dim() < 2 or x.device != device or not x.numel() or to.per_expert or matrix(x) is None:
         return False
     block = to.format.block
     assert block is not None
@@ -71,7 +71,7 @@ def _given(plane: Tensor, device: torch.device) -> bool:
     return plane.numel() == 1 and plane.device == device and plane.dtype in WIDE.values()
 
 
-def _matrix(x: Tensor) -> Tensor | None:
+def matrix(x: Tensor) -> Tensor | None:
     """x [..., T, K] as [rows, K] without a copy, rows at one stride and columns beside each other; None: needs one."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
@@ -86,24 +86,24 @@ def _matrix(x: Tensor) -> Tensor | None:
 def run(path: Path, x: Tensor, to: Operand, out: QTensor | None) -> QTensor:
     """Codes and scales."""
     assert isinstance(path, QuantizePath)
-    f, matrix = path.recipe, _matrix(x.detach())
-    assert matrix is not None
+    f, rows = path.recipe, matrix(x.detach())
+    assert rows is not None
     if to.clipped:
         found = recipe(to.format, x.dtype, static=f.static, target=path.target, clipped=True)
         assert found is not None
         f = found
-    made = _empty(f, x, to)
+    made = empty(f, x, to)
     target = made
-    if out is not None and _takes(out, made):
+    if out is not None and takes(out, made):
         target = out
         for plane, given in ((_outermost(out.scale), to.scale), (out.zero, to.zero)):
             if given is not None and isinstance(plane, Tensor):
                 plane.copy_(given.reshape(plane.shape))
-    _launch(f, matrix, to, target)
+    _launch(f, rows, to, target)
     return target if out is None or target is out else write(made, out)
 
 
-def _empty(f: Recipe, x: Tensor, to: Operand) -> QTensor:
+def empty(f: Recipe, x: Tensor, to: Operand) -> QTensor:
     """The planes of the result, given ones as they are."""
     fmt, block = to.format, to.format.block
     assert block is not None and fmt.scale is not None
@@ -136,7 +136,7 @@ def _zero_plane(value: Tensor, fmt: Format) -> Tensor:
     return to_plane(value, element(fmt.element))
 
 
-def _takes(out: QTensor, made: QTensor) -> bool:
+def takes(out: QTensor, made: QTensor) -> bool:
     """Whether the kernel can write into the planes of `out`."""
     ours, theirs = made.planes(), out.planes()
     return (

@@ -21,7 +21,7 @@ from qhal_triton.quantize.kernels.blocks import (
 
 
 @triton.jit
-def _store(pointer, value, mask):
+def store(pointer, value, mask):
     """A number or a code to a plane of any type."""
     if value.dtype == tl.float32:
         tl.store(pointer, narrow(value, pointer.dtype.element_ty), mask=mask)
@@ -49,7 +49,7 @@ def _outer(outer, parts, low_kept, high_kept, PARTS: tl.constexpr, F: tl.constex
         LEVEL: tl.constexpr = F.outer
         number = wide_scale(peak_of(lo, hi, F), LEVEL)
         if tl.program_id(0) == 0:
-            _store(outer + first, number, first == 0)
+            store(outer + first, number, first == 0)
     return number
 
 
@@ -84,13 +84,13 @@ def block_kernel(
     if F.outer is not None:
         number = _outer(outer, parts, low_kept, high_kept, PARTS, F)
     plane, s = scale_of(peak_of(lo, hi, F), number, F)
-    _store(scale + block, plane, block < count)
+    store(scale + block, plane, block < count)
     z = lo
     if F.zero != "":
         plane, z = zero_of(lo, s, F)
-        _store(zero + block, plane, block < count)
+        store(zero + block, plane, block < count)
     code = codes_of(v, s[:, None], z[:, None], lo[:, None], hi[:, None], F)
-    _store(codes + row * cols + col, code, inside)
+    store(codes + row * cols + col, code, inside)
 
 
 @triton.jit
@@ -111,16 +111,16 @@ def long_kernel(
     lo, hi = range_of(down, up, low_kept, high_kept, F)
     plane, s = scale_of(peak_of(lo, hi, F), lo, F)
     here = row + tl.arange(0, 1)
-    _store(scale + here, plane, here >= 0)
+    store(scale + here, plane, here >= 0)
     z = lo
     if F.zero != "":
         plane, z = zero_of(lo, s, F)
-        _store(zero + here, plane, here >= 0)
+        store(zero + here, plane, here >= 0)
     for start in range(0, cols, C):
         col = start + e
         v = clean(tl.load(x + row * stride + col, mask=col < cols, other=0.0), F)
         code = codes_of(v, s[:, None], z[:, None], lo[:, None], hi[:, None], F)
-        _store(codes + row * cols + col, code, col < cols)
+        store(codes + row * cols + col, code, col < cols)
 
 
 @triton.jit
@@ -172,10 +172,10 @@ def tensor_kernel(
     else:
         plane, s = scale_of(peak_of(lo, hi, F), lo, F)
         if chunk == 0:
-            _store(scale + first, plane, first == 0)
+            store(scale + first, plane, first == 0)
         if F.zero != "":
             plane, z = zero_of(lo, s, F)
             if chunk == 0:
-                _store(zero + first, plane, first == 0)
+                store(zero + first, plane, first == 0)
     code = codes_of(clean(value, F), s[:, None], z[:, None], lo[:, None], hi[:, None], F)
-    _store(codes + row * cols + col, code, inside)
+    store(codes + row * cols + col, code, inside)

@@ -1,0 +1,84 @@
+"""How one transform is cut into two matrix products, by its order: a pure function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+DIRECT = 256
+"""Order up to which one product is considered."""
+HEIGHTS = (64, 128, 256)
+"""Rows of the left factor that are tried."""
+WIDTHS = (16, 32, 64, 128)
+"""Columns of the right factor that are tried."""
+
+
+LEAST = 4096
+"""Features of a tile below which its steps cost more than their work."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A transform of `order` features, seen as `group` rows of `width`: left @ X @ right.
+
+    A program has a tile of `rows` x `columns` (powers of two), of which `used` x `width` are features: used // group
+    transforms at once. left: False where the right product is the whole transform. stages: tiles in flight.
+    """
+
+    order: int
+    group: int
+    width: int
+    rows: int
+    columns: int
+    used: int
+    left: bool
+    stages: int = 2
+
+    @property
+    def cost(self) -> tuple[bool, float, int]:
+        """Small tiles last, then the multiplications for a feature: the right product is taken twice after a left one,
+        and what is between them costs about 64 more.
+        """
+        work = (self.rows + 2 * self.columns + 64 if self.left else self.columns) * self.rows * self.columns
+        return self.rows * self.columns < LEAST, work / (self.used * self.width), self.rows
+
+    @property
+    def warps(self) -> int:
+        """64 sums for a thread, at least four warps."""
+        return min(max(self.rows * self.columns // 2048, 4), 16)
+
+    @property
+    def programs(self) -> int:
+        """The most programs of a launch: each loads the factors once, then takes tile after tile."""
+        return 1056 if self.warps == 4 else 264
+
+    def shared(self, before: bool) -> int:
+        """Bytes of the operands in fast memory: both factors, and the tile, again for every one in flight."""
+        tile = self.rows * self.columns
+        return 2 * (self.rows**2 * self.left + self.columns**2 + tile * (self.stages + before))
+
+
+def plan(order: int, k: int, before: bool, shared: int) -> Plan | None:
+    """The cheapest plan for a table of order k times a power of two; None: no program holds one.
+
+    before: the features are multiplied by something first, so they are operands in two parts.
+    """
+    found = []
+    if order <= DIRECT:
+        columns = max(_power(order), 16)
+        rows = max(64, LEAST // columns)
+        found.append(Plan(order, 1, order, rows, columns, rows, False))
+    for width in WIDTHS:
+        group = order // width
+        if (order // k) % width or group < 2:
+            continue
+        found += [Plan(order, group, width, rows, width, rows // group * group, True) for rows in HEIGHTS]
+    found = [p for p in found if p.used]
+    for stages in (2, 1):
+        fits = [p for p in (replace(p, stages=stages) for p in found) if p.shared(before) <= shared]
+        if fits:
+            return min(fits, key=lambda p: p.cost)
+    return None
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()

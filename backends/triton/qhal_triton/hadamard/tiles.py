@@ -1,0 +1,47 @@
+"""What compile checks ask for: every cut of a transform, alone and with a quantization in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qhal.formats import Format
+from qhal.requests import HadamardRequest
+from qhal_triton.hadamard.kernels import rotate_kernel
+from qhal_triton.hadamard.launch import choose, constants
+from qhal_triton.target import Target
+from qhal_triton.tiles import Tile
+
+ORDERS = ((64, 1, ""), (128, 1, ""), (512, 1, ""), (1024, 1, ""), (4096, 1, ""), (8192, 1, ""), (16384, 1, ""),
+          (32768, 1, ""), (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
+QUANTIZED = (None, "e4m3fn.row*fp32", "int8.row*fp32", "e2m1.g32*e8m0")
+
+
+def tiles(target: Target) -> Iterator[Tile]:
+    """What to compile for `target`, one tile for every kernel and format."""
+    for order, k, table in ORDERS:
+        hadamard: tuple[object, ...] = ("hadamard", order, k, table, False)
+        for chain in ((hadamard,), (("diagonal", order), hadamard)):
+            for to in QUANTIZED:
+                f = None if to is None else Format.parse(to)
+                request = HadamardRequest(kinds=chain, n=order, x=torch.bfloat16, quantize=f)
+                path = choose(request, target)
+                if path is None or (f is not None and path.recipe is None):
+                    continue
+                fixed: dict[str, Any] = constants(path.plan, len(chain) > 1, False, path if f is not None else None)
+                operand = "*fp16" if len(chain) > 1 else "*bf16"
+                scale = "*u8" if to is not None and to.endswith("e8m0") else "*fp32"
+                signature = {"x": "*bf16", "y": "*bf16" if f is None else "*u8", "scale": scale, "zero": scale}
+                signature |= {"left": operand, "right": "*fp16" if path.plan.left else operand, "factor": "fp32"}
+                signature |= {"before": "*fp32", "after": "*fp32"}
+                whole = {name: "i32" for name in rotate_kernel.arg_names if name not in signature and name not in fixed}
+                yield Tile(
+                    name=f"hadamard.rotate[{order}{' scaled' * (len(chain) > 1)} to {to or 'bf16'}]",
+                    fn=rotate_kernel,
+                    signature=signature | whole,
+                    constants=fixed,
+                    options={"num_warps": path.plan.warps, "num_stages": path.plan.stages, "enable_fp_fusion": False},
+                    matrix=True,
+                )
