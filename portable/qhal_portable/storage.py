@@ -38,7 +38,12 @@ def keep(w: Stored, device: torch.device, layout: str = NIBBLE) -> Stored:
     check_values(w)
     own = _each(w, lambda t: _own(t, device))
     apart = distance(layout)
-    if apart and w.layout == "canonical" and element(w.format.element).bits <= 4 and w.codes.shape[-1] % (2 * apart) == 0:
+    if (
+        apart
+        and w.layout == "canonical"
+        and element(w.format.element).bits <= 4
+        and w.codes.shape[-1] % (2 * apart) == 0
+    ):
         return replace(own, codes=_pack(own.codes, apart), layout=layout)
     return own
 
@@ -201,11 +206,12 @@ def _own(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _pack(codes: Tensor, apart: int) -> Tensor:
-    runs = codes.unflatten(-1, (-1, 2, apart)).to(torch.uint8) & 15
-    return (runs[..., 0, :] | (runs[..., 1, :] << 4)).flatten(-2)
+    runs = codes.reshape(*codes.shape[:-1], -1, 2, apart).to(torch.uint8) & 15
+    both: Tensor = runs[..., 0, :] | (runs[..., 1, :] << 4)
+    return both.flatten(-2)
 
 
 def _unpack(packed: Tensor, e: Element, apart: int) -> Tensor:
-    runs = packed.unflatten(-1, (-1, 1, apart))
+    runs = packed.reshape(*packed.shape[:-1], -1, 1, apart)
     codes = torch.cat([runs & 15, runs >> 4], -2).flatten(-3)
     return ((codes ^ 8).to(torch.int8) - 8) if e.kind == "int" else codes

@@ -74,6 +74,22 @@ def test_large_weights_are_decoded_in_parts(ops, make, monkeypatch, weight_forma
         assert len(list(storage.parts(kept))) == 7
 
 
+@pytest.mark.parametrize("name", ["int4.g8*bf16", "uint4-uint4.g8*bf16", "e2m1.g16*(e4m3fn.tensor*fp32)"])
+@pytest.mark.parametrize(("layout", "pair"), [("nibble", (0, 1)), ("nibble16", (0, 16)), ("nibble32", (0, 32))])
+def test_two_codes_of_a_byte_are_as_far_apart_as_the_layout_says(make, name, layout, pair):
+    w = make(name, (6, 128), 3)
+    kept = storage.keep(w, w.device, layout)
+    assert kept.layout == layout and kept.codes.shape == (6, 64) and storage.canonical(kept).equal(w)
+    low, high = (w.codes[:, column].to(torch.uint8) & 15 for column in pair)
+    assert torch.equal(kept.codes[:, 0], low | high << 4)
+    assert torch.equal(torch.cat(list(storage.parts(kept))), w.dequantize())
+
+
+def test_a_layout_of_runs_that_do_not_fit_keeps_the_canonical_one(make):
+    w = make("int4.g8*bf16", (6, 96), 3)
+    assert storage.keep(w, w.device, "nibble32").layout == "canonical" == storage.keep(w, w.device, "canonical").layout
+
+
 @pytest.mark.parametrize("name", ["int4.g8*bf16", "int8.row*fp32", "e2m1.g16*(e4m3fn.tensor*fp32)", "bf16"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_into_keeps_addresses_and_changes_values(ops, make, name, exact):

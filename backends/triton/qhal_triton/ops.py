@@ -146,6 +146,10 @@ class TritonOps(PortableOps):
         path = self._path(weight.request) if isinstance(weight.request, VQRequest) else None
         return super().vq_decode(w, rows=rows, out=out) if path is None else vq.run(path, weight, rows, out)
 
+    def _layout(self, request: Request) -> str:
+        path = self._path(request)
+        return super()._layout(request) if path is None else path.layouts[0]
+
     def _bind(self, w: PreparedWeight) -> Run:
         path = self._path(w.request)
         return super()._bind(w) if path is None else gemm.bind(path, self, w)

@@ -1,0 +1,38 @@
+"""Sizes of tiles: a pure function of the shape; candidates for measuring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qhal_triton.gemm.paths import Spec
+from qhal_triton.target import Target
+
+PROCESSORS = 132
+"""Programs that run at a time are a few times this; what a large GPU has. Fewer only make waves uneven."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """bm tokens by bn features in a program, the steps of K in `parts` that are summed afterwards."""
+
+    bm: int
+    bn: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | None = None) -> Config:
+    """The tile for m rows. tiles: how many tiles of rows there will be, where that isn't m / bm."""
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    if s.type == "fp32":
+        bm = min(bm, 32)
+    bn, warps, stages = (128, 8, 3) if bm == 128 else (64, 4, 4)
+    small = target.shared < (128 << 10)
+    if small:
+        bm, bn, warps, stages = min(bm, 64), 64, 4, 2
+    programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
+    parts = 1
+    while programs * parts < 3 * PROCESSORS and steps // (2 * parts) >= 4:
+        parts *= 2
+    return Config(bm, bn, parts, warps, stages)

@@ -1,0 +1,212 @@
+"""Device code of products: y[m, n] = sum over k of X[m, k] * W[n, k], for a gemm and for the experts of a grouped one.
+
+A program holds [BN, BM] of the transposed result: the weight is the left operand, so that its tile is decoded in
+registers, and few tokens waste little of a matrix instruction. Every step takes CHUNK columns of which no two have
+different scales, or two such runs whose codes share bytes (APART columns from each other).
+
+`mode` says where a weight's scale comes in:
+    late    one scale per row: after the last step
+    step    the sum of a step, of exact products, is multiplied by the step's scales and added in fp32
+    early   every weight is decoded as the contract says, in fp32, and rounded once to the type of x
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qhal_triton.bits import narrow
+from qhal_triton.gemm.kernels.values import code_of, decoded, dot, exact, fp8, number, plane
+
+
+@triton.jit
+def product(
+    x, w, y, bias, sx, ox, zx, sw, ow, zw, fw, table, index, order, starts,
+    m, n, k, experts, steps, per_part, spread,
+    x_row, sx_row, sx_col, zx_row, zx_col,
+    w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
+    w_exp, sw_exp, zw_exp, fw_exp, ow_exp, b_exp, y_row, y_part,
+    TYPE: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr, XKIND: tl.constexpr, WKIND: tl.constexpr,
+    MODE: tl.constexpr,
+    SX: tl.constexpr, OX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
+    SW: tl.constexpr, OW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr, GW: tl.constexpr, RW: tl.constexpr,
+    WSHIFT: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr, BIAS: tl.constexpr, INDEXED: tl.constexpr,
+    FORM: tl.constexpr, TOP: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result, or of the sum over the steps of one part.
+
+    TYPE       what is multiplied: bf16, fp16, fp32, or int8 (int32 sums)
+    NATIVE     fp8 codes are, as they are stored; every step's sum is added in fp32, which its instructions do not do
+    PTX        NVIDIA's instructions may be written out
+    SX OX ZX   kind of x's scales, of their outer scale, of its zero points; GX columns share one, 0: all of a row
+    SW OW ZW FW  the same of w, and its offset's sign; RW rows share one. WSHIFT is added to w's int8 zero points
+    FORM       "": no experts; offsets, masked, indexed: rows come from `starts` (and `order`)
+    """
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rn_in = rn < n
+    tile, part = tl.program_id(1), tl.program_id(2)
+    first, last = part * per_part, tl.minimum(part * per_part + per_part, steps)
+    rows = tile * BM + tl.arange(0, BM)
+    live = rows < m
+    stored, expert = live, 0
+    if FORM == "masked":
+        expert = tile // spread
+        at = (tile % spread) * BM + tl.arange(0, BM)
+        rows = expert * m + at
+        stored, live = at < m, at < tl.minimum(tl.load(starts + expert), m)
+    elif FORM != "":
+        # every expert has its own tiles, and behind them come those of rows that belong to none
+        e = tl.arange(0, EXPERTS)
+        begin = tl.minimum(tl.maximum(tl.load(starts + e, mask=e <= experts, other=m), 0), m)
+        end = tl.minimum(tl.maximum(tl.load(starts + e + 1, mask=e < experts, other=m), begin), m)
+        tiles = (end - begin + BM - 1) // BM
+        ahead = tl.cumsum(tiles, 0) - tiles
+        mine = (tile >= ahead) & (tile < ahead + tiles) & (e <= experts)
+        expert = tl.sum(tl.where(mine, e, 0), 0)
+        at = tl.sum(tl.where(mine, begin + (tile - ahead) * BM, 0), 0) + tl.arange(0, BM)
+        stored = at < tl.sum(tl.where(mine, end, 0), 0)
+        live = at < tl.sum(tl.where(mine & (e < experts), end, 0), 0)
+        rows = tl.load(order + at, mask=stored, other=0) if FORM == "indexed" else at
+    if FORM != "":
+        last = tl.where(tl.sum(live.to(tl.int32), 0) > 0, last, first)
+        expert = tl.minimum(expert, experts - 1)
+        w += expert.to(tl.int64) * w_exp
+        if SW != "":
+            sw += expert * sw_exp
+        if ZW != "":
+            zw += expert * zw_exp
+        if FW != "":
+            fw += expert * fw_exp
+        if OW != "":
+            ow += expert * ow_exp
+        if BIAS:
+            bias += expert * b_exp
+    source = (rows // TOP).to(tl.int64)
+    WHOLE: tl.constexpr = tl.int8 == TYPE
+    PARTS: tl.constexpr = 2 if APART else 1
+    WLATE: tl.constexpr = MODE == "late" or MODE == "early"
+    XLATE: tl.constexpr = GX == 0
+    FRESH: tl.constexpr = NATIVE or not WLATE or not XLATE
+    INTS: tl.constexpr = WHOLE and WLATE and XLATE
+    total = tl.zeros((BN, BM), tl.int32 if INTS else tl.float32)
+    outer = tl.full((BN,), 1.0, tl.float32)
+    if OW != "":
+        outer = plane(ow, rn * ow_row, rn_in, OW)
+    outer_x = 1.0
+    if OX != "":
+        outer_x = tl.load(ox).to(tl.float32)
+    cols = tl.arange(0, CHUNK)
+    w_at = w + rn.to(tl.int64)[:, None] * w_row + cols[None, :]
+    for step in range(first, last):
+        inside = rn_in[:, None]
+        if not EVEN:
+            inside = inside & (step * CHUNK + cols < k // PARTS)[None, :]
+        code = tl.load(w_at + step * CHUNK, mask=inside, other=0)
+        for half in tl.static_range(PARTS):
+            base = step * (CHUNK * PARTS)
+            if APART == 1:
+                columns = base + 2 * cols + half
+            else:
+                base += half * CHUNK
+                columns = base + cols
+            valid = columns < k
+            x_at = x + source[None, :] * x_row + columns[:, None]
+            x_in = live[None, :] if EVEN else live[None, :] & valid[:, None]
+            xt = tl.load(x_at, mask=x_in, other=0)
+            # scales, zero points and offsets of w in this run of columns
+            if INDEXED:
+                g = tl.load(index + columns, mask=valid, other=0)[None, :]
+                r, w_in = (rn // RW)[:, None], rn_in[:, None] & valid[None, :]
+            else:
+                g = base // GW if GW > 0 else 0
+                r, w_in = (rn // RW), rn_in
+            s, z, f = 1.0, 0.0, 0.0
+            if SW != "" and MODE != "late":
+                s = plane(sw, r * sw_row + g * sw_col, w_in, SW)
+                if OW != "" and INDEXED:
+                    s = s * outer[:, None]
+                elif OW != "":
+                    s = s * outer
+            if ZW != "":
+                z = plane(zw, r * zw_row + g * zw_col, w_in, ZW)
+            if FW != "":
+                f = plane(fw, r * fw_row + g * fw_col, w_in, "")
+            gx = base // GX if GX > 0 else 0
+            z_x = tl.zeros((BM,), tl.float32)
+            if ZX != "":
+                z_x = plane(zx, source * zx_row + gx * zx_col, live, ZX)
+            if WHOLE:
+                wt = code_of(code, WKIND, half, APART > 0)
+                add = tl.zeros((BN, BM), tl.int32)
+                zi, zx_i = tl.zeros((BN,), tl.int32) + WSHIFT, z_x.to(tl.int32)
+                if ZW != "":
+                    zi += z.to(tl.int32)
+                if WKIND == "uint" and WSHIFT != 0:  # 8 bits: moved by 128 to be signed
+                    w8 = tl.where(valid[None, :], (wt ^ 128).to(tl.int8, bitcast=True), 0)
+                elif ZW != "" and APART > 0:
+                    w8 = tl.where(valid[None, :], wt.to(tl.int32) - z.to(tl.int32)[:, None], 0).to(tl.int8)
+                    zi = tl.zeros((BN,), tl.int32)
+                else:
+                    w8 = wt.to(tl.int8)
+                if XKIND == "uint":
+                    x8 = tl.where(valid[:, None], (xt ^ 128).to(tl.int8, bitcast=True), 0)
+                    zx_i -= 128
+                else:
+                    x8 = xt
+                add = dot(w8, x8, add)
+                if (ZW != "" and APART == 0) or WSHIFT != 0:
+                    add -= zi[:, None] * tl.sum(x8.to(tl.int32), 0)[None, :]
+                if ZX != "" or XKIND == "uint":
+                    add -= zx_i[None, :] * tl.sum(w8.to(tl.int32), 1)[:, None]
+                    add += tl.sum(valid.to(tl.int32), 0) * zi[:, None] * zx_i[None, :]
+                if WLATE and XLATE:
+                    total += add
+            else:
+                if XKIND == "":
+                    xv = xt
+                elif NATIVE:
+                    xv = fp8(xt, XKIND)
+                else:
+                    xv = number(xt, XKIND) - z_x[None, :]
+                    xv = narrow(tl.where(valid[:, None], xv, 0.0), TYPE)
+                if NATIVE:
+                    wv = fp8(code, WKIND)
+                elif MODE == "early":
+                    number_of = code_of(code, WKIND, half, APART > 0)
+                    wv = narrow(decoded(number_of, WKIND, table, s, z, f, SW, ZW, FW, INDEXED), TYPE)
+                else:
+                    wv = exact(code, WKIND, TYPE, half, APART > 0, table, z, ZW, PTX)
+                if FRESH:
+                    add = dot(wv, xv, tl.zeros((BN, BM), tl.float32))
+                    if WLATE and XLATE:
+                        total += add
+                else:
+                    total = dot(wv, xv, total)
+            if not (WLATE and XLATE):
+                scaled = add.to(tl.float32)
+                if not WLATE:
+                    scaled = scaled * s[:, None]
+                if not XLATE:
+                    s_x = plane(sx, source * sx_row + gx * sx_col, live, SX)
+                    if OX != "":
+                        s_x = s_x * outer_x
+                    scaled = scaled * s_x[None, :]
+                total += scaled
+    result = total.to(tl.float32)
+    if MODE == "late" and SW != "":
+        s = plane(sw, (rn // RW) * sw_row, rn_in, SW)
+        if OW != "":
+            s = s * outer
+        result = result * s[:, None]
+    if XLATE and SX != "":
+        s_x = plane(sx, source * sx_row, live, SX)
+        if OX != "":
+            s_x = s_x * outer_x
+        result = result * s_x[None, :]
+    if BIAS:
+        once = rn_in & (tl.zeros((BN,), tl.int32) + part == 0)
+        result += tl.load(bias + rn, mask=once, other=0.0)[:, None]
+    result = tl.where(live[None, :], result, 0.0)
+    y_at = y + part * y_part + rows.to(tl.int64)[None, :] * y_row + rn[:, None]
+    tl.store(y_at, narrow(result, y.dtype.element_ty), mask=stored[None, :] & rn_in[:, None])

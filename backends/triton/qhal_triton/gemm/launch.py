@@ -1,0 +1,202 @@
+"""Host code of products: the arguments of a weight, looked up once, and one launch (or two) per call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from qhal.elements import element
+from qhal.errors import FormatError
+from qhal.requests import GemmRequest, GroupedRequest
+from qhal.tensors import QTensor
+from qhal_portable import storage
+from qhal_portable.gemm import quantized, write
+from qhal_portable.prepared import PreparedWeight, Run
+from qhal_triton.gemm.config import Config, config
+from qhal_triton.gemm.kernels.dense import dense
+from qhal_triton.gemm.kernels.finish import finish
+from qhal_triton.gemm.kernels.product import product
+from qhal_triton.gemm.paths import DENSE_FROM, Plan, Spec, plan
+from qhal_triton.gemm.planes import activation, planes
+from qhal_triton.gemm.sides import WIDE_KIND
+from qhal_triton.paths import Path
+from qhal_triton.target import Target
+
+_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "int8": tl.int8}
+_FIXED = 64
+"""Rows of the tile of products whose rows must not depend on each other's number."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of x by expert, on the device.
+
+    form    "offsets", "masked" or "indexed"
+    starts  int32: first row of every expert and one past the last one; masked: rows of every expert
+    order   int32: rows of the result, sorted by expert (indexed)
+    tiles   of rows at most, given the rows of a tile
+    rows    of the result
+    m       rows that are counted through; masked: rows that an expert has room for
+    top     how many rows of the result read one row of x
+    """
+
+    form: str
+    starts: Tensor
+    order: Tensor | None
+    tiles: Callable[[int], int]
+    rows: int
+    m: int
+    top: int
+
+
+class Bound:
+    """One weight [N, K] or [E, N, K] with its planes as kernel arguments."""
+
+    def __init__(self, p: PreparedWeight, gemm: GemmRequest, made: Plan, target: Target) -> None:
+        self.request, self.made, self.target, self.weight = gemm, made, target, p
+        self.specs = {f.storage: s for f, s in zip(gemm.x, made.specs, strict=True)}
+        self.experts = p.request.experts if isinstance(p.request, GroupedRequest) else 0
+        self.planes = planes(p.multiplied, made.specs[0].w, gemm.k)
+
+    def partial(self, spec: Spec, q: Tensor | QTensor, m: int, dtype: torch.dtype, rows: Rows | None) -> Tensor:
+        """[parts, rows, N]: one part in `dtype`, or more in fp32 to be summed. q: [rows of x, K], codes or numbers."""
+        r = self.request
+        steps = -(-r.k // spec.span)
+        tiles = None if rows is None else max(min(rows.rows, self.experts), 1)
+        if r.batch_invariant:
+            m, tiles = _FIXED, 1
+        c = config(spec, m, r.n, steps, self.target, tiles=tiles)
+        total = q.shape[0] if rows is None else rows.rows
+        kind = torch.float32 if c.parts > 1 else dtype
+        y = torch.empty(c.parts, total, r.n, dtype=kind, device=self.weight.device)
+        self.launch(spec, q, y, c, rows)
+        return y
+
+    def launch(self, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
+        """The product of one tile shape, into y [parts, rows, N]."""
+        r, p, m = self.request, self.weight, q.shape[0]
+        tiles = -(-m // c.bm) if rows is None else rows.tiles(c.bm)
+        steps = -(-r.k // spec.span)
+        codes, x = activation(q, spec)
+        bias = p.bias
+        grid = (-(-r.n // c.bn), tiles, c.parts)
+        product[grid](
+            codes, self.planes["w"], y, bias, x["sx"], x["ox"], x["zx"],
+            self.planes["sw"], self.planes["ow"], self.planes["zw"], self.planes["fw"],
+            self.planes["table"], self.planes["index"],
+            None if rows is None else rows.order, None if rows is None else rows.starts,
+            m if rows is None else rows.m, r.n, r.k, self.experts, steps, -(-steps // c.parts),
+            1 if rows is None or rows.form != "masked" else -(-rows.m // c.bm),
+            codes.stride(0), *x["strides"], *self.planes["strides"],
+            r.n, y.stride(1), y.stride(0),
+            **product_constants(
+                spec, r, c, self.target, form="" if rows is None else rows.form, top=1 if rows is None else rows.top,
+                experts=self.experts, bias=bias is not None,
+            ),
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=spec.mode != "early",
+        )  # fmt: skip
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] in `dtype`: every number decoded in fp32 and rounded once."""
+        r, s = self.request, self.made.specs[0]
+        y = torch.empty(r.n, r.k, dtype=dtype, device=self.weight.device)
+        b, t = 32, self.planes
+        grid = (-(-r.n // b), -(-r.k // s.span))
+        dense[grid](
+            t["w"], y, t["sw"], t["ow"], t["zw"], t["fw"], t["table"], t["index"], r.n, r.k, *t["strides"][:8],
+            WKIND=s.w.kind, SW=s.w.scale, OW=s.w.outer, ZW=s.w.zero, FW=s.w.offset,
+            GW=0 if s.indexed else s.w.group, RW=s.w.rows, CHUNK=s.chunk, APART=s.apart, INDEXED=s.indexed, BN=b,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        return y
+
+
+def product_constants(
+    s: Spec, r: GemmRequest, c: Config, target: Target, *, form: str, top: int, experts: int, bias: bool | None = None
+) -> dict[str, Any]:
+    """The compile-time arguments of `product`."""
+    moved = s.type == "int8" and s.w.kind == "uint" and s.w.bits == 8
+    return {
+        "TYPE": _TYPES["bf16" if s.native else s.type],
+        "NATIVE": s.native,
+        "PTX": target.kind == "cuda" and "e4m3fn" in target.fp8,
+        "XKIND": "" if s.x.kind == WIDE_KIND else s.x.kind,
+        "WKIND": s.w.kind,
+        "MODE": s.mode,
+        "SX": s.x.scale,
+        "OX": s.x.outer,
+        "ZX": s.x.zero,
+        "GX": s.x.group,
+        "SW": s.w.scale,
+        "OW": s.w.outer,
+        "ZW": s.w.zero,
+        "FW": s.w.offset,
+        "GW": 0 if s.indexed else s.w.group,
+        "RW": s.w.rows,
+        "WSHIFT": -128 if moved else 0,
+        "CHUNK": s.chunk,
+        "APART": s.apart,
+        "INDEXED": s.indexed,
+        "EVEN": r.k % s.span == 0,
+        "BIAS": r.bias if bias is None else bias,
+        "BM": c.bm,
+        "BN": c.bn,
+        "FORM": form,
+        "TOP": top,
+        "EXPERTS": 1 << experts.bit_length(),
+    }
+
+
+def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
+    """The product of one weight with everything bound: the body of `gemm`."""
+    request = p.request
+    assert isinstance(request, GemmRequest)
+    made = plan(request, ops._target)
+    assert made is not None
+    bound = Bound(p, request, made, ops._target)
+    wide = element(request.x[0].element).storage if made.dense else None
+    if wide == torch.float16:  # it says so if a weight does not fit
+        storage.decode_into(p.multiplied, torch.empty(request.n, request.k, dtype=wide, device=p.device))
+
+    def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
+        q, dtype = quantized(x, request, p, index, by=ops.quantize)
+        spec, rows = spec_of(bound, q), q.shape[0]
+        if rows == 0:
+            return write(torch.empty(0, request.n, dtype=dtype, device=p.device), out)
+        if wide is not None and rows >= DENSE_FROM:
+            value = q.codes if isinstance(q, QTensor) else q.detach()
+            y = torch.mm(value, bound.decoded(wide).T, out_dtype=torch.float32)
+            return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)
+        part = bound.partial(spec, q, rows, dtype, None)
+        return write(part[0] if part.shape[0] == 1 else finished(part, rows, request.n, dtype), out)
+
+    return run
+
+
+def finished(part: Tensor, rows: int, width: int, dtype: torch.dtype, **more: Any) -> Tensor:
+    """[rows, width] of the parts [parts, rows * TOP, N] of a product, see `kernels/finish.py`."""
+    y = torch.empty(rows, width, dtype=dtype, device=part.device)
+    block = 256
+    asked = {"weights": None, "ids": None, "alpha": 1.0, "limit": 0.0, "shift": 0.0, **more}
+    flags = {"TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False}
+    flags |= {name: asked.pop(name) for name in list(asked) if name in flags}
+    finish[(rows, -(-width // block))](
+        part, y, asked["weights"], asked["ids"], part.stride(0), part.shape[2], width, y.stride(0),
+        asked["alpha"], asked["limit"], asked["shift"], PARTS=part.shape[0], BLOCK=block, num_warps=4, **flags,
+    )  # fmt: skip
+    return y
+
+
+def spec_of(bound: Bound, q: Tensor | QTensor) -> Spec:
+    """The Spec for an x as it is multiplied; FormatError for a dtype that the request does not name."""
+    if isinstance(q, QTensor):
+        return bound.specs[q.format.storage]
+    for spec in bound.made.specs:
+        if spec.x.kind == WIDE_KIND and element(spec.type).storage == q.dtype:
+            return spec
+    raise FormatError(f"x arrives as {q.dtype}, the weight was prepared for {bound.request}")

@@ -1,0 +1,183 @@
+"""Which products the kernels take, and how each is computed: pure functions of the request and the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qhal.formats import Format
+from qhal.requests import GemmRequest, NumericsClass, minimum_class
+from qhal_portable.storage import distance
+from qhal_triton.gemm.sides import WIDE_KIND, Side, side
+from qhal_triton.paths import Path
+from qhal_triton.target import Target
+
+DENSE_FROM = 192
+"""Rows from which decoding the whole weight once and multiplying 16-bit floats is faster than decoding it per tile."""
+_RUNS = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One way to compute a product; `kernels/product.py` says what type and mode mean."""
+
+    w: Side
+    x: Side
+    type: str
+    mode: str
+    chunk: int
+    apart: int
+    indexed: bool
+    numerics: NumericsClass
+
+    @property
+    def span(self) -> int:
+        """Columns of a step."""
+        return self.chunk * (2 if self.apart else 1)
+
+    @property
+    def native(self) -> bool:
+        """Whether fp8 codes are multiplied as they are."""
+        return self.type == "fp8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a request becomes: a Spec for each format of x, the weight's layout, and the way of many rows."""
+
+    specs: tuple[Spec, ...]
+    layout: str
+    dense: bool
+    numerics: NumericsClass
+
+
+def choose(request: GemmRequest, target: Target) -> Path | None:
+    """The kernel that takes the request; None: no kernel does."""
+    made = plan(request, target)
+    if made is None or (made.specs[0].w.kind == WIDE_KIND and request.operand is None):
+        return None  # a product of two plain floats is a library's
+    return path(request, made)
+
+
+def path(request: GemmRequest, made: Plan) -> Path:
+    """The plan in the words of `supports`."""
+    whole = all(s.type == "int8" for s in made.specs)
+    return Path(
+        kernel="product",
+        executes=_words(made),
+        numerics=made.numerics,
+        accumulate="int32" if whole and not any(s.w.group or s.x.group for s in made.specs) else "fp32",
+        invariant=request.batch_invariant,
+        layouts=(made.layout,),
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan(request: GemmRequest, target: Target) -> Plan | None:
+    """How the kernels compute the request; None where they cannot within its class."""
+    multiplied = request.operand or request.w
+    if not isinstance(multiplied, Format):
+        return None
+    w = side(multiplied, request.k, activation=False)
+    xs = [side(f, request.k, activation=True) for f in request.x]
+    known = [x for x in xs if x is not None]
+    if w is None or not known or len(known) < len(xs):
+        return None
+    indexed = request.group_index and request.operand is None
+    allowed = minimum_class(request)
+    found = [
+        _spec(w, x, (multiplied.element, f.element), request.k, indexed, allowed, target)
+        for x, f in zip(known, request.x, strict=True)
+    ]
+    specs = [s for s in found if s is not None]
+    if len(specs) < len(found):
+        return None
+    layout = _layout(specs, request.k, target)
+    laid = [_laid(s, layout) for s in specs]
+    if any(s.chunk == 0 for s in laid):
+        return None
+    dense = (
+        allowed == NumericsClass.DEQUANT_16
+        and not request.batch_invariant
+        and request.m[1] >= DENSE_FROM
+        and target.kind == "cuda"
+        and len(laid) == 1
+        and laid[0].x.kind == WIDE_KIND
+        and laid[0].type in ("bf16", "fp16")
+    )
+    worst = max(s.numerics for s in laid)
+    return Plan(specs=tuple(laid), layout=layout, dense=dense, numerics=NumericsClass.DEQUANT_16 if dense else worst)
+
+
+def _spec(
+    w: Side, x: Side, names: tuple[str, str], k: int, indexed: bool, allowed: NumericsClass, target: Target
+) -> Spec | None:
+    """Type and mode for one format of x, of the best class and the fastest within what is allowed."""
+    early = (indexed or not w.exact) and w.kind != WIDE_KIND
+    kind = "" if x.kind != WIDE_KIND else names[1]
+    numerics = NumericsClass.FP32_ACC
+    if kind:
+        rounds = early or (w.kind == WIDE_KIND and names[0] != kind)
+        numerics = NumericsClass.DEQUANT_16 if rounds and kind != "fp32" else numerics
+    elif not x.exact or w.kind == WIDE_KIND:
+        return None
+    elif not early and w.integer and x.integer and k <= (1 << 15 if _zeros(w, x) else 1 << 16) and _wide(w, x):
+        kind = "int8"
+    elif not early and {w.kind, x.kind} <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
+        kind, numerics = "fp8", NumericsClass.REDUCED_ACC
+    else:
+        kind = "bf16"
+        numerics = NumericsClass.DEQUANT_16 if early else numerics
+    if numerics > allowed:
+        return None
+    mode = "early" if early else ("step" if w.group else "late")
+    return Spec(w=w, x=x, type=kind, mode=mode, chunk=0, apart=0, indexed=indexed, numerics=numerics)
+
+
+def _zeros(w: Side, x: Side) -> bool:
+    return bool(w.zero or x.zero) or "uint" in (w.kind, x.kind)
+
+
+def _wide(w: Side, x: Side) -> bool:
+    """Whether scales leave runs that are long enough for instructions of 8-bit operands."""
+    return all(s.group % 32 == 0 for s in (w, x))
+
+
+def _layout(specs: list[Spec], k: int, target: Target) -> str:
+    """How `prepare` keeps the codes: two in a byte as far apart as scales and the chip's fast memory let them be."""
+    if specs[0].w.bits > 4:
+        return "canonical"
+    roomy = target.shared >= 128 << 10 and specs[0].type != "fp32"
+    for apart in (128, 64, 32, 16) if roomy else (64, 32, 16):
+        if k % (2 * apart) == 0 and all(_laid(s, f"nibble{apart}").chunk for s in specs):
+            return f"nibble{apart}"
+    return "nibble" if k % 2 == 0 and all(_laid(s, "nibble").chunk for s in specs) else "canonical"
+
+
+def _laid(s: Spec, layout: str) -> Spec:
+    """The Spec with the columns of a step: the longest run without a change of scale; 0 if there is none."""
+    apart = distance(layout)
+    groups = [g for g in (0 if s.indexed else s.w.group, s.x.group) if g]
+    shortest = 32 if s.type in ("int8", "fp8") else 16
+    longest = 128 if apart or s.type in ("int8", "fp8") else 64
+    reach = 2 if apart == 1 else 1
+    fitting = [c for c in _RUNS if shortest <= c <= longest and all(g % (c * reach) == 0 for g in groups)]
+    if apart > 1:
+        fitting = [c for c in fitting if c == apart]
+    return Spec(**{**vars(s), "chunk": fitting[0] if fitting else 0, "apart": apart})
+
+
+def _words(made: Plan) -> str:
+    return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + (
+        f"; from {DENSE_FROM} rows: the weight decoded to 16 bits once per call, torch.mm with fp32 result" * made.dense
+    )
+
+
+def _word(s: Spec) -> str:
+    sums = {"int8": "exact int32 sums", "fp8": "fp8 matrix instructions promoted every 128 columns"}
+    where = {
+        "early": f"weights decoded in fp32 and rounded to {s.type}",
+        "step": "scales times the exact sums of a group",
+        "late": "scales times the sums of a row",
+    }
+    return f"W{s.w.bits}A{s.x.bits}: Triton, {sums.get(s.type, f'exact products of {s.type}')}, {where[s.mode]}, fp32"

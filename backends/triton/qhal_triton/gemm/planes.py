@@ -1,0 +1,78 @@
+"""Tensors of an operand as kernel arguments: small floats as bytes, strides of 0 where one value serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhal.elements import element, values
+from qhal.tensors import QTensor
+from qhal_portable.storage import Stored
+from qhal_triton.gemm.paths import Spec
+from qhal_triton.gemm.sides import WIDE_KIND, Side
+
+
+def planes(w: Stored, s: Side, k: int) -> dict[str, Any]:
+    """Of a kept weight: "w" (codes), its planes, and "strides".
+
+    strides: in rows and columns of codes (rows only), scale, zero, offset, outer scale (rows only), then of experts.
+    """
+    if isinstance(w, Tensor):
+        codes, found = w, {}
+    else:
+        assert isinstance(w, QTensor)
+        codes = w.codes
+        inner = w.scale.codes if isinstance(w.scale, QTensor) else w.scale
+        outer = w.scale.scale if isinstance(w.scale, QTensor) else None
+        found = {"sw": inner, "zw": w.zero, "fw": w.offset, "ow": outer, "index": w.group_index, "table": w.table}
+    if s.kind == "table" and found["table"] is None:
+        table = values("nf4")
+        assert table is not None
+        found["table"] = table.to(codes.device)
+    made: dict[str, Any] = {name: found.get(name) for name in ("sw", "zw", "fw", "ow", "index", "table")}
+    steps = [codes.stride(-2)]
+    for name in ("sw", "zw", "fw"):
+        steps += (k // s.group, 1) if s.flat and _full(made[name]) else steps_of(made[name])
+    steps.append(steps_of(made["ow"])[0])
+    experts = [codes, *(made[name] for name in ("sw", "zw", "fw", "ow"))]
+    steps += [0 if t is None or t.dim() < 3 or t.shape[0] == 1 else t.stride(0) for t in experts]
+    made |= {name: raw(made[name]) for name in ("sw", "zw", "fw")}
+    return {**made, "w": raw(codes), "strides": steps}
+
+
+def activation(q: Tensor | QTensor, spec: Spec) -> tuple[Tensor, dict[str, Any]]:
+    """Codes [rows, K] of x and its planes: scale, outer scale and zero point, with strides in rows and columns."""
+    if isinstance(q, Tensor):
+        codes, scale, outer, zero = q.detach(), None, None, None
+    else:
+        assert not isinstance(q.zero, QTensor)
+        codes, zero = q.codes, q.zero
+        scale = q.scale.codes if isinstance(q.scale, QTensor) else q.scale
+        outer = q.scale.scale if isinstance(q.scale, QTensor) else None
+    codes = codes.reshape(-1, codes.shape[-1])
+    if spec.x.kind == WIDE_KIND:
+        codes = codes.to(element(spec.type).storage)
+    scale, zero = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (scale, zero))
+    strides = [*steps_of(scale), *steps_of(zero)]
+    made = {"sx": raw(scale), "ox": outer, "zx": raw(zero), "strides": strides}
+    bare = codes if spec.x.kind == WIDE_KIND else raw(codes)
+    assert bare is not None
+    return bare, made
+
+
+def raw(t: Tensor | None) -> Tensor | None:
+    """One-byte floats as uint8."""
+    return t.view(torch.uint8) if t is not None and t.is_floating_point() and t.element_size() == 1 else t
+
+
+def steps_of(t: Tensor | None) -> tuple[int, int]:
+    """Strides of a grid in rows and columns."""
+    if t is None:
+        return 0, 0
+    return (0 if t.shape[-2] == 1 else t.stride(-2)), (0 if t.shape[-1] == 1 else t.stride(-1))
+
+
+def _full(t: Tensor | None) -> bool:
+    return t is not None and t.shape[-1] > 1

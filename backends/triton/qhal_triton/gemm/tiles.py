@@ -1,0 +1,151 @@
+"""What to compile for a target: the product of every kind of operands, for few and for many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qhal.elements import element
+from qhal.formats import Format
+from qhal.requests import GemmRequest
+from qhal_triton.gemm.config import Config, config
+from qhal_triton.gemm.kernels.dense import dense
+from qhal_triton.gemm.kernels.finish import finish
+from qhal_triton.gemm.kernels.product import product
+from qhal_triton.gemm.launch import product_constants
+from qhal_triton.gemm.paths import Spec, plan
+from qhal_triton.target import Target
+from qhal_triton.tiles import Tile
+
+PAIRS = (
+    ("int4.g128*bf16", "bf16"),
+    ("int4.g32*fp16", "fp16"),
+    ("uint4-uint4.g128*fp16", "bf16"),
+    ("uint4-fp16.g64*fp16", "bf16"),
+    ("uint4.g32*fp16+fp16", "bf16"),
+    ("int2.g64*bf16", "bf16"),
+    ("int8.row*fp32", "bf16"),
+    ("int4.g128*bf16", "fp32"),
+    ("e4m3fn.128x128*fp32", "bf16"),
+    ("e5m2.row*fp32", "fp16"),
+    ("e2m1.g32*e8m0", "bf16"),
+    ("e3m2.g32*e8m0", "bf16"),
+    ("e2m1.g16*(e4m3fn.tensor*fp32)", "bf16"),
+    ("nf4.g64*fp32", "bf16"),
+    ("int8.row*fp32", "int8.row*fp32"),
+    ("uint8-uint8.row*fp32", "uint8-uint8.row*fp32"),
+    ("int4.g128*bf16", "int8.row*fp32"),
+    ("e4m3fn.row*fp32", "e4m3fn.row*fp32"),
+    ("e4m3fnuz.row*fp32", "e4m3fnuz.row*fp32"),
+    ("e4m3fn.128x128*fp32", "e4m3fn.g128*fp32"),
+    ("e4m3fn.g32*e8m0", "e4m3fn.g32*e8m0"),
+    ("e2m1.g32*e8m0", "e4m3fn.g32*e8m0"),
+    ("e2m1.g32*e8m0", "e2m1.g32*e8m0"),
+    ("e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*(e4m3fn.tensor*fp32)"),
+)
+"""Weight and activation of every branch of the kernel."""
+_N, _K = 4096, 4096
+
+
+def tiles(target: Target) -> Iterator[Tile]:
+    """What to compile for `target`, one tile for every kernel and format."""
+    for indexed in (False, True):
+        for w, x in PAIRS[: 1 if indexed else None]:
+            request = GemmRequest(w=Format.parse(w), x=(Format.parse(x),), n=_N, k=_K, group_index=indexed)
+            made = plan(request, target)
+            if made is None:
+                continue
+            for m in (1, 128):
+                c = config(made.specs[0], m, _N, _K // 128, target)
+                yield product_tile(
+                    request, made.specs[0], c, target, f"gemm.product[{w} x {x} m={m}{' indexed' * indexed}]"
+                )
+            if made.dense:
+                yield _dense_tile(request, made.specs[0], target, f"gemm.dense[{w} as {x}{' indexed' * indexed}]")
+    constants = {"PARTS": 4, "TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False, "BLOCK": 256}
+    yield finish_tile("gemm.finish[bf16]", constants)
+
+
+def product_tile(request: GemmRequest, spec: Spec, c: Config, target: Target, name: str, form: str = "") -> Tile:
+    """The product of one Spec with a tile shape, results in fp32."""
+    w = request.operand or request.w
+    assert isinstance(w, Format)
+    x = next(f for f, s in zip(request.x, plan_specs(request, spec), strict=True) if s)
+    given = {
+        "x": _pointer(x.element),
+        "w": _pointer(w.element) if not spec.apart else "*u8",
+        "y": "*fp32",
+        "bias": "*fp32" if request.bias else None,
+        **_planes("x", x),
+        **_planes("w", w),
+        "table": "*fp32" if spec.w.kind == "table" else None,
+        "index": "*i32" if spec.indexed else None,
+        "order": "*i32" if form == "indexed" else None,
+        "starts": "*i32" if form else None,
+    }
+    constants = product_constants(spec, request, c, target, form=form, top=1, experts=8 if form else 0)
+    return _tile(name, product, given, constants, c.warps, c.stages, spec.mode != "early")
+
+
+def finish_tile(name: str, constants: dict[str, Any]) -> Tile:
+    """The sum of parts with what follows it, to bf16."""
+    weighted = constants["WEIGHTED"]
+    given = {
+        "part": "*fp32",
+        "y": "*bf16",
+        "weights": "*fp32" if weighted else None,
+        "ids": "*i32" if weighted else None,
+        **dict.fromkeys(("alpha", "limit", "shift"), "fp32"),
+    }
+    return _tile(name, finish, given, constants, 4, 2, True, matrix=False)
+
+
+def _dense_tile(request: GemmRequest, s: Spec, target: Target, name: str) -> Tile:
+    w = request.operand or request.w
+    assert isinstance(w, Format)
+    given = {
+        "w": _pointer(w.element) if not s.apart else "*u8",
+        "y": f"*{s.type}",
+        **_planes("w", w),
+        "table": "*fp32" if s.w.kind == "table" else None,
+        "index": "*i32" if s.indexed else None,
+    }
+    names = ("WKIND", "SW", "OW", "ZW", "FW", "GW", "RW", "CHUNK", "APART", "INDEXED")
+    every = product_constants(s, request, Config(16, 32, 1, 4, 2), target, form="", top=1, experts=0)
+    return _tile(name, dense, given, {**{n: every[n] for n in names}, "BN": 32}, 4, 2, False, matrix=False)
+
+
+def plan_specs(request: GemmRequest, spec: Spec) -> list[bool]:
+    """Which of the request's formats of x a Spec is for: the first."""
+    return [i == 0 for i in range(len(request.x))]
+
+
+def _tile(
+    name: str, fn: Any, given: dict[str, str | None], constants: dict[str, Any], warps: int, stages: int, fuse: bool,
+    matrix: bool = True,
+) -> Tile:  # fmt: skip
+    """Arguments that are not named are whole numbers; those that are None do not exist."""
+    absent = {n: None for n, t in given.items() if t is None}
+    known = {n: t for n, t in given.items() if t is not None}
+    signature = {n: known.get(n, "i32") for n in fn.arg_names if n not in constants and n not in absent}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fuse}
+    return Tile(
+        name=name, fn=fn, signature=signature, constants={**constants, **absent}, options=options, matrix=matrix
+    )
+
+
+def _planes(side: str, f: Format) -> dict[str, str | None]:
+    """Pointers to the planes of x or w: scale, outer scale, zero point, and w's offset."""
+    scale = f.scale
+    outer = None if scale is None or scale.scale is None else scale.scale
+    found = {
+        f"s{side}": None if scale is None else _pointer(scale.element),
+        f"o{side}": None if outer is None else _pointer(outer.element),
+        f"z{side}": None if f.zero is None else _pointer(f.zero.element),
+    }
+    return found if side == "x" else {**found, "fw": None if f.offset is None else _pointer(f.offset.element)}
+
+
+def _pointer(name: str) -> str:
+    e = element(name)
+    return f"*{name}" if e.wide else ("*i8" if e.kind == "int" else "*u8")

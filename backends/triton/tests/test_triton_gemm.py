@@ -1,0 +1,215 @@
+"""Products by the kernels, interpreted where no GPU is (level L2): the suite's cases, every format, every branch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_ops import CDNA, DEVICE, HOPPER, Emulated, cases, matrix_product
+
+import qhal
+from qhal.formats import Format
+from qhal.requests import GemmRequest, NumericsClass
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_conformance import datasets
+from qhal_conformance.cases import Case
+from qhal_conformance.operations import OPERATIONS
+from qhal_conformance.outcome import Status
+from qhal_conformance.runner import run_case
+from qhal_triton.gemm.paths import DENSE_FROM, plan
+from qhal_triton.target import Target
+
+OPS = Emulated()
+CASES = cases("gemm", OPS, 2)
+ROW, FP8 = "int8.row*fp32", "e4m3fn.row*fp32"
+
+
+def request_of(w: str, x: str = "bf16", **more: object) -> GemmRequest:
+    made = GemmRequest(w=Format.parse(w), n=48, k=256, x=(Format.parse(x),), m=(1, 64))
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def test_the_suite_asks_every_type() -> None:
+    found = {s.type for c in CASES if (p := plan(OPERATIONS["gemm"].request(c), HOPPER)) for s in p.specs}  # type: ignore[arg-type]
+    assert found >= {"bf16", "fp16", "int8", "fp8"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_a_case_of_the_suite(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix_product(monkeypatch)
+    record = run_case(case, OPS)
+    assert record.outcome.status is Status.PASS, record.outcome.reason
+
+
+TAKEN = [
+    ("int4.g32*bf16", "bf16", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("int4.g128*fp16", "fp16", 384, "nibble64", NumericsClass.FP32_ACC),
+    ("int4.g128*fp16", "bf16", 512, "nibble128", NumericsClass.FP32_ACC),
+    ("int4.g32*bf16", "fp32", 96, "nibble16", NumericsClass.FP32_ACC),
+    ("int4.row*fp32", "bf16", 95, "canonical", NumericsClass.FP32_ACC),
+    ("int4.g64*fp32", "bf16", 90, "nibble", NumericsClass.FP32_ACC),
+    ("uint4-uint4.g32*fp16", "bf16", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("uint4-fp16.g64*fp16", "bf16", 256, "nibble64", NumericsClass.DEQUANT_16),
+    ("uint4.g32*fp16+fp16", "bf16", 256, "nibble32", NumericsClass.DEQUANT_16),
+    ("uint4.g32*fp16-fp16", "fp32", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("int2.g64*bf16", "bf16", 256, "nibble64", NumericsClass.FP32_ACC),
+    ("int3.g32*fp16", "fp16", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("int5.row*fp32", "bf16", 97, "canonical", NumericsClass.FP32_ACC),
+    ("int8.row*fp32", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("int8.g128*bf16", "bf16", 200, "canonical", NumericsClass.FP32_ACC),
+    ("uint8-uint8.g64*fp16", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("int8.tensor*fp32", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e4m3fn.row*fp32", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e4m3fn.128x128*fp32", "bf16", 320, "canonical", NumericsClass.FP32_ACC),
+    ("e4m3fnuz.row*fp32", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e5m2.row*fp32", "fp16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e5m2fnuz.row*fp32", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e2m1.g32*e8m0", "bf16", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("e3m2.g32*e8m0", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e2m3.g32*e8m0", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e2m1.g16*(e4m3fn.tensor*fp32)", "bf16", 256, "nibble16", NumericsClass.FP32_ACC),
+    ("e2m1.g16*(e4m3fn.row*fp32)", "bf16", 256, "nibble16", NumericsClass.FP32_ACC),
+    ("nf4.g64*fp32", "bf16", 256, "nibble64", NumericsClass.DEQUANT_16),
+    ("nf4.flat64*fp32", "bf16", 256, "nibble64", NumericsClass.DEQUANT_16),
+    (ROW, ROW, 97, "canonical", NumericsClass.FP32_ACC),
+    (ROW, "int8.tensor*fp32", 256, "canonical", NumericsClass.FP32_ACC),
+    (ROW, "int8-int8.row*fp32", 97, "canonical", NumericsClass.FP32_ACC),
+    ("uint8-uint8.row*fp32", "uint8-uint8.row*fp32", 97, "canonical", NumericsClass.FP32_ACC),
+    ("uint4-uint4.g32*fp16", "uint8-uint8.row*fp32", 96, "canonical", NumericsClass.FP32_ACC),
+    ("int4.g32*bf16", ROW, 256, "nibble32", NumericsClass.FP32_ACC),
+    ("int4.g16*bf16", ROW, 256, "nibble16", NumericsClass.FP32_ACC),
+    ("int4.g128*bf16", FP8, 256, "nibble128", NumericsClass.FP32_ACC),
+    (FP8, FP8, 97, "canonical", NumericsClass.REDUCED_ACC),
+    ("e4m3fn.128x128*fp32", "e4m3fn.g128*fp32", 320, "canonical", NumericsClass.REDUCED_ACC),
+    ("e4m3fn.g32*e8m0", "e4m3fn.g32*e8m0", 256, "canonical", NumericsClass.REDUCED_ACC),
+    ("e2m1.g32*e8m0", "e4m3fn.g32*e8m0", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("e2m1.g32*e8m0", "e2m1.g32*e8m0", 256, "nibble32", NumericsClass.FP32_ACC),
+    ("e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*(e4m3fn.tensor*fp32)", 256, "nibble16", NumericsClass.FP32_ACC),
+]
+"""weight, x, K, the layout that is kept, the class"""
+
+
+@pytest.mark.parametrize("target", [HOPPER, CDNA], ids=["sm_90", "gfx942"])
+@pytest.mark.parametrize(("w", "x", "k", "layout", "numerics"), TAKEN, ids=[f"{t[0]}~{t[1]}-{t[2]}" for t in TAKEN])
+def test_a_format_is_taken_and_right(
+    w: str, x: str, k: int, layout: str, numerics: NumericsClass, target: Target
+) -> None:
+    ops, request = Emulated(target), request_of(w, x, k=k, n=33, bias=True)
+    answer = ops.supports(replace(request, graph=True))
+    layout = layout if target is HOPPER else layout.replace("128", "64")  # half as much fast memory
+    assert answer.level == "full" and answer.graph and "Triton" in answer.executes and answer.layouts == (layout,)
+    assert answer.numerics == numerics or (target is CDNA and answer.numerics == NumericsClass.FP32_ACC)
+    y, expected = product_and_reference(ops, request, 5)
+    assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
+def product_and_reference(ops: Emulated, request: GemmRequest, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's result and that of the decoded operands, both in float64."""
+    weight = datasets.weight("t", "w", request.w, request.n, request.k, "normal", group_index=request.group_index)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    bias = torch.randn(request.n, generator=g) if request.bias else None
+    f = request.x[0]
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(f.element, torch.bfloat16)
+    rows = torch.randn(m, request.k, generator=g).to(dtype)
+    operand = None if request.operand is None else Operand(request.operand)
+    prepared = ops.prepare(
+        weight.to(ops.device), request, bias=bias, inputs=() if f.plain else (Operand(f),), operand=operand
+    )
+    back = ops.restore(prepared)
+    assert isinstance(back, QTensor) and back.equal(weight.to(ops.device))
+    q = rows if f.plain else ops.quantize(rows.to(DEVICE), f).to("cpu").dequantize()
+    value = (
+        weight.dequantize() if operand is None else ops.quantize(weight.dequantize().to(DEVICE), operand).dequantize()
+    )
+    expected = q.double() @ value.to("cpu").double().T + (0.0 if bias is None else bias.double())
+    return ops.gemm(rows.to(DEVICE), prepared).double().cpu(), expected
+
+
+@pytest.mark.parametrize("k", [256, 160])
+@pytest.mark.parametrize("w", ["int4.g32*bf16", "uint4-uint4.g32*fp16", "int8.g32*bf16"])
+def test_columns_in_any_order_of_groups(w: str, k: int) -> None:
+    y, expected = product_and_reference(OPS, request_of(w, k=k, group_index=True), 3)
+    assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
+def test_a_weight_rounded_to_the_operand_of_the_product() -> None:
+    request = request_of("int4.g32*bf16", FP8, operand=Format.parse(FP8))
+    y, expected = product_and_reference(OPS, request, 3)
+    assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        request_of("bf16"),
+        request_of("int4.g32*bf16", numerics=NumericsClass.EXACT),
+        request_of("nf4.g64*fp32", numerics=NumericsClass.FP32_ACC),
+        request_of("uint4-fp16.g32*fp16", ROW),
+        request_of("int4.g24*bf16", k=240),
+        request_of("int4.col*bf16"),
+        request_of("int4.g32/bf16"),
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes_is_portable(request_: GemmRequest) -> None:
+    assert plan(request_, HOPPER) is None or request_.w.plain  # type: ignore[union-attr]
+    assert "Triton" not in OPS.supports(request_).executes
+
+
+def test_an_instruction_of_coarser_sums_is_not_taken_where_it_is_not_allowed() -> None:
+    strict = plan(request_of(FP8, FP8, numerics=NumericsClass.FP32_ACC), HOPPER)
+    assert strict is not None and [s.type for s in strict.specs] == ["bf16"]
+
+
+@pytest.mark.parametrize("w", ["int4.g32*bf16", "nf4.g64*fp32", "e2m1.g16*(e4m3fn.tensor*fp32)", "e4m3fn.128x128*fp32"])
+@pytest.mark.parametrize("m", [DENSE_FROM - 1, DENSE_FROM])
+def test_many_rows_are_multiplied_with_a_decoded_weight(w: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix_product(monkeypatch)
+    request = request_of(w, n=16, k=128, m=(1, 4096), bias=True)
+    assert OPS.supports(request).numerics == NumericsClass.DEQUANT_16
+    y, expected = product_and_reference(OPS, request, m)
+    assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
+def test_rows_do_not_depend_on_their_number_if_that_is_asked() -> None:
+    request = request_of("int4.g32*bf16", batch_invariant=True, m=(1, 4096))
+    answer = OPS.supports(request)
+    assert answer.batch_invariant and "torch.mm" not in answer.executes
+    weight = datasets.weight("t", "w", request.w, request.n, request.k, "normal")  # type: ignore[arg-type]
+    prepared = OPS.prepare(weight.to(DEVICE), request)
+    x = torch.randn(70, request.k, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    whole = OPS.gemm(x, prepared)
+    assert torch.equal(OPS.gemm(x[:1], prepared), whole[:1]) and torch.equal(OPS.gemm(x[20:69], prepared), whole[20:69])
+
+
+@pytest.mark.parametrize("w", ["int4.g32*bf16", "uint4-uint4.g32*fp16", "int8.row*fp32"])
+def test_a_refit_changes_what_a_graph_reads(w: str) -> None:
+    request = request_of(w, bias=True)
+    old, new = (datasets.weight("t", name, request.w, 48, 256, "normal").to(DEVICE) for name in ("old", "new"))  # type: ignore[arg-type]
+    prepared = OPS.prepare(old, request, bias=torch.zeros(48))
+    held = prepared.run  # type: ignore[attr-defined]
+    OPS.prepare(new, request, bias=torch.ones(48), into=prepared)
+    fresh = OPS.prepare(new, request, bias=torch.ones(48))
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    assert torch.equal(held(x, 0, None), OPS.gemm(x, fresh))
+    back = OPS.restore(prepared)
+    assert isinstance(back, QTensor) and back.equal(new)
+
+
+def test_another_type_of_x_is_refused() -> None:
+    request = request_of("int4.g32*bf16")
+    prepared = OPS.prepare(datasets.weight("t", "w", request.w, 48, 256, "normal").to(DEVICE), request)  # type: ignore[arg-type]
+    with pytest.raises(qhal.FormatError, match=r"x arrives as torch.float32, the weight was prepared for gemm x=bf16"):
+        OPS.gemm(torch.zeros(2, 256, device=DEVICE), prepared)
+
+
+def test_a_weight_that_half_cannot_hold_is_refused_when_many_rows_are_announced() -> None:
+    f = Format.parse("int8.row*fp32")
+    w = QTensor(f, torch.full((48, 256), 100, dtype=torch.int8), torch.full((48, 1), 1e4))
+    with pytest.raises(qhal.FormatError, match="overflows fp16"):
+        OPS.prepare(w.to(DEVICE), request_of(ROW, "fp16", m=(1, 4096)))
+    few = OPS.prepare(w.to(DEVICE), request_of(ROW, "fp16", out=torch.float32))
+    y = OPS.gemm(torch.ones(1, 256, dtype=torch.float16, device=DEVICE), few)
+    assert torch.equal(y.cpu(), torch.full((1, 48), 256e6))

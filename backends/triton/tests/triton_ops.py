@@ -1,0 +1,61 @@
+"""TritonOps where the tests run: in Triton's interpreter on a processor (level L2), or on the GPU that is there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from qhal.requests import Request
+from qhal_conformance.cases import Case
+from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_triton.ops import TritonOps
+from qhal_triton.target import Target
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = Target(kind="cuda", arch="sm_90", warp=32, shared=227 << 10, fp8=frozenset({"e4m3fn", "e5m2"}))
+CDNA = Target(kind="hip", arch="gfx942", warp=64, shared=64 << 10, fp8=frozenset({"e4m3fnuz", "e5m2fnuz"}))
+
+
+class Emulated(TritonOps):
+    """Every kernel that a target would get."""
+
+    name: ClassVar[str] = "triton"
+    interface: ClassVar[tuple[int, int]] = (1, 0)
+
+    def __init__(self, target: Target = HOPPER) -> None:
+        super().__init__(target, torch.device(DEVICE))
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def cases(operation: str, ops: TritonOps, each: int) -> list[Case]:
+    """The smallest level-0 cases that a kernel takes, `each` of every subject: interpreters are slow."""
+    found: dict[str, list[Case]] = {}
+    for case in catalogue(0):
+        if case.operation != operation:
+            continue
+        request: Request = OPERATIONS[operation].request(case)
+        if ops._path(request) is not None:
+            found.setdefault(case.subject, []).append(case)
+    return [case for subject in found.values() for case in sorted(subject, key=_work)[:each]]
+
+
+def _work(case: Case) -> int:
+    return math.prod(size for _, size in case.shape)
+
+
+def matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has `mm` with a wider result on devices only."""
+    if DEVICE == "cpu":
+        inner = torch.mm
+
+        def mm(a: Any, b: Any, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+            return inner(a, b) if out_dtype is None else inner(a.to(out_dtype), b.to(out_dtype))
+
+        monkeypatch.setattr(torch, "mm", mm)
