@@ -33,7 +33,7 @@ from qhal.errors import (  # noqa: E402
 )
 from qhal.formats import Format  # noqa: E402
 from qhal.groups import Indexed, Masked, Offsets  # noqa: E402
-from qhal.interface import INTERFACE_VERSION, Codec, MemoryStats, QuantOps  # noqa: E402
+from qhal.interface import INTERFACE_VERSION, Codec, MemoryStats, QuantOps, Tuned  # noqa: E402
 from qhal.layer_formats import Activation, ExpertsFormat, KVFormat, LinearFormat  # noqa: E402
 from qhal.plan import Plan, PlanEntry, resolve  # noqa: E402
 from qhal.prepared import Prepared, PreparedExperts, PreparedLinear  # noqa: E402
@@ -122,6 +122,7 @@ __all__ = [
     "Rule",
     "ShardError",
     "Support",
+    "Tuned",
     "Unavailable",
     "UnsupportedError",
     "VQRequest",

@@ -52,6 +52,22 @@ class MemoryStats:
     total: int
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured for one problem.
+
+    problem   the request and the row counts it holds for
+    chosen    the candidate that was fastest, in words
+    us        its microseconds
+    rejected  the others, with theirs; None for one that does not run
+    """
+
+    problem: str
+    chosen: str
+    us: float
+    rejected: tuple[tuple[str, float | None], ...] = ()
+
+
 class QuantOps(ABC):
     """Quantized operations on one device.
 
@@ -318,6 +334,14 @@ class QuantOps(ABC):
         y = self.grouped_gemm(hidden, layer.down, _pairs_out(groups))
         assert isinstance(y, Tensor)
         return y if out is None else out.copy_(y)
+
+    def tune(self, request: Request, *, seen: Callable[[str], None] | None = None) -> Sequence[Tuned]:
+        """Measure the candidates for this request on this device; keep the choice for operations that are loaded later.
+
+        Takes minutes and memory of its own, so nothing here calls it: `qhal tune` does. seen is told the name of each
+        problem before it is measured. UnsupportedError where nothing is chosen by measuring, which is the default.
+        """
+        raise self._refusal("tune")
 
     def _refusal(self, operation: str) -> UnsupportedError:
         reason = (

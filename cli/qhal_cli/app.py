@@ -12,6 +12,7 @@ from qhal_cli import checkpoints, inspecting, machine, text
 from qhal_cli.convert import convert
 from qhal_cli.new_backend import new_backend
 from qhal_cli.selftest import selftest
+from qhal_cli.tune import tune
 from qhal_conformance.commands import app as conformance
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.command()(checkpoints.quantize)
 app.command()(convert)
 app.command()(text.generate)
 app.command()(selftest)
+app.command()(tune)
 app.command()(new_backend)
 app.add_typer(conformance, name="conformance")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.formats import Format
 from qhal.groups import Groups
+from qhal.interface import Tuned
 from qhal.prepared import Prepared
 from qhal.requests import (
     AttentionRequest,
@@ -35,7 +36,7 @@ from qhal_portable.support import support
 from qhal_triton import attention, gemm, grouped, hadamard, kv, quantize, vq
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
-from qhal_triton.tuning import Table
+from qhal_triton.tuning import Table, save
 
 _CHOOSE: dict[type, Callable[[Any, Target], Path | None]] = {
     GemmRequest: gemm.choose,
@@ -149,6 +150,14 @@ class TritonOps(PortableOps):
     def _layout(self, request: Request) -> str:
         path = self._path(request)
         return super()._layout(request) if path is None else path.layouts[0]
+
+    def tune(self, request: Request, *, seen: Callable[[str], None] | None = None) -> Sequence[Tuned]:
+        """Tiles of products, written to the table of this device (`tuning.py`)."""
+        if not isinstance(request, GemmRequest) or self._path(request) is None:
+            raise self._refusal("kernel of this request whose tiles are chosen by measuring")
+        found = gemm.tune(self, request, seen)
+        save(self._table.facts, found)
+        return [entry.words(problem) for problem, entry in found.items()]
 
     def _bind(self, w: PreparedWeight) -> Run:
         path = self._path(w.request)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import triton
 
 from qhal.errors import QhalError
+from qhal.interface import Tuned
 
 _SCHEMA = 1
 _Config = TypeVar("_Config")
@@ -37,6 +38,13 @@ class Entry:
 
     best: tuple[Any, ...]
     measured: tuple[tuple[tuple[Any, ...], float | None], ...] = ()
+
+    def words(self, problem: str) -> Tuned:
+        """For people and for `qhal tune`."""
+        times = dict(self.measured)
+        us = times.get(self.best)
+        rejected = tuple((str(config), t) for config, t in self.measured if config != self.best)
+        return Tuned(problem, str(self.best), float("nan") if us is None else us, rejected)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,3 +3,4 @@
 from qhal_triton.gemm.launch import bind as bind
 from qhal_triton.gemm.paths import choose as choose
 from qhal_triton.gemm.tiles import tiles as tiles
+from qhal_triton.gemm.measuring import tune as tune

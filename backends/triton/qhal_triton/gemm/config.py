@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qhal.formats import Format
+from qhal.requests import GemmRequest
 from qhal_triton.gemm.paths import Spec
 from qhal_triton.target import Target
 
@@ -36,3 +38,26 @@ def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | 
     while programs * parts < 3 * PROCESSORS and steps // (2 * parts) >= 4:
         parts *= 2
     return Config(bm, bn, parts, warps, stages)
+
+
+def problem(r: GemmRequest, x: Format, m: int) -> str:
+    """The name of what is measured, as tables have it: x is the format that is multiplied, m a bucket of row counts."""
+    w = r.operand or r.w
+    stored = w.storage if isinstance(w, Format) else w
+    index = " by index" if r.group_index and r.operand is None else ""
+    return f"gemm {x.storage} x {stored}{index} n={r.n} k={r.k} m<={m}"
+
+
+def candidates(s: Spec, m: int, n: int, steps: int, target: Target) -> tuple[Config, ...]:
+    """What a tuner may measure for m rows; the tile that is taken unmeasured comes first."""
+    first = config(s, m, n, steps, target)
+    widths = (32, 64, 128) if first.bm < 128 else (64, 128, 256)
+    parts = [p for p in (1, 2, 4, 8, 16) if p == 1 or steps // p >= 2]
+    found = [
+        Config(first.bm, bn, p, warps, stages)
+        for bn in widths
+        for p in parts
+        for warps in (4, 8)
+        for stages in (2, 3, 4, 5)
+    ]
+    return tuple(dict.fromkeys([first, *found]))

@@ -17,7 +17,7 @@ from qhal.tensors import QTensor
 from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
-from qhal_triton.gemm.config import Config, config
+from qhal_triton.gemm.config import Config, candidates, config, problem
 from qhal_triton.gemm.kernels.dense import dense
 from qhal_triton.gemm.kernels.finish import finish
 from qhal_triton.gemm.kernels.product import product
@@ -26,6 +26,8 @@ from qhal_triton.gemm.planes import activation, planes
 from qhal_triton.gemm.sides import WIDE_KIND
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
+from qhal_triton.tuning import Table
+from qhal_triton.tuning import rows as buckets
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "int8": tl.int8}
 _FIXED = 64
@@ -57,8 +59,12 @@ class Rows:
 class Bound:
     """One weight [N, K] or [E, N, K] with its planes as kernel arguments."""
 
-    def __init__(self, p: PreparedWeight, gemm: GemmRequest, made: Plan, target: Target) -> None:
+    def __init__(
+        self, p: PreparedWeight, gemm: GemmRequest, made: Plan, target: Target, table: Table | None = None
+    ) -> None:
         self.request, self.made, self.target, self.weight = gemm, made, target, p
+        self.table = table or Table()
+        self.tiles: dict[tuple[Spec, int], Config] = {}
         self.specs = {f.storage: s for f, s in zip(gemm.x, made.specs, strict=True)}
         self.experts = p.request.experts if isinstance(p.request, GroupedRequest) else 0
         self.planes = planes(p.multiplied, made.specs[0].w, gemm.k)
@@ -66,16 +72,29 @@ class Bound:
     def partial(self, spec: Spec, q: Tensor | QTensor, m: int, dtype: torch.dtype, rows: Rows | None) -> Tensor:
         """[parts, rows, N]: one part in `dtype`, or more in fp32 to be summed. q: [rows of x, K], codes or numbers."""
         r = self.request
-        steps = -(-r.k // spec.span)
-        tiles = None if rows is None else max(min(rows.rows, self.experts), 1)
-        if r.batch_invariant:
-            m, tiles = _FIXED, 1
-        c = config(spec, m, r.n, steps, self.target, tiles=tiles)
+        c = self.tile(spec, m, rows)
         total = q.shape[0] if rows is None else rows.rows
         kind = torch.float32 if c.parts > 1 else dtype
         y = torch.empty(c.parts, total, r.n, dtype=kind, device=self.weight.device)
         self.launch(spec, q, y, c, rows)
         return y
+
+    def tile(self, spec: Spec, m: int, rows: Rows | None) -> Config:
+        """Measured for this bucket of row counts, if it was; else by rule."""
+        r, steps = self.request, -(-self.request.k // spec.span)
+        if r.batch_invariant:
+            return config(spec, _FIXED, r.n, steps, self.target, tiles=1)
+        if rows is not None:
+            return config(spec, m, r.n, steps, self.target, tiles=max(min(rows.rows, self.experts), 1))
+        if not self.table.entries:
+            return config(spec, m, r.n, steps, self.target)
+        bucket = buckets(m)
+        found = self.tiles.get((spec, bucket))
+        if found is None:
+            some = candidates(spec, bucket, r.n, steps, self.target)
+            x = next(f for f, one in self.specs.items() if one is spec)
+            found = self.tiles[spec, bucket] = self.table.pick(problem(r, x, bucket), some)
+        return found
 
     def launch(self, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
         """The product of one tile shape, into y [parts, rows, N]."""
@@ -158,7 +177,7 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
     assert isinstance(request, GemmRequest)
     made = plan(request, ops._target)
     assert made is not None
-    bound = Bound(p, request, made, ops._target)
+    bound = Bound(p, request, made, ops._target, ops._table)
     wide = element(request.x[0].element).storage if made.dense else None
     if wide == torch.float16:  # it says so if a weight does not fit
         storage.decode_into(p.multiplied, torch.empty(request.n, request.k, dtype=wide, device=p.device))

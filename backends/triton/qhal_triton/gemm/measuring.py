@@ -1,0 +1,132 @@
+"""Measuring tiles of a product: weights of random codes, every candidate in a captured graph, caches kept cold.
+
+Width and parts are measured first, warps and stages then for the best of these: compiling is what takes the time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhal.elements import element
+from qhal.errors import UnsupportedError
+from qhal.formats import Format
+from qhal.requests import GemmRequest, Support
+from qhal.specs import Operand
+from qhal.tensors import QTensor
+from qhal_triton.gemm.config import Config, candidates, problem
+from qhal_triton.gemm.launch import Bound, finished, spec_of
+from qhal_triton.gemm.paths import DENSE_FROM, plan
+from qhal_triton.tuning import Entry, measure
+
+ROWS = (1, 16, 32, 64, 128)
+"""Row counts that are measured: the ends of buckets below the rows from which torch multiplies."""
+_COLD = 256 << 20
+"""Bytes of weights that a measurement goes round: more than any second-level cache."""
+_REPEATS = 9
+
+
+def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> dict[str, Entry]:
+    """Entries for the buckets of rows within request.m, for each format of x. seen: told before each problem.
+
+    Takes 256 MiB of memory, and a minute for each problem: every shape of tile is compiled.
+    """
+    made = plan(request, ops._target)
+    if made is None or not isinstance(request.w, Format) or request.operand is not None or request.batch_invariant:
+        reason = "nothing is chosen by measuring here: no shared kernel with a choice of tiles takes it"
+        raise UnsupportedError(Support("unsupported", reason), str(request))
+    generator = torch.Generator(device=ops.device).manual_seed(0)
+    w = random_weight(request.w, request.n, request.k, ops.device, generator, index=request.group_index)
+    inputs = [] if all(f.plain for f in request.x) else [Operand(f) for f in request.x]
+    bias = torch.zeros(request.n, device=ops.device) if request.bias else None
+    asked = GemmRequest(**{**vars(request), "static": ()})
+    kept = [ops.prepare(w, asked, inputs=inputs, bias=bias)]
+    while len(kept) * kept[0].nbytes < _COLD and len(kept) < 32:
+        kept.append(ops.prepare(w, asked, inputs=inputs, bias=bias))
+    bound = [Bound(p, asked, made, ops._target) for p in kept]
+    found = {}
+    for m in (m for m in ROWS if request.m[0] <= m <= request.m[1] and m < DENSE_FROM):
+        for f in request.x:
+            name = problem(request, f, m)
+            if seen is not None:
+                seen(name)
+            found[name] = _measured(ops, bound, f, m)
+    return found
+
+
+def random_weight(
+    f: Format, n: int, k: int, device: torch.device, generator: torch.Generator, *, index: bool = False
+) -> QTensor:
+    """[n, k] of random codes with scales near one: a value that no kernel's time depends on."""
+    assert f.block is not None
+    grid = f.block.grid(n, k)
+
+    def plane(p: Format | None) -> Tensor | QTensor | None:
+        if p is None:
+            return None
+        if p.plain:
+            return _codes(p, grid, device, generator, near_one=True)
+        inner = _codes(p, grid, device, generator, near_one=True)
+        outer = torch.ones(p.block.grid(*grid) if p.block else (1, 1), device=device)
+        return QTensor(p, inner, outer.to(element(p.scale.element if p.scale else "fp32").storage))
+
+    order = torch.arange(k, device=device, dtype=torch.int32) // max(f.block.cols, 1) if index else None
+    codes = _codes(f, (n, k), device, generator)
+    return QTensor(f, codes, plane(f.scale), plane(f.zero), plane(f.offset), group_index=order)
+
+
+def _codes(
+    f: Format, shape: tuple[int, ...], device: torch.device, generator: torch.Generator, near_one: bool = False
+) -> Tensor:
+    e = element(f.element)
+    if e.wide:
+        return torch.ones(shape, dtype=e.storage, device=device)
+    if e.kind == "exponent":
+        return torch.full(shape, 127, dtype=torch.uint8, device=device)
+    if e.kind == "float":  # codes of fp8: exponents in the middle, no special ones
+        low, high = (0x38, 0x39) if near_one else (0, 0x70)
+        return torch.randint(low, high, shape, dtype=torch.uint8, device=device, generator=generator).view(e.storage)
+    low, high = (int(e.smallest), int(e.largest)) if e.integer else (0, (1 << e.bits) - 1)
+    return torch.randint(low, high + 1, shape, dtype=torch.int16, device=device, generator=generator).to(e.storage)
+
+
+def _measured(ops: Any, bound: list[Bound], f: Format, m: int) -> Entry:
+    first = bound[0]
+    request, weight = first.request, first.weight
+    x = torch.randn(m, request.k, device=weight.device).to(element(f.element).storage if f.plain else torch.bfloat16)
+    q = x if f.plain else ops.quantize(x, f)
+    spec = spec_of(first, q)
+    dtype = request.out or x.dtype
+
+    def time(c: Config) -> float:
+        y = torch.empty(c.parts, m, request.n, dtype=torch.float32 if c.parts > 1 else dtype, device=weight.device)
+
+        def once() -> None:
+            for one in bound:
+                one.launch(spec, q, y, c, None)
+                if c.parts > 1:
+                    finished(y, m, request.n, dtype)
+
+        replay = ops.capture(once)
+        replay()
+        times: list[float] = []
+        for _ in range(_REPEATS):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replay()
+            stop.record()
+            stop.synchronize()
+            times.append(float(start.elapsed_time(stop)))
+        return float(statistics.median(times)) * 1e3 / len(bound)
+
+    steps = -(-request.k // spec.span)
+    some = candidates(spec, m, request.n, steps, ops._target)
+    usual = some[0]
+    shape = measure([c for c in some if (c.warps, c.stages) == (usual.warps, usual.stages)], time)
+    best = Config(*shape.best)
+    rest = measure([c for c in some if (c.bn, c.parts) == (best.bn, best.parts)], time)
+    return Entry(rest.best, tuple(dict([*shape.measured, *rest.measured]).items()))
