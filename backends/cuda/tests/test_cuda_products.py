@@ -33,10 +33,12 @@ class Emulated(CudaOps):
 
 
 def paths() -> Iterator[tuple[str, Case]]:
+    """Cases that go through torch; those of the shared kernels are tested there."""
+    ops = CudaOps("sm_90", "meta")
     for case in catalogue(0):
         request = OPERATIONS[case.operation].request(case)
         if isinstance(request, GemmRequest):
-            path = products.choose(request, (9, 0))
+            path = ops._library(request)
             if path is not None:
                 yield path.kind, case
 
@@ -78,15 +80,18 @@ def request_of(w: str, x: str, **more: object) -> GemmRequest:
 def test_the_path_of_a_request(request_: GemmRequest, capability: tuple[int, int], kind: str | None) -> None:
     path = products.choose(request_, capability)
     assert (path.kind if path else None) == kind
-    answer = CudaOps(f"sm_{capability[0]}{capability[1]}", "meta").supports(request_)
-    assert answer and (path is None or answer.executes == path.executes)
+    ops = CudaOps(f"sm_{capability[0]}{capability[1]}", "meta")
+    answer, taken = ops.supports(request_), ops._library(request_)
+    assert answer and answer.executes == (taken.executes if taken else super(CudaOps, ops).supports(request_).executes)
+    assert taken == (None if kind == "16 bits" and not request_.w.plain else path)
 
 
 def test_graphs_are_claimed_where_nothing_reads_the_host() -> None:
     ops = CudaOps("sm_90", "meta")
     assert ops.supports(request_of("int4.g32*bf16", "bf16", graph=True)).graph
-    refused = ops.supports(request_of("e2m1.g32*e8m0", "e2m1.g32*e8m0", graph=True))
-    assert not refused and refused.nearest == request_of("e2m1.g32*e8m0", "e2m1.g32*e8m0")
+    exact = request_of("e2m1.g32*e8m0", "e2m1.g32*e8m0", numerics=NumericsClass.EXACT)
+    refused = ops.supports(replace(exact, graph=True))
+    assert not refused and refused.nearest == exact
 
 
 def test_a_weight_that_half_cannot_hold_is_refused_when_it_is_prepared() -> None:
