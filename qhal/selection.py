@@ -9,14 +9,16 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Literal
 
 from qhal.errors import BackendError, InterfaceError, NoBackendError, QhalError
 from qhal.interface import INTERFACE_VERSION, QuantOps
+from qhal.requests import Request
 from qhal.versions import mismatch
 
 GROUP = "qhal.backends"
@@ -65,6 +67,8 @@ class BackendInfo:
     load     the backend on one device
     offline  by architecture name: supports, kv_planes and layouts answer with no device and no library
     archs    the names that offline knows; empty: it takes any
+    build    (architecture, requests, new folder, called before each request) -> what was written, for JSON: compiles
+             ahead of time what the requests will run, with no device. None: nothing there to compile
     """
 
     name: str
@@ -74,6 +78,7 @@ class BackendInfo:
     load: Callable[[Device], QuantOps]
     offline: Callable[[str], QuantOps]
     archs: tuple[str, ...] = ()
+    build: Callable[[str, Sequence[Request], Path, Callable[[Request], None]], Mapping[str, object]] | None = None
 
 
 @dataclass(frozen=True)

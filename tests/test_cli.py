@@ -106,6 +106,19 @@ def test_plan_and_its_refusal(golden: Path, tmp_path: Path) -> None:
     assert told.returncode == 0 and "[refused]" in told.stdout
 
 
+def test_kernels_are_built_ahead_or_the_reason_is_said(golden: Path, tmp_path: Path) -> None:
+    folder = str(golden / CASE / "checkpoint")
+    nothing = run("build", folder, "--backend", "cpu_reference", "--arch", "cpu", "--out", str(tmp_path / "a"))
+    assert nothing.returncode == 1 and "compiles nothing ahead of time" in nothing.stderr
+    made = run("build", folder, "--backend", "rocm", "--arch", "gfx942", "--out", str(tmp_path / "b"), "--json",
+               TRITON_INTERPRET="0")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    record = json.loads(made.stdout)
+    assert record["arch"] == "gfx942" and record["requests"] and (tmp_path / "b" / "manifest.json").is_file()
+    again = run("build", folder, "--backend", "rocm", "--arch", "gfx942", "--out", str(tmp_path / "b"))
+    assert again.returncode == 1 and "is there already" in again.stderr
+
+
 @pytest.mark.parametrize("case", [CASE, "gptq/b4_g128_sym_desc_act_v1", "awq/autoawq_b4_g128_gemm"])
 def test_dequantize_writes_what_the_api_says(golden: Path, tmp_path: Path, case: str) -> None:
     folder, out = golden / case / "checkpoint", tmp_path / "w.safetensors"

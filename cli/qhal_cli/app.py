@@ -9,6 +9,7 @@ import typer
 
 import qhal
 from qhal_cli import checkpoints, inspecting, machine, text
+from qhal_cli.build import build
 from qhal_cli.convert import convert
 from qhal_cli.new_backend import new_backend
 from qhal_cli.selftest import selftest
@@ -48,6 +49,7 @@ app.command()(convert)
 app.command()(text.generate)
 app.command()(selftest)
 app.command()(tune)
+app.command()(build)
 app.command()(new_backend)
 app.add_typer(conformance, name="conformance")
 

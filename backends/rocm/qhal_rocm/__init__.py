@@ -5,7 +5,11 @@ Importing this package imports no device library: `backend()` only describes it 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
 from qhal.interface import QuantOps
+from qhal.requests import Request
 from qhal.selection import BackendInfo, Device
 
 
@@ -14,7 +18,9 @@ def backend() -> BackendInfo:
     from qhal_rocm.probe import probe
     from qhal_rocm.targets import CHIPS
 
-    return BackendInfo("rocm", (1, 0), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(CHIPS))
+    return BackendInfo(
+        "rocm", (1, 0), order=20, probe=probe, load=_load, offline=_offline, archs=tuple(CHIPS), build=_build
+    )
 
 
 def _load(device: Device) -> QuantOps:
@@ -23,8 +29,11 @@ def _load(device: Device) -> QuantOps:
     if device.evidence == "L2":
         return RocmOps(device.arch, "cpu")
     from qhal_rocm.aiter_calls import usable
+    from qhal_rocm.targets import target
+    from qhal_triton import ahead
 
     _same_chip(device)
+    ahead.used(target(device.arch))
     return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable())
 
 
@@ -46,6 +55,15 @@ def _offline(arch: str) -> QuantOps:
     from qhal_rocm.ops import RocmOps
 
     return RocmOps(arch, "meta")
+
+
+def _build(
+    arch: str, requests: Sequence[Request], folder: Path, seen: Callable[[Request], None]
+) -> Mapping[str, object]:
+    from qhal_rocm.ops import RocmOps
+    from qhal_triton import ahead
+
+    return ahead.build(RocmOps(arch, "cpu"), requests, folder, seen)
 
 
 _TORCH_DEVICE = "cuda"
