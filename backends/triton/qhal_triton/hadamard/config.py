@@ -52,9 +52,12 @@ class Plan:
         return 1056 if self.warps == 4 else 264
 
     def shared(self, before: bool) -> int:
-        """Bytes of the operands in fast memory: both factors, and the tile, again for every one in flight."""
+        """Bytes of the operands in fast memory: both factors, and the tile, again for every one in flight.
+
+        before: the tile's second part, and what it is multiplied by in fp32.
+        """
         tile = self.rows * self.columns
-        return 2 * (self.rows**2 * self.left + self.columns**2 + tile * (self.stages + before))
+        return 2 * (self.rows**2 * self.left + self.columns**2 + tile * (self.stages + 3 * before))
 
 
 def plan(order: int, k: int, before: bool, shared: int) -> Plan | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qhal.named_tables import revision
 from qhal.requests import HadamardRequest, NumericsClass
 from qhal.rotations import Diagonal, Hadamard, Rotation
 from qhal.specs import Operand
@@ -123,7 +124,7 @@ def _launch(p: Plan, x: Tensor, chain: Sequence[Rotation], y: Tensor | QTensor, 
         [r.values.to(x.device, torch.float32).reshape(-1) for r in part if isinstance(r, Diagonal)]
         for part in (chain[:at], chain[at + 1 :])
     )
-    left, right = _tables(turn, p, x.dtype, bool(before), x.device)
+    left, right = _tables(turn, p, x.dtype, bool(before), x.device, revision())
     if isinstance(y, QTensor):
         codes = y.codes.view(torch.uint8) if y.codes.element_size() == 1 else y.codes
         scale, zero = y.scale, y.zero if y.zero is not None else y.scale
@@ -161,10 +162,13 @@ def constants(p: Plan, before: bool, after: bool, fused: RotationPath | None) ->
 
 
 @lru_cache(maxsize=256)
-def _tables(turn: Hadamard, p: Plan, dtype: torch.dtype, split: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(
+    turn: Hadamard, p: Plan, dtype: torch.dtype, split: bool, device: torch.device, named: int
+) -> tuple[Tensor, Tensor]:
     """The factors with entries 1, -1 and, between transforms and past their ends, 0: left [rows, rows], right.
 
-    In the type of the operand that they meet: the features' own, fp16 for numbers in two parts.
+    In the type of the operand that they meet: the features' own, fp16 for numbers in two parts. named: the revision
+    of the tables that have names.
     """
     first = torch.float16 if split else dtype
     whole = torch.device("cpu")
