@@ -1,31 +1,5 @@
-"""grouped: no kernel yet, the portable operation serves."""
+"""grouped: gemm's kernel over the rows of every expert; `rows.py` says which those are, `launch.py` what follows."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
-
-from torch import Tensor
-
-from qhal.groups import Groups
-from qhal.requests import GroupedRequest
-from qhal.tensors import QTensor
-from qhal_portable.prepared import PreparedWeight
-from qhal_triton.paths import Path
-from qhal_triton.target import Target
-from qhal_triton.tiles import Tile
-
-
-def choose(request: GroupedRequest, target: Target) -> Path | None:
-    """The kernel that takes the request; None: no kernel does."""
-    return None
-
-
-def tiles(target: Target) -> Iterator[Tile]:
-    """What to compile for `target`, one tile for every kernel and format."""
-    yield from ()
-
-
-def run(path: Path, ops: Any, x: Any, p: PreparedWeight, groups: Groups, out: Any) -> Tensor | QTensor:
-    """The grouped product."""
-    raise NotImplementedError(path.kernel)
+from qhal_triton.grouped.launch import run as run
+from qhal_triton.grouped.paths import choose as choose
+from qhal_triton.grouped.tiles import tiles as tiles

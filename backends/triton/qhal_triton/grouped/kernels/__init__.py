@@ -1,0 +1,1 @@
+"""Device code of grouped products beside those of gemm."""

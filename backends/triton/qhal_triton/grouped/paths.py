@@ -1,0 +1,32 @@
+"""Which grouped products the kernels take: those of `gemm.paths`, with every form of groups and activation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qhal.requests import GroupedRequest
+from qhal_triton.gemm import paths as gemm
+from qhal_triton.gemm.paths import Plan
+from qhal_triton.paths import Path
+from qhal_triton.target import Target
+
+
+def choose(request: GroupedRequest, target: Target) -> Path | None:
+    """The kernel that takes the request; None: no kernel does."""
+    made = plan(request, target)
+    if made is None:
+        return None
+    path = gemm.path(request.gemm, made)
+    after = "" if request.activation is None else f", then {request.activation.name} in fp32"
+    return replace(path, executes=f"{path.executes}; tiles of experts found on the device{after}")
+
+
+def plan(request: GroupedRequest, target: Target) -> Plan | None:
+    """How one expert's product is computed; a decoded copy of every expert is never made."""
+    made = gemm.plan(request.gemm, target)
+    if made is None or request.gemm.group_index:
+        return None
+    given = [f for f, fixed in zip(request.gemm.x, request.gemm.static, strict=False) if fixed]
+    if any(f.block is None or f.block.kind != "tensor" for f in given):
+        return None  # each expert may have its own
+    return replace(made, dense=False, numerics=max(s.numerics for s in made.specs))
