@@ -143,6 +143,7 @@ def product_constants(
     return {
         "TYPE": _TYPES["bf16" if s.native else s.type],
         "NATIVE": s.native,
+        "FOREIGN": s.foreign,
         "PTX": target.kind == "cuda" and "e4m3fn" in target.fp8,
         "XKIND": "" if s.x.kind == WIDE_KIND else s.x.kind,
         "WKIND": s.w.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from qhal.flavours import FNUZ
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal_portable.storage import distance
@@ -29,6 +30,8 @@ class Spec:
     apart: int
     indexed: bool
     numerics: NumericsClass
+    foreign: bool = False
+    """OCP's 8-bit floats on a chip that multiplies the fnuz ones"""
 
     @property
     def span(self) -> int:
@@ -116,6 +119,7 @@ def _spec(
     early = (indexed or not w.exact) and w.kind != WIDE_KIND
     kind = "" if x.kind != WIDE_KIND else names[1]
     numerics = NumericsClass.FP32_ACC
+    foreign = {w.kind, x.kind} <= FNUZ.keys() and not {w.kind, x.kind} <= target.fp8
     if kind:
         rounds = early or (w.kind == WIDE_KIND and names[0] != kind)
         numerics = NumericsClass.DEQUANT_16 if rounds and kind != "fp32" else numerics
@@ -123,7 +127,7 @@ def _spec(
         return None
     elif not early and w.integer and x.integer and k <= (1 << 15 if _zeros(w, x) else 1 << 16) and _wide(w, x):
         kind = "int8"
-    elif not early and {w.kind, x.kind} <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
+    elif not early and _eight(w, x, foreign) <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
         kind, numerics = "fp8", NumericsClass.REDUCED_ACC
     else:
         kind = "bf16"
@@ -131,7 +135,22 @@ def _spec(
     if numerics > allowed:
         return None
     mode = "early" if early else ("step" if w.group else "late")
-    return Spec(w=w, x=x, type=kind, mode=mode, chunk=0, apart=0, indexed=indexed, numerics=numerics)
+    return Spec(
+        w=w,
+        x=x,
+        type=kind,
+        mode=mode,
+        chunk=0,
+        apart=0,
+        indexed=indexed,
+        numerics=numerics,
+        foreign=foreign and kind == "fp8",
+    )
+
+
+def _eight(w: Side, x: Side, foreign: bool) -> set[str]:
+    """The elements as an instruction would read them; foreign: OCP's 8-bit floats as fnuz of the same bytes."""
+    return {FNUZ.get(kind, kind) if foreign else kind for kind in (w.kind, x.kind)}
 
 
 def _zeros(w: Side, x: Side) -> bool:
@@ -180,4 +199,6 @@ def _word(s: Spec) -> str:
         "step": "scales times the exact sums of a group",
         "late": "scales times the sums of a row",
     }
-    return f"W{s.w.bits}A{s.x.bits}: Triton, {sums.get(s.type, f'exact products of {s.type}')}, {where[s.mode]}, fp32"
+    read = ", bytes read as fnuz" * s.foreign
+    product = sums.get(s.type, f"exact products of {s.type}")
+    return f"W{s.w.bits}A{s.x.bits}: Triton, {product}{read}, {where[s.mode]}, fp32"

@@ -84,7 +84,8 @@ def product_tile(request: GemmRequest, spec: Spec, c: Config, target: Target, na
         "starts": "*i32" if form else None,
     }
     constants = product_constants(spec, request, c, target, form=form, top=1, experts=8 if form else 0)
-    return _tile(name, product, given, constants, c.warps, c.stages, spec.mode != "early")
+    native = {"int8": "int8", "fp8": "fp8", "bf16": "16", "fp16": "16"}.get(spec.type, "")
+    return _tile(name, product, given, constants, c.warps, c.stages, spec.mode != "early", native=native)
 
 
 def finish_tile(name: str, constants: dict[str, Any]) -> Tile:
@@ -122,7 +123,7 @@ def plan_specs(request: GemmRequest, spec: Spec) -> list[bool]:
 
 def _tile(
     name: str, fn: Any, given: dict[str, str | None], constants: dict[str, Any], warps: int, stages: int, fuse: bool,
-    matrix: bool = True,
+    matrix: bool = True, native: Any = "",
 ) -> Tile:  # fmt: skip
     """Arguments that are not named are whole numbers; those that are None do not exist."""
     absent = {n: None for n, t in given.items() if t is None}
@@ -130,7 +131,13 @@ def _tile(
     signature = {n: known.get(n, "i32") for n in fn.arg_names if n not in constants and n not in absent}
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fuse}
     return Tile(
-        name=name, fn=fn, signature=signature, constants={**constants, **absent}, options=options, matrix=matrix
+        name=name,
+        fn=fn,
+        signature=signature,
+        constants={**constants, **absent},
+        options=options,
+        matrix=matrix,
+        native=native,
     )
 
 

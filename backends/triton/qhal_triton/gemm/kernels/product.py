@@ -26,8 +26,8 @@ def product(
     x_row, sx_row, sx_col, zx_row, zx_col,
     w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
     w_exp, sw_exp, zw_exp, fw_exp, ow_exp, b_exp, y_row, y_part,
-    TYPE: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr, XKIND: tl.constexpr, WKIND: tl.constexpr,
-    MODE: tl.constexpr,
+    TYPE: tl.constexpr, NATIVE: tl.constexpr, FOREIGN: tl.constexpr, PTX: tl.constexpr,
+    XKIND: tl.constexpr, WKIND: tl.constexpr, MODE: tl.constexpr,
     SX: tl.constexpr, OX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
     SW: tl.constexpr, OW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr, GW: tl.constexpr, RW: tl.constexpr,
     WSHIFT: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr, BIAS: tl.constexpr, INDEXED: tl.constexpr,
@@ -38,6 +38,7 @@ def product(
 
     TYPE       what is multiplied: bf16, fp16, fp32, or int8 (int32 sums)
     NATIVE     fp8 codes are, as they are stored; every step's sum is added in fp32, which its instructions do not do
+    FOREIGN    they are of OCP's flavour, and the instruction reads the one where they are half as large
     PTX        NVIDIA's instructions may be written out
     SX OX ZX   kind of x's scales, of their outer scale, of its zero points; GX columns share one, 0: all of a row
     SW OW ZW FW  the same of w, and its offset's sign; RW rows share one. WSHIFT is added to w's int8 zero points
@@ -166,12 +167,12 @@ def product(
                 if XKIND == "":
                     xv = xt
                 elif NATIVE:
-                    xv = fp8(xt, XKIND)
+                    xv = fp8(xt, XKIND, FOREIGN)
                 else:
                     xv = number(xt, XKIND) - z_x[None, :]
                     xv = narrow(tl.where(valid[:, None], xv, 0.0), TYPE)
                 if NATIVE:
-                    wv = fp8(code, WKIND)
+                    wv = fp8(code, WKIND, FOREIGN)
                 elif MODE == "early":
                     number_of = code_of(code, WKIND, half, APART > 0)
                     wv = narrow(decoded(number_of, WKIND, table, s, z, f, SW, ZW, FW, INDEXED), TYPE)
@@ -179,6 +180,8 @@ def product(
                     wv = exact(code, WKIND, TYPE, half, APART > 0, table, z, ZW, PTX)
                 if FRESH:
                     add = dot(wv, xv, tl.zeros((BN, BM), tl.float32))
+                    if FOREIGN:
+                        add *= 4.0
                     if WLATE and XLATE:
                         total += add
                 else:

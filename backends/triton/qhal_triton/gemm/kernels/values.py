@@ -54,9 +54,18 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def fp8(code, KIND: tl.constexpr):
-    """uint8 codes as the matrix instruction takes them."""
-    if INTERPRETED:
+def fp8(code, KIND: tl.constexpr, FOREIGN: tl.constexpr):
+    """uint8 codes as the matrix instruction takes them; FOREIGN: half their value, in the flavour without -0 (fnuz)."""
+    if FOREIGN:  # the same byte, but for -0, and for what is no number: 0x80 is NaN there
+        LARGEST: tl.constexpr = 0x7E if KIND == "e4m3fn" else 0x7B
+        code = tl.where((code & 0x7F) > LARGEST, 0x80, tl.where(code == 0x80, 0, code)).to(tl.uint8)
+    if FOREIGN and INTERPRETED:
+        value = number(code, "e4m3fnuz" if KIND == "e4m3fn" else "e5m2fnuz")
+    elif FOREIGN and KIND == "e4m3fn":
+        value = code.to(tl.float8e4b8, bitcast=True)
+    elif FOREIGN:
+        value = code.to(tl.float8e5b16, bitcast=True)
+    elif INTERPRETED:
         value = number(code, KIND)
     elif KIND == "e4m3fn":
         value = code.to(tl.float8e4nv, bitcast=True)
@@ -92,7 +101,7 @@ def exact(
     elif BY_HAND and PACKED and KIND == "e2m1":
         value = e2m1_pairs(code, TYPE, HALF)
     elif BY_HAND and KIND == "e4m3fn":
-        value = fp8(code, KIND).to(TYPE)
+        value = fp8(code, KIND, False).to(TYPE)
     else:
         value = number(code_of(code, KIND, HALF, PACKED), KIND, table)
         if ZERO != "":
