@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from qhal.caches import KVCache, Limits
 from qhal.formats import Format
-from qhal.requests import AttentionRequest, GemmRequest, KVRequest
+from qhal.requests import AttentionRequest, GemmRequest
 from qhal.tensors import QTensor
 from qhal_conformance import datasets
+from qhal_conformance.cases import Case
+from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.outcome import Status
+from qhal_conformance.runner import run_case
 from qhal_cuda import flashinfer, humming, libraries
 from qhal_cuda.humming import choice, launch, weight
 from qhal_cuda.ops import CudaOps
@@ -40,7 +44,7 @@ def bits_of(codes: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.skipif("humming" not in USABLE, reason="humming-kernels as pinned and a GPU of sm_90")
 @pytest.mark.parametrize("w", FORMATS)
-def test_humming_lays_and_multiplies_as_we_read_it(w: str) -> None:
+def test_humming_lays_weights_as_we_read_it(w: str) -> None:
     from humming.transform import transform_humming_tensors
 
     x = "fp16" if w.endswith("fp16") else "bf16"
@@ -69,49 +73,56 @@ def test_humming_lays_and_multiplies_as_we_read_it(w: str) -> None:
     assert isinstance(scale, Tensor) and torch.equal(theirs["weight"], ours.codes)
     assert torch.equal(theirs["weight_scale"].view(torch.uint8), scale.view(torch.uint8))
     assert ours.zero is None or torch.equal(theirs["zero_point"], ours.zero)  # type: ignore[arg-type]
+
+
+def suite(kind: type, chosen: Any, largest: int) -> list[Case]:
+    """What the suite asks of a library up to level 1; `largest` bounds the reference's work."""
+    found = []
+    for case in catalogue(1):
+        r = OPERATIONS[case.operation].request(case)
+        if isinstance(r, kind) and chosen(r, (9, 0)) and prod(size for _, size in case.shape) <= largest:
+            found.append(case)
+    return found
+
+
+@pytest.mark.skipif("humming" not in USABLE, reason="humming-kernels as pinned and a GPU of sm_90")
+@pytest.mark.parametrize("case", suite(GemmRequest, humming.choose, 1 << 22), ids=lambda case: case.id)
+def test_humming_is_in_its_class(case: Case) -> None:
+    class Only(CudaOps):
+        interface: ClassVar[tuple[int, int]] = (1, 0)
+
+        def _path(self, request: Any) -> None:
+            """No shared kernel: the library is what is asked."""
+
+    record = run_case(case, Only("sm_90", "cuda:0", USABLE))
+    assert record.outcome.status is Status.PASS, record.outcome.reason
+
+
+@pytest.mark.skipif("humming" not in USABLE, reason="humming-kernels as pinned and a GPU of sm_90")
+def test_humming_repeats_itself_in_a_graph() -> None:
+    request = GemmRequest(w=Format.parse("int4.g128*bf16"), n=256, k=512, x=(Format("bf16"),), m=(64, 512), graph=True)
     device = ops()
-    prepared = device.prepare(plain, request)
+    prepared = device.prepare(datasets.weight("gpu", "w", request.w, 256, 512, "normal"), request)
     assert isinstance(prepared, humming.HummingWeight)
-    rows = torch.randn(96, 512, device="cuda:0").to(choice.torch_dtype(k))
-    y, again = device.gemm(rows, prepared), device.gemm(rows, prepared)
-    decoded = plain.dequantize().to(rows.dtype)
-    exact = rows.double() @ decoded.double().T
-    size = rows.double().abs() @ decoded.double().abs().T
-    unit = 2.0**-9 if x == "bf16" else 2.0**-12
-    assert ((y.double() - exact).abs() <= unit * exact.abs() * 1.02 + 2.0**-12 * size).all() and torch.equal(y, again)
+    rows = torch.randn(96, 512, device="cuda:0").bfloat16()
+    y = device.gemm(rows, prepared).clone()
     replay = device.capture(lambda: device.gemm(rows, prepared))
-    assert torch.equal(replay(), y)
+    assert torch.equal(replay(), y) and torch.equal(replay(), y)
+
+
+ASKED = [
+    c
+    for c in suite(AttentionRequest, flashinfer.choose, 1 << 30)
+    if c.out == "bf16" and c.size("d") == 64  # the library compiles a module for every type, dim and option
+]
 
 
 @pytest.mark.skipif("flashinfer" not in USABLE, reason="flashinfer-python as pinned and a GPU of sm_90")
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 20.0)])
-def test_flashinfer_attends_as_we_read_it(window: int | None, softcap: float | None) -> None:
-    f = Format("bf16")
-    kv = KVRequest(kind="mha", k=f, v=f, heads=2, k_dim=128, v_dim=128, page=16)
-    request = AttentionRequest(
-        kv=kv, heads=8, scale=0.09, phase="prefill", q=f, p=f, out=torch.bfloat16, lse=True, window=window,
-        softcap=softcap,
-    )  # fmt: skip
-    device, plain = ops(), CudaOps("sm_90", "cuda:0")
-    cache, chance = KVCache.allocate(kv, 64, "cuda:0"), torch.Generator("cuda:0").manual_seed(0)
-    for t in cache.planes.values():
-        t.copy_(torch.randn(t.shape, generator=chance, device="cuda:0"))
-    lens = (torch.tensor([129, 7, 4, 3]), torch.tensor([250, 7, 2, 0]))
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).int().reshape(4, 16)
-    table = torch.cat([order, torch.full((4, 3), 9999)], 1).int().cuda()  # nothing past a length is read
-    for b, length in enumerate(lens[1].tolist()):
-        for i, page in enumerate(order[b].tolist()):
-            for t in cache.planes.values():
-                t[page, max(length - 16 * i, 0) :] = float("nan")
-    q = torch.randn(143, 8, 128, generator=chance, device="cuda:0").bfloat16()
-    found = []
-    for which in (device, plain):
-        batch = which.attention_batch(request, Limits(4, 256, 19))
-        batch.plan(*lens, table)
-        lse = torch.empty(143, 8, device="cuda:0")
-        found.append((which.attention(q, cache, batch, lse=lse).float(), lse))
-        assert isinstance(batch, flashinfer.FlashBatch) == (which is device)
-    (y, lse), (expected, logs) = found
-    assert (y - expected).abs().max() <= 2.0**-6 * expected.abs().max()
-    seen = torch.isfinite(logs)
-    assert torch.equal(seen, torch.isfinite(lse)) and (lse[seen] - logs[seen]).abs().max() <= 1e-3
+@pytest.mark.parametrize(
+    "case",
+    ASKED,
+    ids=lambda case: case.id,
+)
+def test_flashinfer_is_in_its_class(case: Case) -> None:
+    record = run_case(case, ops())
+    assert record.outcome.status is Status.PASS, record.outcome.reason
