@@ -30,10 +30,11 @@ from torch import Tensor
 
 from qhal.codecs import Codec, Collective, refusals
 from qhal.elements import WIDE, dtype_name
+from qhal.encoding import encode
 from qhal.errors import CommError, FormatError, QhalError, UnsupportedError
 from qhal.requests import CommRequest, Support
 from qhal.tensors import QTensor
-from qhal.wire import encode_part, read_wire, wire_bytes, wire_size
+from qhal.wire import Quantize, encode_part, read_wire, wire_bytes, wire_size
 
 _TEXT = 480
 _HEADER = 32 + _TEXT
@@ -88,7 +89,10 @@ def simulate(
 
 
 class Rank:
-    """One rank's part in one collective, of a tensor on `device` (None: the processor); headers are the processor's."""
+    """One rank's part in one collective, of a tensor on `device` (None: the processor); headers are the processor's.
+
+    quantize  what parts are encoded with; the bits are those of `encode`
+    """
 
     def __init__(
         self,
@@ -101,10 +105,12 @@ class Rank:
         world: int,
         out: Tensor | None = None,
         device: torch.device | None = None,
+        quantize: Quantize = encode,
     ) -> None:
         self.x, self.collective, self.codec, self.decode = x, collective, codec, decode
         self.rank, self.world = rank, world
         self.device = torch.device("cpu") if device is None else device
+        self._quantize = quantize
         self.counts: list[int] = [0] * world
         self.fault: QhalError | None = None
         try:
@@ -140,16 +146,19 @@ class Rank:
         """The message for every rank, and this rank's own part if it is not to be quantized."""
         rows = self.x.detach().reshape(self.rows, self.k)
         if self.collective == "all_gather":
-            return [wire_bytes(encode_part(rows, self.codec), self.codec)] * self.world, None
+            return [wire_bytes(self._encoded(rows), self.codec)] * self.world, None
         parts = rows.split(self.counts)
-        messages = [wire_bytes(encode_part(part, self.codec), self.codec) for part in parts]
+        messages = [wire_bytes(self._encoded(part), self.codec) for part in parts]
         return messages, None if self.codec.quantize_own else parts[self.rank].clone().float()
+
+    def _encoded(self, rows: Tensor) -> QTensor:
+        return encode_part(rows, self.codec, self._quantize)
 
     def _share(self, total: Tensor) -> Steps:
         """The way back of all_reduce: this rank's reduced part to everyone, and everyone's to this rank."""
         dtype = self.x.dtype
         if self.codec.requantize:
-            message = wire_bytes(encode_part(total, self.codec), self.codec)
+            message = wire_bytes(self._encoded(total), self.codec)
             sizes = [wire_size(self.codec, n, self.k) for n in self.counts]
         else:
             message = total.to(dtype).contiguous().flatten().view(torch.uint8)

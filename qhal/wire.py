@@ -30,14 +30,18 @@ from qhal.tensors import QTensor
 _RUN = 64  # columns whose even and odd members are the two groups of order=parity
 
 
-def encode_part(x: Tensor, codec: Codec) -> QTensor:
-    """Rows [rows, K] as codes and scales: `encode`, with the groups of codec.order."""
+Quantize = Callable[[Tensor, Format], QTensor]
+"""What makes codes and scales: `encode`, or something with its bits."""
+
+
+def encode_part(x: Tensor, codec: Codec, quantize: Quantize = encode) -> QTensor:
+    """Rows [rows, K] as codes and scales: `quantize`, with the groups of codec.order."""
     if codec.order == "sequential":
-        return encode(x, codec.format)
+        return quantize(x, codec.format)
     rows, k = x.shape
     wide = pad(x, (0, -k % _RUN))  # zeros change no scale
     runs = wide.shape[1] // _RUN
-    q = encode(wide.reshape(rows, runs, _RUN // 2, 2).transpose(-1, -2).reshape(wide.shape), codec.format)
+    q = quantize(wide.reshape(rows, runs, _RUN // 2, 2).transpose(-1, -2).reshape(wide.shape), codec.format)
     codes = q.codes.reshape(rows, runs, 2, _RUN // 2).transpose(-1, -2).reshape(wide.shape)[:, :k].contiguous()
     return replace(q, codes=codes, group_index=_parity(k, codes.device))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.codebooks import CodebookTensor
 from qhal.codecs import Codec, Collective
+from qhal.encoding import encode
 from qhal.errors import FormatError, QhalError, UnsupportedError
 from qhal.formats import Format
 from qhal.groups import Groups
@@ -196,7 +197,7 @@ class PortableOps(QuantOps):
         async_op: bool = False,
     ) -> Any:
         """See `qhal/collectives.py` (numerics), `qhal/wire.py` (bytes) and `process_group.py` (errors and time)."""
-        pending = process_group.start(x, collective, codec, group, splits, decode, out, self.device)
+        pending = process_group.start(x, collective, codec, group, splits, decode, out, self.device, self._encode)
         return pending if async_op else pending.wait()
 
     def attention_batch(self, request: AttentionRequest, limits: Limits) -> AttentionBatch:
@@ -211,6 +212,10 @@ class PortableOps(QuantOps):
     def _rotate(self, x: Tensor, chain: Sequence[Rotation]) -> Tensor:
         """What `hadamard` applies."""
         return hadamard.rotate(x, chain)
+
+    def _encode(self, x: Tensor, to: Format) -> QTensor:
+        """What collectives encode their parts with."""
+        return encode(x, to)
 
     def _bind(self, w: PreparedWeight) -> prepared.Run:
         """What `gemm` calls for this weight."""

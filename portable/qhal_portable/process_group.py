@@ -12,6 +12,7 @@ from torch import Tensor
 from qhal.codecs import Codec, Collective
 from qhal.collectives import Exchange, Rank, Result, Steps
 from qhal.errors import CommError, QhalError
+from qhal.wire import Quantize
 from qhal_portable.current_device import current
 from qhal_portable.gemm import write
 
@@ -79,8 +80,12 @@ def start(
     decode: bool,
     out: Tensor | None,
     device: torch.device,
+    quantize: Quantize,
 ) -> Pending:
-    """Begin a collective: x is read and the header is on its way when this returns. The rest happens in `wait`."""
+    """Begin a collective: x is read and the header is on its way when this returns. The rest happens in `wait`.
+
+    quantize  what parts are encoded with; the bits are those of `qhal.encoding.encode`
+    """
     if not dist.is_available() or not dist.is_initialized():
         raise CommError(f"comm_quant {collective}: there is no group; call torch.distributed.init_process_group first")
     outside = f"comm_quant {collective}: this process is not in the group; call it on the group's ranks only"
@@ -91,5 +96,5 @@ def start(
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise CommError(outside)
-    steps = Rank(x, collective, codec, splits, decode, rank, world, out, device).steps()
+    steps = Rank(x, collective, codec, splits, decode, rank, world, out, device, quantize).steps()
     return Pending(steps, f"comm_quant {collective} on rank {rank} of {world}", group, out, device)

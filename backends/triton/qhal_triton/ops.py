@@ -159,6 +159,9 @@ class TritonOps(PortableOps):
         save(self._table.facts, found)
         return [entry.words(problem) for problem, entry in found.items()]
 
+    def _encode(self, x: Tensor, to: Format) -> QTensor:
+        return self.quantize(x, to)
+
     def _bind(self, w: PreparedWeight) -> Run:
         path = self._path(w.request)
         return super()._bind(w) if path is None else gemm.bind(path, self, w)

@@ -54,8 +54,8 @@ def test_the_suite_passes_on_the_kernels(
 ) -> None:
     request = OPERATIONS[case.operation].request(case)
     assert OPS.supports(request).executes.startswith("Triton")
-    if case.size("m") == 0:
-        monkeypatch.undo()  # nothing is launched for nothing
+    if case.size("m") == 0 and "tensor" in case.subject:
+        monkeypatch.undo()  # a scale of nothing is not the kernel's
     record = run_case(case, OPS)
     assert record.outcome.status is Status.PASS, record.outcome.reason
 

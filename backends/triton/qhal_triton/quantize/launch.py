@@ -55,10 +55,14 @@ def choose(request: QuantizeRequest, target: Target) -> QuantizePath | None:
 def fits(path: Path, x: Tensor, to: Operand, device: torch.device) -> bool:
     """Whether these arguments are what the kernel takes; errors are left to the portable operation."""
     assert isinstance(path, QuantizePath)
-    if x.dim() < 2 or x.device != device or not x.numel() or to.per_expert or matrix(x) is None:
+    if x.dim() < 2 or x.device != device or to.per_expert:
         return False
     block = to.format.block
     assert block is not None
+    if not x.numel() and (block.kind == "tensor" or path.recipe.outer is not None or not x.shape[-1]):
+        return False  # there is a scale of nothing
+    if x.numel() and matrix(x) is None:
+        return False
     if block.kind == "tile" and x.dim() > 2 and x.shape[:-2].numel() > 1 and x.shape[-2] % block.rows:
         return False
     return all(
@@ -86,8 +90,7 @@ def matrix(x: Tensor) -> Tensor | None:
 def run(path: Path, x: Tensor, to: Operand, out: QTensor | None) -> QTensor:
     """Codes and scales."""
     assert isinstance(path, QuantizePath)
-    f, rows = path.recipe, matrix(x.detach())
-    assert rows is not None
+    f = path.recipe
     if to.clipped:
         found = recipe(to.format, x.dtype, static=f.static, target=path.target, clipped=True)
         assert found is not None
@@ -99,7 +102,10 @@ def run(path: Path, x: Tensor, to: Operand, out: QTensor | None) -> QTensor:
         for plane, given in ((_outermost(out.scale), to.scale), (out.zero, to.zero)):
             if given is not None and isinstance(plane, Tensor):
                 plane.copy_(given.reshape(plane.shape))
-    _launch(f, rows, to, target)
+    if x.numel():
+        rows = matrix(x.detach())
+        assert rows is not None
+        _launch(f, rows, to, target)
     return target if out is None or target is out else write(made, out)
 
 
