@@ -121,7 +121,7 @@ class TritonOps(PortableOps):
         path = self._path(request)
         if path is None:
             return super().attention_batch(request, limits)
-        return attention.TritonBatch(request, limits, self._device, path)
+        return attention.batch(request, limits, self._device, self._target)
 
     def hadamard(
         self,

@@ -109,8 +109,8 @@ def test_cases_of_the_suite(case: Case) -> None:
 
 
 def test_strides_of_a_cache_may_be_any_but_within_a_row() -> None:
-    request = KVRequest(kind="mha", k=Format.parse("int8.g32*fp16"), v=Format.parse("e4m3fn.row*fp32"), heads=2, k_dim=64,
-                        v_dim=64, page=4)  # fmt: skip
+    k, v = Format.parse("int8.g32*fp16"), Format.parse("e4m3fn.row*fp32")
+    request = KVRequest(kind="mha", k=k, v=v, heads=2, k_dim=64, v_dim=64, page=4)
     ours, theirs = caches(request)
     turned = {n: p if p.dim() < 3 else p.transpose(1, 2).contiguous().transpose(1, 2) for n, p in ours.planes.items()}
     x, y = rows((6, 2, 64), 1, torch.bfloat16), rows((6, 2, 64), 2, torch.bfloat16)
@@ -126,8 +126,8 @@ def test_strides_of_a_cache_may_be_any_but_within_a_row() -> None:
 
 
 def test_bad_arguments_write_nothing() -> None:
-    request = KVRequest(kind="mha", k=Format.parse("int8.row*fp32"), v=Format.parse("bf16"), heads=2, k_dim=16, v_dim=16,
-                        page=4)  # fmt: skip
+    k, v = Format.parse("int8.row*fp32"), Format.parse("bf16")
+    request = KVRequest(kind="mha", k=k, v=v, heads=2, k_dim=16, v_dim=16, page=4)
     ours, _ = caches(request)
     before = {name: plane.clone() for name, plane in ours.planes.items()}
     x = rows((3, 2, 16), 1, torch.bfloat16).to(DEVICE)

@@ -1,0 +1,80 @@
+"""Sizes of blocks and how many parts the keys of a sequence are cut into: functions of request, limits and chip."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qhal.caches import Limits
+from qhal.requests import AttentionRequest
+from qhal_triton.attention.paths import Arithmetic
+from qhal_triton.target import Target
+
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
+_LEAST = 256  # keys of a part: fewer would cost more to merge than they save
+
+
+class Config(NamedTuple):
+    """m query rows (token, head) and n keys of a tile; together: query heads of a block; splits: parts of the keys."""
+
+    m: int
+    n: int
+    together: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def config(request: AttentionRequest, arithmetic: Arithmetic, limits: Limits, target: Target) -> Config:
+    """The first candidate; its splits depend on limits only, so that one captured graph serves every length."""
+    return candidates(request, arithmetic, limits, target)[0]
+
+
+def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target: Target) -> list[Config]:
+    """What an autotuner may measure, the one that is taken unmeasured first."""
+    kv = request.kv
+    share = request.heads // kv.heads
+    per_sequence = 1 if request.phase == "decode" else -(-limits.tokens // max(limits.batch, 1))
+    rows = power(max(min(share, 64) * min(per_sequence, 128), 16))
+    small = target.shared < 128 << 10
+    two = max(a.k_parts, a.v_parts, a.p_parts, a.q_parts) > 1
+    widest = max(kv.k_dim, kv.v_dim)
+    found = []
+    if widest > 256:
+        m = 16 if small else min(rows, 64)
+        shapes = [(m, 16 if small or two else 64, 8 if m > 16 else 4, 1 if small or two else 2)]
+        shapes += [(m, 32, 8 if m > 16 else 4, 1 if small else 2), (m, 16, 4, 1)]
+    elif widest > 128:
+        shapes = [(min(rows, 32 if small else 64), 32, 4, 1 if small else 2)]
+    else:
+        top = 64 if small or two else 128
+        m = min(rows, top)
+        shapes = [(m, 32 if small and two else 64, 8 if m > 64 else 4, 2 if small else 3)]
+        shapes += [(m, n, warps, stages) for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
+    for m, n, warps, stages in dict.fromkeys(shapes):
+        together = min(share, m)
+        found.append(Config(m, n, together, _splits(request, a, limits, target, m, together), warps, stages))
+    return found
+
+
+def blocks(limits: Limits, c: Config) -> int:
+    """Blocks of query rows that a step within the limits can have."""
+    tokens = c.m // c.together
+    return min(limits.tokens, limits.tokens // tokens + limits.batch)
+
+
+def _splits(request: AttentionRequest, a: Arithmetic, limits: Limits, target: Target, m: int, together: int) -> int:
+    if a.p_static:
+        return 1  # its maximum is that of all keys
+    most = max(limits.pages * request.kv.page // _LEAST, 1)
+    if request.batch_invariant:
+        return min(most, 16)
+    share = request.heads // request.kv.heads
+    tokens = m // together
+    programs = min(limits.tokens, limits.tokens // tokens + limits.batch) * request.kv.heads * -(-share // together)
+    wanted = -(-2 * _PROCESSORS.get(target.arch, 96) // max(programs, 1))
+    return max(min(wanted, most, 64), 1)
+
+
+def power(n: int) -> int:
+    """The power of two at or above n."""
+    return 1 << (n - 1).bit_length()

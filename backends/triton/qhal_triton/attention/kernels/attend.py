@@ -1,0 +1,257 @@
+"""Scores, softmax and values of one block of query rows over one part of its keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qhal_triton.attention.kernels.scores import fixed_scale, held, product, queries, query_scale, row_scale, tanh
+from qhal_triton.bits import narrow
+from qhal_triton.kv.kernels.decode import parts, tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend(
+    q, q_token, q_head, q_col, q_scale, q_zero, q_outer, q_groups,
+    p, p_token, p_head, p_col, p_scale_of_q, p_groups,
+    k, k_page, k_slot, k_head, k_scale, ks_page, ks_slot, ks_head, k_zero, kz_page, kz_slot, kz_head, k_outer,
+    v, v_page, v_slot, v_head, v_scale, vs_page, vs_slot, vs_head, v_zero, vz_page, vz_slot, vz_head, v_outer,
+    plan, table, table_row, pages, tree, sinks, weight_scale,
+    out, o_token, o_head, o_col, lse, l_token, l_head, partial, partial_max, partial_sum,
+    batch, blocks, scale, softcap,
+    Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    Q_PARTS: tl.constexpr, QR_PARTS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    TYPE: tl.constexpr, QK_ROPE: tl.constexpr,
+    P: tl.constexpr, P_STATIC: tl.constexpr, P_DIVIDES: tl.constexpr, P_PARTS: tl.constexpr, PV: tl.constexpr,
+    MLA: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, NATIVE_K: tl.constexpr, NATIVE_V: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of query rows, key-value heads times blocks of their query heads, parts of the keys).
+
+    A block's M rows are TOGETHER query heads of one key-value head, for M // TOGETHER tokens of one sequence.
+    """
+    block = tl.program_id(0)
+    sequence = tl.load(plan + 4 * batch + block)
+    if sequence < 0:
+        return
+    HEAD_BLOCKS: tl.constexpr = (SHARE + TOGETHER - 1) // TOGETHER
+    group = tl.program_id(1) // HEAD_BLOCKS
+    first = tl.load(plan + 4 * batch + blocks + block)
+    start = tl.load(plan + sequence)
+    count = tl.load(plan + batch + sequence)
+    length = tl.load(plan + 2 * batch + sequence)
+
+    rows = tl.arange(0, M)
+    token = first + rows // TOGETHER
+    of_group = (tl.program_id(1) % HEAD_BLOCKS) * TOGETHER + rows % TOGETHER
+    head = group * SHARE + of_group
+    real = (token < count) & (rows < M // TOGETHER * TOGETHER) & (of_group < SHARE)
+    position = length - count + token
+
+    # what any row of this block sees
+    high = length
+    if CAUSAL and not TREE:
+        high = tl.minimum(length, length - count + first + M // TOGETHER)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(length - count + first - WINDOW + 1, 0)
+    begin = low // N * N
+    tiles = tl.cdiv(tl.maximum(high - begin, 0), N)
+    if SPLITS > 1:
+        each = tl.cdiv(tiles, SPLITS)
+        begin += tl.program_id(2) * each * N
+        high = tl.minimum(high, begin + each * N)
+
+    row = (start + token).to(tl.int64)
+    q_at = row * q_token + head * q_head
+    STEP: tl.constexpr = 2 if K.element == "int4" or K.element == "uint4" or K.element == "e2m1" else 1
+    s_at = (row * HEADS + head) * q_groups
+    qa, qa_rest = queries(q, q_at, q_col, q_scale, s_at, head, q_zero, q_outer, real, 0, STEP, Q, DK, BK,
+                          Q_PARTS, TYPE, M)  # fmt: skip
+    if STEP == 2:
+        qb, qb_rest = queries(q, q_at, q_col, q_scale, s_at, head, q_zero, q_outer, real, 1, STEP, Q, DK, BK,
+                              Q_PARTS, TYPE, M)  # fmt: skip
+    else:
+        qb, qb_rest = qa, qa_rest
+    row_q = query_scale(q_scale, s_at, head, q_outer, real, Q, M)
+    if MLA:
+        ROPE_STEP: tl.constexpr = 2 if V.element == "int4" or V.element == "uint4" or V.element == "e2m1" else 1
+        r_at = row * p_token + head * p_head
+        rs_at = (row * HEADS + head) * p_groups
+        ra, ra_rest = queries(p, r_at, p_col, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 0, ROPE_STEP, QR,
+                              DV, BV, QR_PARTS, QK_ROPE, M)  # fmt: skip
+        if ROPE_STEP == 2:
+            rb, rb_rest = queries(p, r_at, p_col, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 1, ROPE_STEP,
+                                  QR, DV, BV, QR_PARTS, QK_ROPE, M)  # fmt: skip
+        else:
+            rb, rb_rest = ra, ra_rest
+        row_r = query_scale(p_scale_of_q, rs_at, head, q_outer, real, QR, M)
+    fixed_k = fixed_scale(k_scale, group * ks_head, k_outer, K)
+    fixed_v = fixed_scale(v_scale, group * vs_head, v_outer, V)
+    p_scale = 1.0
+    if P_STATIC:
+        p_scale = tl.load(weight_scale).to(tl.float32)
+
+    top = tl.full([M], float("-inf"), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + head, mask=real, other=float("-inf")) * LOG2E
+    total = tl.zeros([M], tl.float32)
+    WIDE_V: tl.constexpr = BK if MLA else BV
+    acc = tl.zeros([M, WIDE_V], tl.float32)
+    VALUES: tl.constexpr = K if MLA else V
+    TWO: tl.constexpr = VALUES.element == "int4" or VALUES.element == "uint4" or VALUES.element == "e2m1"
+    acc_odd = tl.zeros([M, WIDE_V if TWO else 1], tl.float32)
+
+    # a static scale of P may saturate: that is of exp(s - max) with the maximum of all keys, so it is found first
+    PASSES: tl.constexpr = 2 if P_STATIC else 1
+    of_keys = top
+    for turn in tl.static_range(PASSES):
+        if P_STATIC and turn == 1:
+            of_keys = top
+            if SINKS:
+                top = tl.maximum(top, sink)
+        for at in range(begin, high, N):
+            key = at + tl.arange(0, N)
+            ok = (key < high) & (key >= low)
+            if PAGE % N == 0:
+                page = tl.load(table + sequence * table_row + at // PAGE).to(tl.int64)
+                fault = (page < 0) | (page >= pages)
+                page = tl.where(fault, 0, page)
+                slot = at % PAGE + tl.arange(0, N)
+                k_at = page * k_page + group * k_head + slot.to(tl.int64) * k_slot
+                ks_at = page * ks_page + group * ks_head + slot.to(tl.int64) * ks_slot
+                kz_at = page * kz_page + group * kz_head + slot.to(tl.int64) * kz_slot
+                v_at = page * v_page + group * v_head + slot.to(tl.int64) * v_slot
+                vs_at = page * vs_page + group * vs_head + slot.to(tl.int64) * vs_slot
+                vz_at = page * vz_page + group * vz_head + slot.to(tl.int64) * vz_slot
+            else:
+                page = tl.load(table + sequence * table_row + key // PAGE, mask=ok, other=0).to(tl.int64)
+                fault = (page < 0) | (page >= pages)
+                page = tl.where(fault, 0, page)
+                slot = (key % PAGE).to(tl.int64)
+                k_at = page * k_page + group * k_head + slot * k_slot
+                ks_at = page * ks_page + group * ks_head + slot * ks_slot
+                kz_at = page * kz_page + group * kz_head + slot * kz_slot
+                v_at = page * v_page + group * v_head + slot * v_slot
+                vs_at = page * vs_page + group * vs_head + slot * vs_slot
+                vz_at = page * vz_page + group * vz_head + slot * vz_slot
+
+            ka, ka_rest, kb, kb_rest = tile(
+                k, k_at, k_scale, ks_at, group * ks_head, k_zero, kz_at, group * kz_head, ok, K, DK, N, BK,
+                NATIVE_K, K_PARTS, TYPE,
+            )  # fmt: skip
+            s = product(qa, qa_rest, tl.trans(ka), tl.trans(ka_rest), tl.zeros([M, N], tl.float32), Q_PARTS, K_PARTS)
+            if STEP == 2:
+                s = product(qb, qb_rest, tl.trans(kb), tl.trans(kb_rest), s, Q_PARTS, K_PARTS)
+            if K.kind == "row":
+                s = s * row_scale(k_scale, ks_at, ok, K)[None, :]
+            s = s * (row_q * fixed_k)[:, None]
+            if MLA:
+                ra_k, ra_k_rest, rb_k, rb_k_rest = tile(
+                    v, v_at, v_scale, vs_at, 0, v_zero, vz_at, 0, ok, V, DV, N, BV, NATIVE_V, V_PARTS,
+                    QK_ROPE,
+                )  # fmt: skip
+                r = product(ra, ra_rest, tl.trans(ra_k), tl.trans(ra_k_rest), tl.zeros([M, N], tl.float32),
+                            QR_PARTS, V_PARTS)  # fmt: skip
+                if ROPE_STEP == 2:
+                    r = product(rb, rb_rest, tl.trans(rb_k), tl.trans(rb_k_rest), r, QR_PARTS, V_PARTS)
+                if V.kind == "row":
+                    r = r * row_scale(v_scale, vs_at, ok, V)[None, :]
+                s += r * (row_r * fixed_v)[:, None]
+            s = s * scale
+            if SOFTCAP:
+                s = tanh(s / softcap) * softcap
+            s = s * LOG2E
+            seen = ok[None, :] & real[:, None]
+            if TREE:
+                new = key - (length - count)
+                inside = seen & (new >= 0)[None, :]
+                at_tree = tl.load(plan + 3 * batch + sequence) + token[:, None] * count + new[None, :]
+                seen = seen & (tl.load(tree + at_tree, mask=inside, other=1) != 0)
+            elif CAUSAL:
+                seen = seen & (key[None, :] <= position[:, None])
+            if WINDOW > 0:
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            s = tl.where(fault[None, :] if PAGE % N != 0 else fault, float("nan"), s)
+            s = tl.where(seen, s, float("-inf"))
+            if P_STATIC and turn == 0:
+                top = tl.maximum(top, tl.max(s, 1))
+            else:
+                if P_STATIC:
+                    e = tl.exp2(s - tl.where(top == float("-inf"), 0.0, top)[:, None])
+                else:
+                    higher = tl.maximum(top, tl.max(s, 1))
+                    base = tl.where(higher == float("-inf"), 0.0, higher)
+                    e = tl.exp2(s - base[:, None])
+                    shrink = tl.exp2(top - base)
+                    total = total * shrink
+                    acc = acc * shrink[:, None]
+                    if TWO:
+                        acc_odd = acc_odd * shrink[:, None]
+                    top = higher
+                total += tl.sum(e, 1)
+                w = held(e, P, p_scale, P_DIVIDES, P_STATIC)
+                if MLA:
+                    if K.kind == "row":
+                        w = w * row_scale(k_scale, ks_at, ok, K)[None, :]
+                    wa, wa_rest = parts(w, P_PARTS, PV)
+                    acc = product(wa, wa_rest, ka.to(PV), ka_rest.to(PV), acc, P_PARTS, K_PARTS)
+                    if TWO:
+                        acc_odd = product(wa, wa_rest, kb.to(PV), kb_rest.to(PV), acc_odd, P_PARTS, K_PARTS)
+                else:
+                    va, va_rest, vb, vb_rest = tile(
+                        v, v_at, v_scale, vs_at, group * vs_head, v_zero, vz_at, group * vz_head, ok, V, DV,
+                        N, BV, NATIVE_V, V_PARTS, PV,
+                    )  # fmt: skip
+                    if V.kind == "row":
+                        w = w * row_scale(v_scale, vs_at, ok, V)[None, :]
+                    wa, wa_rest = parts(w, P_PARTS, PV)
+                    acc = product(wa, wa_rest, va, va_rest, acc, P_PARTS, V_PARTS)
+                    if TWO:
+                        acc_odd = product(wa, wa_rest, vb, vb_rest, acc_odd, P_PARTS, V_PARTS)
+
+    if not P_STATIC:
+        of_keys = top
+    seen_any = (of_keys != float("-inf")) | (total != 0)
+    grow = fixed_k if MLA else fixed_v
+    if P_STATIC:
+        grow = grow / p_scale if P_DIVIDES else grow * p_scale
+    acc = acc * grow
+    acc_odd = acc_odd * grow
+    OUT_STEP: tl.constexpr = 2 if TWO else 1
+    DO: tl.constexpr = DK if MLA else DV
+    cols = tl.arange(0, WIDE_V) * OUT_STEP
+    if SPLITS > 1:
+        to = (row * HEADS + head) * SPLITS + tl.program_id(2)
+        tl.store(partial_max + to, top, mask=real)
+        tl.store(partial_sum + to, total, mask=real)
+        some = real & (total != 0)
+        tl.store(partial + to[:, None] * DO + cols[None, :], acc, mask=some[:, None] & (cols < DO)[None, :])
+        if TWO:
+            tl.store(partial + to[:, None] * DO + cols[None, :] + 1, acc_odd,
+                     mask=some[:, None] & (cols + 1 < DO)[None, :])  # fmt: skip
+    else:
+        if SINKS:
+            with_sink = tl.maximum(top, sink)
+            shrink = tl.exp2(top - with_sink)
+            total = total * shrink + tl.exp2(sink - with_sink)
+            acc = acc * shrink[:, None]
+            acc_odd = acc_odd * shrink[:, None]
+            top = with_sink
+        below = tl.where(seen_any, total, 1.0)[:, None]
+        o_at = row * o_token + head * o_head
+        o = tl.where(seen_any[:, None], acc / below, 0.0)
+        tl.store(out + o_at[:, None] + cols[None, :] * o_col, narrow(o, out.dtype.element_ty),
+                 mask=real[:, None] & (cols < DO)[None, :])  # fmt: skip
+        if TWO:
+            o = tl.where(seen_any[:, None], acc_odd / below, 0.0)
+            tl.store(out + o_at[:, None] + (cols + 1)[None, :] * o_col, narrow(o, out.dtype.element_ty),
+                     mask=real[:, None] & (cols + 1 < DO)[None, :])  # fmt: skip
+        if LSE:
+            log = tl.where(seen_any, (top + tl.log2(total)) / LOG2E, float("-inf"))
+            tl.store(lse + row * l_token + head * l_head, log, mask=real)
