@@ -74,11 +74,11 @@ def measure(prefixes: list[str], without: list[str]) -> list[Measured]:
     bench = Bench(qhal.select("cuda"), without)
     rows: list[Measured] = []
     heading = f"{'row':34}{'us':>9}{'best peer':>24}{'us':>9}{'ratio':>7}{'floor %':>8}"
-    print(f"{bench.gpu}\n{heading}", flush=True)
-    for group in GROUPS:
-        wanted = [row for row in group.rows if row.startswith(tuple(prefixes))]
-        if not wanted:
-            continue
+    groups = {g: w for g in GROUPS if (w := [row for row in g.rows if row.startswith(tuple(prefixes))])}
+    began = time.monotonic()
+    bench.compile(list(groups))
+    print(f"{bench.gpu}, peers compiled in {time.monotonic() - began:.0f} s\n{heading}", flush=True)
+    for group, wanted in groups.items():
         began = time.monotonic()
         try:
             for row in group.run(bench, wanted):
@@ -87,7 +87,8 @@ def measure(prefixes: list[str], without: list[str]) -> list[Measured]:
         except Exception as error:  # one group that breaks must not take the others with it; its rows are missing then
             print(f"{wanted[0]}: the group broke: {type(error).__name__}: {error}", flush=True)
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory // 2:
+            torch.cuda.empty_cache()
         print(f"  ({time.monotonic() - began:.0f} s)", flush=True)
     return rows
 

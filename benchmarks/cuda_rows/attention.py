@@ -154,17 +154,7 @@ def prefill(bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
         return [partial(bench.ops.attention, q, cache, planned)]
 
     def library() -> list[Call]:
-        import flashinfer
-
-        indptr, indices, last = _csr(lens, PAGE)
-        starts = torch.arange(batch + 1, dtype=torch.int32) * length
-        space = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa3")
-        wrapper.plan(
-            starts, indptr, indices, last, HEADS, GROUPS_KV, DIM, PAGE, causal=True, sm_scale=DIM**-0.5,
-            q_data_type=q.dtype, kv_data_type=q.dtype,
-        )  # fmt: skip
-        return [partial(wrapper.run, q, (cache.planes["k.codes"], cache.planes["v.codes"]))]
+        return [partial(_fa3(lens, length).run, q, (cache.planes["k.codes"], cache.planes["v.codes"]))]
 
     us, note = (None, f"no kernel: {answer.executes}") if answer.level != "full" else _timed(bench, ours)
     yield Measured(
@@ -172,6 +162,25 @@ def prefill(bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
         bench.peers({"flashinfer fa3": library}),
         floor_us=bench.floor(0, 2.0 * batch * length * length * HEADS * DIM, "bf16"), note=note,
     )  # fmt: skip
+
+
+def _fa3(lens: tuple[Tensor, Tensor, Tensor], length: int) -> Any:
+    """The library's prefill wrapper, planned."""
+    import flashinfer
+
+    indptr, indices, last = _csr(lens, PAGE)
+    starts = torch.arange(len(lens[0]) + 1, dtype=torch.int32) * length
+    space = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa3")
+    wrapper.plan(
+        starts, indptr, indices, last, HEADS, GROUPS_KV, DIM, PAGE, causal=True, sm_scale=DIM**-0.5,
+        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )  # fmt: skip
+    return wrapper
+
+
+def _warm_prefill() -> object:
+    return _fa3(_lengths(1, PAGE, PAGE, PAGE, torch.device("cuda")), PAGE)
 
 
 def _timed(bench: Bench, make: Any) -> tuple[float | None, str]:
@@ -233,8 +242,35 @@ def _mla(q: Tensor, caches: Sequence[KVCache], lens: tuple[Tensor, Tensor, Tenso
     return [partial(wrapper.run, nope, rope, c.planes["latent.codes"], c.planes["rope.codes"]) for c in caches]
 
 
+def _warm_mla() -> object:
+    kv = KVRequest(kind="mla", k=PLAIN, v=PLAIN, heads=1, k_dim=LATENT, v_dim=ROPE, page=MLA_PAGE)
+    q = torch.zeros(1, MLA_HEADS, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
+    return _mla(q, [KVCache.allocate(kv, 1, "cuda")], _lengths(1, MLA_PAGE, 1, MLA_PAGE, q.device))[0]()
+
+
+def _small(name: str, library: Any) -> object:
+    """A call over one page: compiles the library's kernel."""
+    on, kind = torch.device("cuda"), torch.bfloat16 if name == "bf16" else torch.float8_e4m3fn
+    planes = [{f"{r}.codes": torch.zeros(1, PAGE, GROUPS_KV, DIM, device=on, dtype=kind) for r in "kv"}]
+    q = torch.zeros(1, HEADS, DIM, device=on, dtype=torch.bfloat16)
+    return library(q, planes, _lengths(1, PAGE, 1, PAGE, on))[0]()
+
+
+def _warm(name: str) -> dict[str, Any]:
+    if name not in ("bf16", "fp8"):
+        return {}
+    return {"flashinfer fa2": partial(_small, name, _fa2), "flashinfer xqa": partial(_small, name, _xqa)}
+
+
 GROUPS = (
-    *(Group(tuple(f"decode-{n}/b{b}/l{s}" for b, s in SHAPES), partial(decode, n)) for n in CACHES),
-    Group(("prefill-bf16/b4/l4096",), prefill),
-    *(Group(tuple(f"mla-{n}/b{b}/l{s}" for b, s in MLA_SHAPES), partial(mla, n)) for n in ("bf16", "fp8", "fp8-row")),
+    *(Group(tuple(f"decode-{n}/b{b}/l{s}" for b, s in SHAPES), partial(decode, n), _warm(n)) for n in CACHES),
+    Group(("prefill-bf16/b4/l4096",), prefill, {"flashinfer fa3": _warm_prefill}),
+    *(
+        Group(
+            tuple(f"mla-{n}/b{b}/l{s}" for b, s in MLA_SHAPES),
+            partial(mla, n),
+            {"flashinfer fa3": _warm_mla} if n == "bf16" else {},
+        )
+        for n in ("bf16", "fp8", "fp8-row")
+    ),
 )

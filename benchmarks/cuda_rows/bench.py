@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,12 +50,18 @@ class Measured:
         return min(fair.items(), key=lambda item: item[1]) if fair else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Rows that share weights. rows: their names, known without a GPU; run: measures those that are wanted."""
+    """Rows that share weights.
+
+    rows  their names, known without a GPU
+    run   measures those that are wanted
+    warm  by peer: what its library compiles, done for all groups at once before anything is timed
+    """
 
     rows: tuple[str, ...]
     run: Callable[[Bench, Sequence[str]], Iterator[Measured]]
+    warm: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
 class Bench:
@@ -95,6 +102,13 @@ class Bench:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop)
+
+    def compile(self, groups: Sequence[Group]) -> None:
+        """What peers compile, side by side; one that breaks says so in its row."""
+        jobs = [job for g in groups for name, job in g.warm.items() if not name.startswith(self._without or "\0")]
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.exception()
 
     def ours(self, answer: Support, calls: Callable[[], Sequence[Call]]) -> tuple[float | None, str]:
         """Our time, and why there is none: an operation that waits for the host is not timed against kernels."""

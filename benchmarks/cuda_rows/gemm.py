@@ -7,14 +7,15 @@ blocks finish. Where that happens the row shows it and does not judge by it: the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from cuda_rows import humming_peer
 from cuda_rows.bench import Bench, Call, Group, Measured, codes, copies
 from qhal.elements import element
 from qhal.formats import Format
@@ -26,7 +27,7 @@ MS = (1, 8, 16, 64, 256, 4096)
 _LOOSER = {"humming": "partial sums added in 16 bits"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """One line of formats. humming: its names of weight, scale, group (and input) types; other: peers by name."""
 
@@ -126,16 +127,16 @@ def run(kind: Kind, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
     )
     answer = bench.ops.supports(request)
     nbytes = int(n * k * w.bits / 8)
-    weights = [codes(w, (n, k), device) for _ in range(min(copies(nbytes), 4))]
+    weights = [codes(w, (n, k), device)]
     ours: list[Any] = []
     failed = ""
     if answer and answer.graph:
         try:
-            for i in range(copies(nbytes)):
-                ours.append(bench.ops.prepare(weights[i % len(weights)], request, inputs=inputs))
+            for _ in range(copies(nbytes)):
+                ours.append(bench.ops.prepare(weights[0], request, inputs=inputs))
         except Exception as error:
             failed = f"failed: prepare: {error}"
-    dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
+    dense = _dense(n, k, device)
     for m in kind.ms:
         row = f"{kind.name}/{n}x{k}/m{m}"
         if row not in wanted:
@@ -146,7 +147,7 @@ def run(kind: Kind, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
             us, note = bench.ours(answer, lambda x=x: [partial(bench.ops.gemm, x, p) for p in ours])
         peers = {"torch bf16": lambda x=x: [partial(linear, x, d) for d in dense]}
         if kind.humming is not None:
-            peers["humming"] = lambda x=x: _humming(kind, x, copies(nbytes))
+            peers["humming"] = lambda x=x: humming_peer.calls(_made(kind), [x], copies(nbytes))
         for name in kind.other:
             peers[name] = lambda x=x, name=name: _OTHER[name](x, weights, copies(nbytes))
         bits = element(xf.element).bits
@@ -157,30 +158,10 @@ def run(kind: Kind, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
         )  # fmt: skip
 
 
-_LAYERS: dict[tuple[str, int, int], list[Any]] = {}
-
-
-def _humming(kind: Kind, x: Tensor, count: int) -> list[Call]:
-    """The library as its own documentation calls it, quantization of the activations included."""
-    key = (kind.name, kind.n, kind.k)
-    if key not in _LAYERS:
-        from humming.layer import HummingLayer
-
-        _LAYERS.clear()  # one format at a time in memory
-        made = []
-        for _ in range(count):
-            layer = HummingLayer(
-                shape_n=kind.n,
-                shape_k=kind.k,
-                weight_config=dict(kind.humming or {}),
-                input_config=None if kind.act is None else dict(kind.act),
-                torch_dtype=torch.bfloat16,
-            ).cuda()
-            layer.load_from_unquantized(torch.randn(kind.n, kind.k, device=x.device, dtype=torch.bfloat16))
-            layer.transform()
-            made.append(layer)
-        _LAYERS[key] = made
-    return [partial(layer, x) for layer in _LAYERS[key]]
+@cache
+def _made(kind: Kind) -> Any:
+    """The library's kernels for this kind."""
+    return humming_peer.made(kind.humming or {}, kind.act, kind.n, kind.k, kind.ms)
 
 
 def _int_mm(x: Tensor, weights: list[QTensor], count: int) -> list[Call]:
@@ -212,7 +193,15 @@ def _blockscale(x: Tensor, weights: list[QTensor], count: int) -> list[Call]:
 
 
 def _many(weights: list[QTensor], count: int) -> list[QTensor]:
-    return [weights[i % len(weights)].to(weights[0].device) for i in range(count)]
+    """As many copies at addresses of their own."""
+    while len(weights) < count:
+        weights.append(replace(weights[0], codes=weights[0].codes.clone()))
+    return weights[:count]
+
+
+@cache
+def _dense(n: int, k: int, device: torch.device) -> list[Tensor]:
+    return [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
 
 
 _OTHER = {
@@ -222,4 +211,7 @@ _OTHER = {
     "scaled_mm block": partial(_scaled, scales="block"),
     "flashinfer blockscale": _blockscale,
 }
-GROUPS = tuple(Group(kind.rows, partial(run, kind)) for kind in KINDS)
+GROUPS = tuple(
+    Group(kind.rows, partial(run, kind), {} if kind.humming is None else {"humming": partial(_made, kind)})
+    for kind in KINDS
+)

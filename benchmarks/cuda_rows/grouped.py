@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cuda_rows import humming_peer
 from cuda_rows.bench import Bench, Call, Group, Measured, codes
 from cuda_rows.gemm import _LOOSER
 from qhal.formats import Format
@@ -51,6 +52,7 @@ def run(experts: int, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]
             bench.floor(nbytes + tokens * TOP * 2 * (N + K), 2.0 * tokens * TOP * N * K, "bf16"), nbytes, note=note,
         )  # fmt: skip
     _MADE.clear()
+    _made.cache_clear()
 
 
 def _routing(experts: int, tokens: int, turn: int, device: torch.device) -> tuple[Tensor, int]:
@@ -75,25 +77,22 @@ def _torch(experts: int, x: Tensor, offsets: list[Tensor]) -> list[Call]:
     return [partial(torch._grouped_mm, x, dense.transpose(1, 2), offs=o[1:].contiguous()) for o in offsets]
 
 
-def _humming(experts: int, x: Tensor, offsets: list[Tensor]) -> list[Call]:
-    if "humming" not in _MADE:
-        from humming.layer import HummingLayer
+@cache
+def _made(experts: int) -> Any:
+    weight = {"dtype": "uint4", "group_size": 128}
+    return humming_peer.made(weight, None, N, K, [t * TOP for t in TOKENS], experts)
 
-        layer = HummingLayer(
-            shape_n=N,
-            shape_k=K,
-            weight_config={"dtype": "uint4", "group_size": 128},
-            num_experts=experts,
-            torch_dtype=torch.bfloat16,
-        ).cuda()
-        few = torch.randn(8, N, K, device=x.device, dtype=torch.bfloat16)
-        layer.load_from_unquantized(few.repeat(experts // 8, 1, 1))
-        layer.transform()
-        _MADE["humming"] = layer
-    how = {"gemm_type": "grouped_contiguous"}
-    return [partial(_MADE["humming"], x, expert_layout=o.long(), compute_config=how) for o in offsets]
+
+def _humming(experts: int, x: Tensor, offsets: list[Tensor]) -> list[Call]:
+    config, tensors, compute, tuning = _made(experts)
+    how = {"compute_config": compute, "tuning_config": tuning, **tensors}
+    locks = torch.zeros(2048, dtype=torch.int32, device=x.device)
+    from humming.forward import humming_forward
+
+    return [partial(humming_forward, config, x, expert_layout=o.long(), locks=locks, **how) for o in offsets]
 
 
 GROUPS = tuple(
-    Group(tuple(f"grouped-w4a16/e{e}/t{t}" for t in TOKENS), partial(run, e)) for e in EXPERTS
-)  # fmt: skip
+    Group(tuple(f"grouped-w4a16/e{e}/t{t}" for t in TOKENS), partial(run, e), {"humming": partial(_made, e)})
+    for e in EXPERTS
+)
