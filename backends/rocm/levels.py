@@ -4,7 +4,8 @@
 
 L0 layout       the tests of `test_rocm_layouts.py`: bijections, exact changes of flavour
 L1 compiles     every kernel and format for every chip (`python -m qhal_triton.compile`)
-L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 and as gfx950 would choose
+L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 and as gfx950 would choose; a result of
+                the same sources is kept, and says that it is
 L3 device       not run
 
 Each level is a section of report.json, and none stands in for another. L2 also says how many cases a kernel took and
@@ -14,6 +15,7 @@ how many the portable operations. Exit code 0: everything that was run holds.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,9 +24,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+import torch
+import triton
 
 from qhal.requests import Request
 from qhal_conformance.operations import OPERATIONS, catalogue
@@ -62,8 +68,11 @@ def compiles(out: Path, archs: Sequence[str], jobs: int) -> dict[str, Any]:
 
 def interpreted(out: Path, arch: str) -> dict[str, Any]:
     """L2 of one chip."""
-    folder = out / arch
-    report = folder / "report.json"
+    folder, key = out / arch, sources()
+    report, kept = folder / "report.json", folder / "summary.json"
+    if kept.is_file() and report.is_file() and (found := json.loads(kept.read_text()))["key"] == key:
+        return {**found, "reused": True}
+    kept.unlink(missing_ok=True)
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "qhal_cli.entry", "conformance", "run", "--backend", "rocm", "--level", "0"]
     environment = {"TRITON_INTERPRET": "1", "QHAL_ROCM_INTERPRET": arch, "OMP_NUM_THREADS": "1"}
@@ -72,7 +81,9 @@ def interpreted(out: Path, arch: str) -> dict[str, Any]:
         return {"ok": False, "reason": f"the suite ended with {code}, see {out / f'{arch}.log'}"}
     found = json.loads(report.read_text())
     assert found["device"]["arch"] == arch and found["device"]["evidence"].startswith("L2")
-    return {
+    summary = {
+        "key": key,
+        "reused": False,
         "ok": code == 0,
         "verdict": found["verdict"],
         "suite": found["suite"]["version"],
@@ -82,6 +93,19 @@ def interpreted(out: Path, arch: str) -> dict[str, Any]:
         "seconds": found["seconds"],
         "report": report.relative_to(out).as_posix(),
     }
+    kept.write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+@cache
+def sources() -> str:
+    """What an interpreted result depends on: every Python file of the distributions in it, torch, Triton, Python."""
+    found = hashlib.sha256(f"{sys.version} {torch.__version__} {triton.__version__}".encode())
+    root = HERE.parents[1]
+    for name in ("qhal", "portable", "conformance", "cli", "backends/triton", "backends/rocm"):
+        for path in sorted((root / name).rglob("*.py")):
+            found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def by_kernel(entries: Sequence[dict[str, Any]], arch: str) -> dict[str, dict[str, int]]:
@@ -147,7 +171,10 @@ def _words(levels: dict[str, Any]) -> str:
     )
     lines += [f"  {line}" for line in cells.get("bad", ())]
     for arch, part in levels["L2 interpreted"].items():
-        lines.append(f"L2 interpreted as {arch}: {part.get('verdict', part.get('reason'))} {part.get('counts', '')}")
+        kept = " (kept from a run of the same sources)" * bool(part.get("reused"))
+        lines.append(
+            f"L2 interpreted as {arch}: {part.get('verdict', part.get('reason'))} {part.get('counts', '')}{kept}"
+        )
         lines += [
             f"  {operation}: {count['kernel']} cases by a kernel, {count['portable']} by the portable operation"
             for operation, count in part.get("by", {}).items()
