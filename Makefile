@@ -3,7 +3,7 @@
 # make docs   the documentation site in build/site                      make bench  speed and memory bars
 # make test-browser   the conformance page in headless Chromium, at phone and desktop width
 # make conformance-rocm   what is known of AMD GPUs without one      make cuda-offline   kernels compiled for NVIDIA GPUs
-# make compile-full   every kernel for every chip, and the tables of docs/kernels.md
+# make compile-full   every kernel for every chip, and the tables of docs/kernels.md and docs/rocm.md
 PYTHON ?= python3
 VENV ?= .venv
 # pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
@@ -98,6 +98,7 @@ compile-full: dev $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(COMPILE) --full --arch $(NVIDIA) --cache build/triton-oldest --json build/compile/oldest-full.json
 	$(BIN)/python -m qhal_triton.page build/compile/amd-full.json build/compile/nvidia-full.json \
 	  build/compile/oldest-full.json > docs/kernels.md
+	$(BIN)/python backends/rocm/plans.py --page docs/rocm.md tests/golden $(QHAL_GOLDEN)
 
 bench: dev
 	$(BIN)/python benchmarks/run.py

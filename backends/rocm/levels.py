@@ -4,8 +4,8 @@
 
 L0 layout       the tests of `test_rocm_layouts.py`: bijections, exact changes of flavour
 L1 compiles     every kernel and format for every chip (`python -m qhal_triton.compile`)
-L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 and as gfx950 would choose; a result of
-                the same sources is kept, and says that it is
+L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 and as gfx950 would choose; a result
+                of the same sources is kept, and says that it is
 L3 device       not run
 
 Each level is a section of report.json, and none stands in for another. L2 also says how many cases a kernel took and

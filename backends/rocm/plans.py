@@ -1,6 +1,6 @@
 """What would run of real checkpoints on AMD GPUs, planned with none of them here.
 
-    python backends/rocm/plans.py GOLDEN_FOLDER ... > TABLE
+    python backends/rocm/plans.py GOLDEN_FOLDER ... [--page docs/rocm.md]
 
 native     a kernel whose matrix instructions take the codes as they are: int8, fp8
 in 16 bits a kernel that decodes codes in registers and multiplies 16-bit floats; where both operands are quantized,
@@ -11,7 +11,8 @@ portable   the portable operation in float64: right, and slow
 
 from __future__ import annotations
 
-import sys
+import argparse
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +68,21 @@ def row(case: str, folder: Path) -> str:
 
 
 def main() -> None:
-    """See the first lines."""
-    print(f"| checkpoint | {' | '.join(ARCHS)} |\n| --- |{' --- |' * len(ARCHS)}")
-    for case, folder in sorted({c: f for root in sys.argv[1:] for c, f in checkpoints(Path(root))}.items()):
-        print(row(case, folder), flush=True)
+    """See the first lines. With --page the table is written between the page's marks, else printed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("roots", nargs="+", type=Path, metavar="GOLDEN_FOLDER")
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    lines = [f"| checkpoint | {' | '.join(ARCHS)} |", f"| --- |{' --- |' * len(ARCHS)}"]
+    found = {case: folder for root in given.roots for case, folder in checkpoints(root)}
+    lines += [row(case, folder) for case, folder in sorted(found.items())]
+    if given.page is None:
+        print("\n".join(lines))
+        return
+    marks = re.compile(r"(<!-- generated: plans -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = given.page.read_text()
+    table = "\n".join(lines) + "\n"
+    given.page.write_text(marks.sub(lambda found: found[1] + table + found[2], text))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ For an emulator of the instruction set, or a GPU without Python: the code object
 inputs, and what must come out. NAME: "quantize[bf16 to int8.row*fp32]", "gemm[int4.g32*bf16 x bf16]"; --rows, --n, --k
 give sizes. DIR holds
 
-    launches.json         per launch: kernel, file, grid, threads, bytes of LDS, arguments in order. Constants are in the
-                          code; behind the arguments stand two hidden pointers, for scratch memory, which are null
+    launches.json         per launch: kernel, file, grid, threads, bytes of LDS, arguments in order. Constants are in
+                          the code; behind the arguments stand two hidden pointers, for scratch memory, both null
     N.hsaco               the code object of launch N
     tensors.safetensors   every tensor that a launch is given, by "N.argument", before the first launch
     expected.safetensors  the operation's result by the portable definition, float64 rounded once
