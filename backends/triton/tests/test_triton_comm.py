@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_device import DEVICE, Kernels
+from triton_ops import DEVICE, Emulated
 
 from qhal.codecs import Codec
 from qhal.collectives import Rank
 from qhal.formats import Format
 
-OPS = Kernels()
+OPS = Emulated()
 
 
 @pytest.mark.parametrize("collective", ["all_reduce", "all_gather"])

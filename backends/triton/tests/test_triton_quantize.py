@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_device import DEVICE, HOPPER, Kernels, same
+from triton_ops import DEVICE, HOPPER, Emulated, same
 
 import qhal
 from qhal.encoding import encode
@@ -25,7 +25,7 @@ from qhal_triton import quantize
 from qhal_triton.quantize import launch
 from qhal_triton.tiles import tiles
 
-OPS = Kernels()
+OPS = Emulated()
 CASES = [case for case in catalogue(0) if case.operation == "quantize"]
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from qhal.requests import Request
+from qhal.tensors import QTensor
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_triton.ops import TritonOps
 from qhal_triton.target import Target
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+"""As tensors say it: a device without a number equals none of theirs."""
 HOPPER = Target(kind="cuda", arch="sm_90", warp=32, shared=227 << 10, fp8=frozenset({"e4m3fn", "e5m2"}))
 CDNA = Target(kind="hip", arch="gfx942", warp=64, shared=64 << 10, fp8=frozenset({"e4m3fnuz", "e5m2fnuz"}))
 
@@ -48,6 +50,23 @@ def cases(operation: str, ops: TritonOps, each: int) -> list[Case]:
 
 def _work(case: Case) -> int:
     return math.prod(size for _, size in case.shape)
+
+
+def same(got: QTensor, want: QTensor) -> None:
+    """Equal planes; any NaN is NaN."""
+    ours, theirs = got.planes(), want.planes()
+    assert ours.keys() == theirs.keys() and got.format == want.format
+    for name, plane in theirs.items():
+        mine = ours[name].cpu()
+        assert (mine.shape, mine.dtype) == (plane.shape, plane.dtype), name
+        wrong = _words(mine) != _words(plane)
+        if plane.dtype.is_floating_point:
+            wrong &= ~(torch.isnan(mine.float()) & torch.isnan(plane.float()))
+        assert not wrong.any(), (name, mine[wrong][:4], plane[wrong][:4])
+
+
+def _words(plane: torch.Tensor) -> torch.Tensor:
+    return plane.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[plane.element_size()])
 
 
 def matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
