@@ -1,9 +1,11 @@
 """How this backend keeps a canonical weight: codes of 4 bits and fewer two to a byte, everything else as it is.
 
 Layout "nibble": byte j of a row holds the codes of columns 2j (low half) and 2j + 1 (high half). Layout "nibble64": in
-every run of 128 columns byte j holds those of columns j and j + 64, so that a kernel reads two runs of neighbours; any
-power of two may stand for 64. Signed codes keep four bits of their two's complement. Weights whose columns are no
-whole runs stay canonical. Decoding goes a few rows at a time, so that a large weight never exists twice in float32.
+every run of 128 columns byte j holds those of columns j and j + 64. Layout "word32": in every run of 256 columns the
+four bytes of word j, the lowest first, hold those of columns j, j + 32, ... j + 224, so that a kernel reads runs of
+neighbours; any power of two may stand for 64 and 32. Signed codes keep four bits of their two's complement. Weights
+whose columns are no whole runs stay canonical. Decoding goes a few rows at a time, so that a large weight never exists
+twice in float32.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from qhal.tensors import QTensor
 
 Stored = QTensor | CodebookTensor | Tensor
 NIBBLE = "nibble"
+_WORD = "word"
 _PART = 1 << 20  # elements that are decoded at a time: 4 MB of float32, which stays in the cache
 
 
@@ -37,27 +40,27 @@ def keep(w: Stored, device: torch.device, layout: str = NIBBLE) -> Stored:
         return _keep_codebooks(w, device)
     check_values(w)
     own = _each(w, lambda t: _own(t, device))
-    apart = distance(layout)
-    if (
-        apart
-        and w.layout == "canonical"
-        and element(w.format.element).bits <= 4
-        and w.codes.shape[-1] % (2 * apart) == 0
-    ):
-        return replace(own, codes=_pack(own.codes, apart), layout=layout)
+    apart, size = packing(layout)
+    narrow = w.layout == "canonical" and element(w.format.element).bits <= 4
+    if apart and narrow and w.codes.shape[-1] % (2 * size * apart) == 0:
+        return replace(own, codes=_pack(own.codes, apart, size), layout=layout)
     return own
 
 
-def distance(layout: str) -> int:
-    """Columns between the two codes of a byte: 1 of "nibble", 64 of "nibble64"; 0 where every code has a byte."""
-    return int(layout.removeprefix(NIBBLE) or 1) if layout.startswith(NIBBLE) else 0
+def packing(layout: str) -> tuple[int, int]:
+    """(columns between two codes of a word, bytes of a word): (1, 1) of "nibble", (32, 4) of "word32".
+
+    (0, 1) where every code has a byte.
+    """
+    if layout.startswith(_WORD):
+        return int(layout.removeprefix(_WORD)), 4
+    return (int(layout.removeprefix(NIBBLE) or 1) if layout.startswith(NIBBLE) else 0), 1
 
 
 def canonical(w: Stored) -> Stored:
     """The canonical form of what `keep` made; bits are those that went in. Nibbles are unpacked, the rest is shared."""
-    apart = distance(w.layout) if isinstance(w, QTensor) else 0
-    if isinstance(w, QTensor) and apart:
-        return replace(w, codes=_unpack(w.codes, element(w.format.element), apart), layout="canonical")
+    if isinstance(w, QTensor) and (laid := packing(w.layout))[0]:
+        return replace(w, codes=_unpack(w.codes, element(w.format.element), *laid), layout="canonical")
     return w
 
 
@@ -82,7 +85,7 @@ def parts(w: Stored) -> Iterator[Tensor]:
         yield w.dequantize()
         return
     rows, columns = w.shape[-2], w.shape[-1]
-    if isinstance(w, QTensor) and distance(w.layout):
+    if isinstance(w, QTensor) and packing(w.layout)[0]:
         columns *= 2
     step = max(_PART // max(columns, 1), 1)
     if isinstance(w, Tensor):
@@ -205,13 +208,13 @@ def _own(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
-def _pack(codes: Tensor, apart: int) -> Tensor:
-    runs = codes.reshape(*codes.shape[:-1], -1, 2, apart).to(torch.uint8) & 15
+def _pack(codes: Tensor, apart: int, size: int) -> Tensor:
+    runs = codes.reshape(*codes.shape[:-1], -1, size, 2, apart).to(torch.uint8) & 15
     both: Tensor = runs[..., 0, :] | (runs[..., 1, :] << 4)
-    return both.flatten(-2)
+    return both.transpose(-1, -2).flatten(-3)
 
 
-def _unpack(packed: Tensor, e: Element, apart: int) -> Tensor:
-    runs = packed.reshape(*packed.shape[:-1], -1, 1, apart)
-    codes = torch.cat([runs & 15, runs >> 4], -2).flatten(-3)
+def _unpack(packed: Tensor, e: Element, apart: int, size: int) -> Tensor:
+    runs = packed.reshape(*packed.shape[:-1], -1, apart, size).transpose(-1, -2).unsqueeze(-2)
+    codes = torch.cat([runs & 15, runs >> 4], -2).flatten(-4)
     return ((codes ^ 8).to(torch.int8) - 8) if e.kind == "int" else codes

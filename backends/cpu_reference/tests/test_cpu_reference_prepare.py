@@ -75,7 +75,9 @@ def test_large_weights_are_decoded_in_parts(ops, make, monkeypatch, weight_forma
 
 
 @pytest.mark.parametrize("name", ["int4.g8*bf16", "uint4-uint4.g8*bf16", "e2m1.g16*(e4m3fn.tensor*fp32)"])
-@pytest.mark.parametrize(("layout", "pair"), [("nibble", (0, 1)), ("nibble16", (0, 16)), ("nibble32", (0, 32))])
+@pytest.mark.parametrize(
+    ("layout", "pair"), [("nibble", (0, 1)), ("nibble16", (0, 16)), ("nibble32", (0, 32)), ("word16", (0, 16))]
+)
 def test_two_codes_of_a_byte_are_as_far_apart_as_the_layout_says(make, name, layout, pair):
     w = make(name, (6, 128), 3)
     kept = storage.keep(w, w.device, layout)
@@ -83,6 +85,16 @@ def test_two_codes_of_a_byte_are_as_far_apart_as_the_layout_says(make, name, lay
     low, high = (w.codes[:, column].to(torch.uint8) & 15 for column in pair)
     assert torch.equal(kept.codes[:, 0], low | high << 4)
     assert torch.equal(torch.cat(list(storage.parts(kept))), w.dequantize())
+
+
+def test_eight_codes_of_a_word(make):
+    w = make("int4.g8*bf16", (3, 256), 3)
+    kept = storage.keep(w, w.device, "word16")
+    words = kept.codes.view(torch.int32)
+    assert words.shape == (3, 32) and storage.canonical(kept).equal(w)
+    for part in range(8):
+        first = (words[:, :16] >> (4 * part)) & 15
+        assert torch.equal(first, w.codes[:, 16 * part : 16 * part + 16].int() & 15)
 
 
 def test_a_layout_of_runs_that_do_not_fit_keeps_the_canonical_one(make):

@@ -67,7 +67,7 @@ class Bound:
         self.tiles: dict[tuple[Spec, int], Config] = {}
         self.specs = {f.storage: s for f, s in zip(gemm.x, made.specs, strict=True)}
         self.experts = p.request.experts if isinstance(p.request, GroupedRequest) else 0
-        self.planes = planes(p.multiplied, made.specs[0].w, gemm.k)
+        self.planes = planes(p.multiplied, made.specs[0], gemm.k)
 
     def partial(self, spec: Spec, q: Tensor | QTensor, m: int, dtype: torch.dtype, rows: Rows | None) -> Tensor:
         """[parts, rows, N]: one part in `dtype`, or more in fp32 to be summed. q: [rows of x, K], codes or numbers."""
@@ -129,7 +129,8 @@ class Bound:
         dense[grid](
             t["w"], y, t["sw"], t["ow"], t["zw"], t["fw"], t["table"], t["index"], r.n, r.k, *t["strides"][:8],
             WKIND=s.w.kind, SW=s.w.scale, OW=s.w.outer, ZW=s.w.zero, FW=s.w.offset,
-            GW=0 if s.indexed else s.w.group, RW=s.w.rows, CHUNK=s.chunk, APART=s.apart, INDEXED=s.indexed, BN=b,
+            GW=0 if s.indexed else s.w.group, RW=s.w.rows, CHUNK=s.chunk, PARTS=s.parts, APART=s.apart,
+            INDEXED=s.indexed, BN=b,
             enable_fp_fusion=False,
         )  # fmt: skip
         return y
@@ -160,7 +161,9 @@ def product_constants(
         "RW": s.w.rows,
         "WSHIFT": -128 if moved else 0,
         "CHUNK": s.chunk,
+        "PARTS": s.parts,
         "APART": s.apart,
+        "UNIT": s.unit,
         "INDEXED": s.indexed,
         "EVEN": r.k % s.span == 0,
         "BIAS": r.bias if bias is None else bias,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import gcd
 
 from qhal.flavours import FNUZ
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
-from qhal_portable.storage import distance
+from qhal_portable.storage import packing
 from qhal_triton.gemm.sides import WIDE_KIND, Side, side
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
@@ -28,6 +29,7 @@ class Spec:
     mode: str
     chunk: int
     apart: int
+    parts: int
     indexed: bool
     numerics: NumericsClass
     foreign: bool = False
@@ -36,7 +38,14 @@ class Spec:
     @property
     def span(self) -> int:
         """Columns of a step."""
-        return self.chunk * (2 if self.apart else 1)
+        return self.chunk * self.parts
+
+    @property
+    def unit(self) -> int:
+        """Neighbouring columns of a step that have the same scales; fp8 sums are added in fp32 after every run."""
+        if self.native or self.apart == 1:
+            return self.chunk
+        return gcd(self.span, 0 if self.indexed else self.w.group, self.x.group)
 
     @property
     def native(self) -> bool:
@@ -95,7 +104,7 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
     specs = [s for s in found if s is not None]
     if len(specs) < len(found):
         return None
-    layout = _layout(specs, request.k, target)
+    layout = _layout(specs, request.k)
     laid = [_laid(s, layout) for s in specs]
     if any(s.chunk == 0 for s in laid):
         return None
@@ -142,6 +151,7 @@ def _spec(
         mode=mode,
         chunk=0,
         apart=0,
+        parts=1,
         indexed=indexed,
         numerics=numerics,
         foreign=foreign and kind == "fp8",
@@ -162,28 +172,28 @@ def _wide(w: Side, x: Side) -> bool:
     return all(s.group % 32 == 0 for s in (w, x))
 
 
-def _layout(specs: list[Spec], k: int, target: Target) -> str:
-    """How `prepare` keeps the codes: two in a byte as far apart as scales and the chip's fast memory let them be."""
+def _layout(specs: list[Spec], k: int) -> str:
+    """How `prepare` keeps the codes: eight in a word or two in a byte, as far apart as scales let them be."""
     if specs[0].w.bits > 4:
         return "canonical"
-    roomy = target.shared >= 128 << 10 and specs[0].type != "fp32"
-    for apart in (128, 64, 32, 16) if roomy else (64, 32, 16):
-        if k % (2 * apart) == 0 and all(_laid(s, f"nibble{apart}").chunk for s in specs):
-            return f"nibble{apart}"
-    return "nibble" if k % 2 == 0 and all(_laid(s, "nibble").chunk for s in specs) else "canonical"
+    for layout in ("word32", "word16", "nibble64", "nibble32", "nibble16", "nibble"):
+        apart, size = packing(layout)
+        if k % (2 * size * apart) == 0 and all(_laid(s, layout).chunk for s in specs):
+            return layout
+    return "canonical"
 
 
 def _laid(s: Spec, layout: str) -> Spec:
     """The Spec with the columns of a step: the longest run without a change of scale; 0 if there is none."""
-    apart = distance(layout)
+    apart, size = packing(layout)
     groups = [g for g in (0 if s.indexed else s.w.group, s.x.group) if g]
     shortest = 32 if s.type in ("int8", "fp8") else 16
-    longest = 128 if apart or s.type in ("int8", "fp8") else 64
+    longest = 128 if s.type in ("int8", "fp8") else 64
     reach = 2 if apart == 1 else 1
     fitting = [c for c in _RUNS if shortest <= c <= longest and all(g % (c * reach) == 0 for g in groups)]
     if apart > 1:
         fitting = [c for c in fitting if c == apart]
-    return Spec(**{**vars(s), "chunk": fitting[0] if fitting else 0, "apart": apart})
+    return replace(s, chunk=fitting[0] if fitting else 0, apart=apart, parts=2 * size if apart else 1)
 
 
 def _words(made: Plan) -> str:

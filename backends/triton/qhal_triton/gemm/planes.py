@@ -11,19 +11,20 @@ from qhal.elements import element, values
 from qhal.tensors import QTensor
 from qhal_portable.storage import Stored
 from qhal_triton.gemm.paths import Spec
-from qhal_triton.gemm.sides import WIDE_KIND, Side
+from qhal_triton.gemm.sides import WIDE_KIND
 
 
-def planes(w: Stored, s: Side, k: int) -> dict[str, Any]:
-    """Of a kept weight: "w" (codes), its planes, and "strides".
+def planes(w: Stored, spec: Spec, k: int) -> dict[str, Any]:
+    """Of a kept weight: "w" (words of codes), its planes, and "strides".
 
     strides: in rows and columns of codes (rows only), scale, zero, offset, outer scale (rows only), then of experts.
     """
+    s = spec.w
     if isinstance(w, Tensor):
         codes, found = w, {}
     else:
         assert isinstance(w, QTensor)
-        codes = w.codes
+        codes = w.codes.view(torch.int32) if spec.parts == 8 else w.codes
         inner = w.scale.codes if isinstance(w.scale, QTensor) else w.scale
         outer = w.scale.scale if isinstance(w.scale, QTensor) else None
         found = {"sw": inner, "zw": w.zero, "fw": w.offset, "ow": outer, "index": w.group_index, "table": w.table}

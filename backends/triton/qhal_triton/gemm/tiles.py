@@ -45,6 +45,8 @@ PAIRS = (
 )
 """Weight and activation of every branch of the kernel."""
 _N, _K = 4096, 4096
+_WORDS = {2: "*u8", 8: "*i32"}
+"""Pointers to words of so many codes."""
 
 
 def tiles(target: Target) -> Iterator[Tile]:
@@ -73,7 +75,7 @@ def product_tile(request: GemmRequest, spec: Spec, c: Config, target: Target, na
     x = next(f for f, s in zip(request.x, plan_specs(request, spec), strict=True) if s)
     given = {
         "x": _pointer(x.element),
-        "w": _pointer(w.element) if not spec.apart else "*u8",
+        "w": _WORDS.get(spec.parts) or _pointer(w.element),
         "y": "*fp32",
         "bias": "*fp32" if request.bias else None,
         **_planes("x", x),
@@ -105,13 +107,13 @@ def _dense_tile(request: GemmRequest, s: Spec, target: Target, name: str) -> Til
     w = request.operand or request.w
     assert isinstance(w, Format)
     given = {
-        "w": _pointer(w.element) if not s.apart else "*u8",
+        "w": _WORDS.get(s.parts) or _pointer(w.element),
         "y": f"*{s.type}",
         **_planes("w", w),
         "table": "*fp32" if s.w.kind == "table" else None,
         "index": "*i32" if s.indexed else None,
     }
-    names = ("WKIND", "SW", "OW", "ZW", "FW", "GW", "RW", "CHUNK", "APART", "INDEXED")
+    names = ("WKIND", "SW", "OW", "ZW", "FW", "GW", "RW", "CHUNK", "PARTS", "APART", "INDEXED")
     every = product_constants(s, request, Config(16, 32, 1, 4, 2), target, form="", top=1, experts=0)
     return _tile(name, dense, given, {**{n: every[n] for n in names}, "BN": 32}, 4, 2, False, matrix=False)
 

@@ -13,19 +13,19 @@ from qhal_triton.gemm.kernels.values import code_of, decoded, plane
 def dense(
     w, y, sw, ow, zw, fw, table, index, n, k, w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
     WKIND: tl.constexpr, SW: tl.constexpr, OW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr, GW: tl.constexpr,
-    RW: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr, INDEXED: tl.constexpr, BN: tl.constexpr,
+    RW: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr,
+    INDEXED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """y [n, k] from the codes of one step in BN rows; the arguments are those of `product`."""
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     step, rn_in = tl.program_id(1), rn < n
-    PARTS: tl.constexpr = 2 if APART else 1
     cols = tl.arange(0, CHUNK)
     here = rn_in[:, None] & (step * CHUNK + cols < k // PARTS)[None, :]
-    code = tl.load(w + rn.to(tl.int64)[:, None] * w_row + step * CHUNK + cols[None, :], mask=here, other=0)
+    word = tl.load(w + rn.to(tl.int64)[:, None] * w_row + step * CHUNK + cols[None, :], mask=here, other=0)
     for half in tl.static_range(PARTS):
         base = step * (CHUNK * PARTS)
         if APART == 1:
-            columns = base + 2 * cols + half
+            columns = base + PARTS * cols + half
         else:
             base += half * CHUNK
             columns = base + cols
@@ -47,6 +47,6 @@ def dense(
             z = plane(zw, r * zw_row + g * zw_col, w_in, ZW)
         if FW != "":
             f = plane(fw, r * fw_row + g * fw_col, w_in, "")
-        value = decoded(code_of(code, WKIND, half, APART > 0), WKIND, table, s, z, f, SW, ZW, FW, INDEXED)
+        value = decoded(code_of(word, WKIND, half, PARTS), WKIND, table, s, z, f, SW, ZW, FW, INDEXED)
         y_at = y + rn.to(tl.int64)[:, None] * k + columns[None, :]
         tl.store(y_at, narrow(value, y.dtype.element_ty), mask=rn_in[:, None] & valid[None, :])

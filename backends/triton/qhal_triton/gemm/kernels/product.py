@@ -1,8 +1,8 @@
 """Device code of products: y[m, n] = sum over k of X[m, k] * W[n, k], for a gemm and for the experts of a grouped one.
 
 A program holds [BN, BM] of the transposed result: the weight is the left operand, so that its tile is decoded in
-registers, and few tokens waste little of a matrix instruction. Every step takes CHUNK columns of which no two have
-different scales, or two such runs whose codes share bytes (APART columns from each other).
+registers, and few tokens waste little of a matrix instruction. Every step takes PARTS runs of CHUNK columns whose codes
+share words, APART columns from each other; no two columns of UNIT neighbours have different scales.
 
 `mode` says where a weight's scale comes in:
     late    one scale per row: after the last step
@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 
 from qhal_triton.bits import narrow
-from qhal_triton.gemm.kernels.values import code_of, decoded, dot, exact, fp8, number, plane
+from qhal_triton.gemm.kernels.values import (
+    code_of,
+    decoded,
+    dot,
+    exact,
+    fp8,
+    number,
+    plane,
+    whole_activation,
+    whole_weight,
+)
 
 
 @triton.jit
@@ -30,7 +40,8 @@ def product(
     XKIND: tl.constexpr, WKIND: tl.constexpr, MODE: tl.constexpr,
     SX: tl.constexpr, OX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
     SW: tl.constexpr, OW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr, GW: tl.constexpr, RW: tl.constexpr,
-    WSHIFT: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr, BIAS: tl.constexpr, INDEXED: tl.constexpr,
+    WSHIFT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr, UNIT: tl.constexpr,
+    BIAS: tl.constexpr, INDEXED: tl.constexpr,
     FORM: tl.constexpr, TOP: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -85,11 +96,10 @@ def product(
             bias += expert * b_exp
     source = (rows // TOP).to(tl.int64)
     WHOLE: tl.constexpr = tl.int8 == TYPE
-    PARTS: tl.constexpr = 2 if APART else 1
     WLATE: tl.constexpr = MODE == "late" or MODE == "early"
     XLATE: tl.constexpr = GX == 0
     FRESH: tl.constexpr = NATIVE or not WLATE or not XLATE
-    INTS: tl.constexpr = WHOLE and WLATE and XLATE
+    INTS: tl.constexpr = WHOLE and not FRESH
     total = tl.zeros((BN, BM), tl.int32 if INTS else tl.float32)
     outer = tl.full((BN,), 1.0, tl.float32)
     if OW != "":
@@ -100,69 +110,67 @@ def product(
     cols = tl.arange(0, CHUNK)
     w_at = w + rn.to(tl.int64)[:, None] * w_row + cols[None, :]
     for step in range(first, last):
+        s, z, f = 1.0, 0.0, 0.0
+        z_x = tl.zeros((BM,), tl.float32)
         inside = rn_in[:, None]
         if not EVEN:
             inside = inside & (step * CHUNK + cols < k // PARTS)[None, :]
-        code = tl.load(w_at + step * CHUNK, mask=inside, other=0)
-        for half in tl.static_range(PARTS):
+        word = tl.load(w_at + step * CHUNK, mask=inside, other=0)
+        for part_of in tl.static_range(PARTS):
             base = step * (CHUNK * PARTS)
             if APART == 1:
-                columns = base + 2 * cols + half
+                columns = base + PARTS * cols + part_of
             else:
-                base += half * CHUNK
+                base += part_of * CHUNK
                 columns = base + cols
             valid = columns < k
             x_at = x + source[None, :] * x_row + columns[:, None]
             x_in = live[None, :] if EVEN else live[None, :] & valid[:, None]
             xt = tl.load(x_at, mask=x_in, other=0)
-            # scales, zero points and offsets of w in this run of columns
-            if INDEXED:
-                g = tl.load(index + columns, mask=valid, other=0)[None, :]
-                r, w_in = (rn // RW)[:, None], rn_in[:, None] & valid[None, :]
-            else:
-                g = base // GW if GW > 0 else 0
-                r, w_in = (rn // RW), rn_in
-            s, z, f = 1.0, 0.0, 0.0
-            if SW != "" and MODE != "late":
-                s = plane(sw, r * sw_row + g * sw_col, w_in, SW)
-                if OW != "" and INDEXED:
-                    s = s * outer[:, None]
-                elif OW != "":
-                    s = s * outer
-            if ZW != "":
-                z = plane(zw, r * zw_row + g * zw_col, w_in, ZW)
-            if FW != "":
-                f = plane(fw, r * fw_row + g * fw_col, w_in, "")
             gx = base // GX if GX > 0 else 0
-            z_x = tl.zeros((BM,), tl.float32)
-            if ZX != "":
-                z_x = plane(zx, source * zx_row + gx * zx_col, live, ZX)
-            if WHOLE:
-                wt = code_of(code, WKIND, half, APART > 0)
-                add = tl.zeros((BN, BM), tl.int32)
-                zi, zx_i = tl.zeros((BN,), tl.int32) + WSHIFT, z_x.to(tl.int32)
+            g = base // GW if GW > 0 else 0
+            # what is the same for the columns of a unit is read at its start
+            if INDEXED:
+                at_w = (rn // RW)[:, None] * sw_row + tl.load(index + columns, mask=valid, other=0)[None, :] * sw_col
+                s = plane(sw, at_w, rn_in[:, None] & valid[None, :], SW)
+                if OW != "":
+                    s = s * outer[:, None]
                 if ZW != "":
-                    zi += z.to(tl.int32)
-                if WKIND == "uint" and WSHIFT != 0:  # 8 bits: moved by 128 to be signed
-                    w8 = tl.where(valid[None, :], (wt ^ 128).to(tl.int8, bitcast=True), 0)
-                elif ZW != "" and APART > 0:
-                    w8 = tl.where(valid[None, :], wt.to(tl.int32) - z.to(tl.int32)[:, None], 0).to(tl.int8)
-                    zi = tl.zeros((BN,), tl.int32)
-                else:
-                    w8 = wt.to(tl.int8)
-                if XKIND == "uint":
-                    x8 = tl.where(valid[:, None], (xt ^ 128).to(tl.int8, bitcast=True), 0)
-                    zx_i -= 128
-                else:
-                    x8 = xt
-                add = dot(w8, x8, add)
-                if (ZW != "" and APART == 0) or WSHIFT != 0:
-                    add -= zi[:, None] * tl.sum(x8.to(tl.int32), 0)[None, :]
+                    at_z = (rn // RW)[:, None] * zw_row + tl.load(index + columns, mask=valid, other=0)[
+                        None, :
+                    ] * zw_col
+                    z = plane(zw, at_z, rn_in[:, None] & valid[None, :], ZW)
+                if FW != "":
+                    at_f = (rn // RW)[:, None] * fw_row + tl.load(index + columns, mask=valid, other=0)[
+                        None, :
+                    ] * fw_col
+                    f = plane(fw, at_f, rn_in[:, None] & valid[None, :], "")
+            elif part_of * CHUNK % UNIT == 0:
+                if SW != "" and MODE == "early":
+                    s = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
+                    if OW != "":
+                        s = s * outer
+                if ZW != "":
+                    z = plane(zw, (rn // RW) * zw_row + g * zw_col, rn_in, ZW)
+                if FW != "":
+                    f = plane(fw, (rn // RW) * fw_row + g * fw_col, rn_in, "")
+            if ZX != "" and part_of * CHUNK % UNIT == 0:
+                z_x = plane(zx, source * zx_row + gx * zx_col, live, ZX)
+            if FRESH and part_of * CHUNK % UNIT == 0:
+                add = tl.zeros((BN, BM), tl.int32 if WHOLE else tl.float32)
+            if WHOLE:
+                w8, w_zero = whole_weight(word, z, valid, WKIND, part_of, PARTS, ZW, WSHIFT)
+                x8, x_zero = whole_activation(xt, z_x, valid, XKIND)
+                ints = dot(w8, x8, tl.zeros((BN, BM), tl.int32))
+                if (ZW != "" and PARTS == 1) or WSHIFT != 0:
+                    ints -= w_zero[:, None] * tl.sum(x8.to(tl.int32), 0)[None, :]
                 if ZX != "" or XKIND == "uint":
-                    add -= zx_i[None, :] * tl.sum(w8.to(tl.int32), 1)[:, None]
-                    add += tl.sum(valid.to(tl.int32), 0) * zi[:, None] * zx_i[None, :]
-                if WLATE and XLATE:
-                    total += add
+                    ints -= x_zero[None, :] * tl.sum(w8.to(tl.int32), 1)[:, None]
+                    ints += tl.sum(valid.to(tl.int32), 0) * w_zero[:, None] * x_zero[None, :]
+                if FRESH:
+                    add += ints
+                else:
+                    total += ints
             else:
                 if XKIND == "":
                     xv = xt
@@ -172,24 +180,25 @@ def product(
                     xv = number(xt, XKIND) - z_x[None, :]
                     xv = narrow(tl.where(valid[:, None], xv, 0.0), TYPE)
                 if NATIVE:
-                    wv = fp8(code, WKIND, FOREIGN)
+                    wv = fp8(word, WKIND, FOREIGN)
                 elif MODE == "early":
-                    number_of = code_of(code, WKIND, half, APART > 0)
-                    wv = narrow(decoded(number_of, WKIND, table, s, z, f, SW, ZW, FW, INDEXED), TYPE)
+                    code = code_of(word, WKIND, part_of, PARTS)
+                    wv = narrow(decoded(code, WKIND, table, s, z, f, SW, ZW, FW, INDEXED), TYPE)
                 else:
-                    wv = exact(code, WKIND, TYPE, half, APART > 0, table, z, ZW, PTX)
+                    wv = exact(word, WKIND, TYPE, part_of, PARTS, table, z, ZW, PTX)
                 if FRESH:
-                    add = dot(wv, xv, tl.zeros((BN, BM), tl.float32))
-                    if FOREIGN:
-                        add *= 4.0
-                    if WLATE and XLATE:
-                        total += add
+                    add = dot(wv, xv, add)
                 else:
                     total = dot(wv, xv, total)
-            if not (WLATE and XLATE):
+            if FRESH and (part_of + 1) * CHUNK % UNIT == 0:
                 scaled = add.to(tl.float32)
+                if FOREIGN:
+                    scaled = scaled * 4.0
                 if not WLATE:
-                    scaled = scaled * s[:, None]
+                    s_w = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
+                    if OW != "":
+                        s_w = s_w * outer
+                    scaled = scaled * s_w[:, None]
                 if not XLATE:
                     s_x = plane(sx, source * sx_row + gx * sx_col, live, SX)
                     if OX != "":

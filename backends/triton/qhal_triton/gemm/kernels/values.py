@@ -79,35 +79,69 @@ def fp8(code, KIND: tl.constexpr, FOREIGN: tl.constexpr):
 
 
 @triton.jit
-def code_of(code, KIND: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr):
-    """The code of one byte, or of its low (HALF 0) or high half."""
-    if PACKED:
-        code = (code >> 4) if HALF == 1 else (code & 15)
-    if PACKED and KIND == "int":
+def code_of(word, KIND: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Code PART of words that hold PARTS of 4 bits each; 1: the word is the code."""
+    code = word
+    if PARTS > 1:
+        code = (word >> (4 * PART)) & 15
+    if PARTS > 1 and KIND == "int":
         code = (code ^ 8).to(tl.int32) - 8
     return code
 
 
 @triton.jit
 def exact(
-    code, KIND: tl.constexpr, TYPE: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr, table, z,
+    word, KIND: tl.constexpr, TYPE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, table, z,
     ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The codes of [BN, columns] bytes, less their zero points z [BN], in a 16-bit TYPE (or fp32) that holds them."""
+    """Codes PART of [BN, columns] words, less their zero points z [BN], in a 16-bit TYPE (or fp32) that holds them."""
     INTEGER: tl.constexpr = KIND == "int" or KIND == "uint"
     BY_HAND: tl.constexpr = PTX and TYPE != tl.float32 and not INTERPRETED  # noqa: SIM300
-    if BY_HAND and PACKED and INTEGER:
-        value = integer_pairs(code, KIND, TYPE, HALF, z)
-    elif BY_HAND and PACKED and KIND == "e2m1":
-        value = e2m1_pairs(code, TYPE, HALF)
+    if BY_HAND and PARTS == 8 and INTEGER:
+        value = integer_pairs(word, KIND, TYPE, PART, z)
+    elif BY_HAND and PARTS == 8 and KIND == "e2m1":
+        value = e2m1_pairs(word, TYPE, PART)
     elif BY_HAND and KIND == "e4m3fn":
-        value = fp8(code, KIND, False).to(TYPE)
+        value = fp8(word, KIND, False).to(TYPE)
     else:
-        value = number(code_of(code, KIND, HALF, PACKED), KIND, table)
+        value = number(code_of(word, KIND, PART, PARTS), KIND, table)
         if ZERO != "":
             value = value - z[:, None]
         value = narrow(value, TYPE)
     return value
+
+
+@triton.jit
+def whole_weight(
+    word, z, valid, KIND: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ZERO: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    """Codes PART of words as int8 and the int32 zero point of every row that is still to be subtracted, less SHIFT.
+
+    Codes of 4 bits less their zero point fit; those of 8 bits without a sign are moved by SHIFT = -128.
+    """
+    code = code_of(word, KIND, PART, PARTS)
+    zero = tl.zeros((word.shape[0],), tl.int32) + SHIFT
+    if PARTS == 1 and ZERO != "":
+        zero += z.to(tl.int32)
+    if SHIFT != 0:
+        w8 = tl.where(valid[None, :], (code ^ 128).to(tl.int8, bitcast=True), 0)
+    elif PARTS > 1 and ZERO != "":
+        w8 = tl.where(valid[None, :], code.to(tl.int32) - z.to(tl.int32)[:, None], 0).to(tl.int8)
+    else:
+        w8 = code.to(tl.int8)
+    return w8, zero
+
+
+@triton.jit
+def whole_activation(code, z, valid, KIND: tl.constexpr):
+    """Codes of x as int8, those without a sign moved by 128, and the zero point of every row, moved alike."""
+    zero = z.to(tl.int32)
+    if KIND == "uint":
+        x8 = tl.where(valid[:, None], (code ^ 128).to(tl.int8, bitcast=True), 0)
+        zero -= 128
+    else:
+        x8 = code
+    return x8, zero
 
 
 @triton.jit
