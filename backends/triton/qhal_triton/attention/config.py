@@ -38,17 +38,16 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
     small = target.shared < 128 << 10
     two = max(a.k_parts, a.v_parts, a.p_parts, a.q_parts) > 1
     widest = max(kv.k_dim, kv.v_dim)
-    found = []
-    if widest > 256:
-        m = 16 if small else min(rows, 64)
-        shapes = [(m, 16 if small or two else 64, 8 if m > 16 else 4, 1 if small or two else 2)]
-        shapes += [(m, 32, 8 if m > 16 else 4, 1 if small else 2), (m, 16, 4, 1)]
+    found: list[Config] = []
+    if widest > 256:  # values fill the registers: few rows, and fewer where operands have two parts
+        m = min(rows, 16 if small or a.k_parts == 2 else 32 if two else 64)
+        shapes = [(m, 16 if small or two else 64, 8, 1 if small or two else 2)]
+        shapes += [(m, n, warps, stages) for n in (16, 32, 64) for warps in (4, 8) for stages in (1, 2)]
     elif widest > 128:
-        shapes = [(min(rows, 32 if small else 64), 32, 4, 1 if small else 2)]
+        shapes = [(min(rows, 32 if small else 64), 32, 4, 1 if small or two else 2)]
     else:
-        top = 64 if small or two else 128
-        m = min(rows, top)
-        shapes = [(m, 32 if small and two else 64, 8 if m > 64 else 4, 2 if small else 3)]
+        m = min(rows, 64 if small or two else 128)
+        shapes = [(m, 32 if two else 64, 8 if m > 64 else 4, 2 if small else 3)]
         shapes += [(m, n, warps, stages) for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
     for m, n, warps, stages in dict.fromkeys(shapes):
         together = min(share, m)

@@ -62,14 +62,14 @@ def run(
         log if sinks is None else sinks, weight_scale,
         result, *result.stride(), log, *log.stride()[:2],
         *((batch.partial, batch.tops, batch.sums) if c.splits > 1 else (log, log, log)),
-        batch.limits.batch, batch.blocks, request.scale, request.softcap or 1.0,
+        batch.limits.batch, batch.blocks, c.splits, request.scale, request.softcap or 1.0,
         **constants(request, a, c, batch.target), SINKS=sinks is not None, LSE=logs is not None,
         num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if c.splits > 1:
         merge[(batch.tokens * request.heads, -(-width // 64))](
             batch.partial, batch.tops, batch.sums, log if sinks is None else sinks, result, *result.stride(), log,
-            *log.stride()[:2], HEADS=request.heads, D=width, COLS=64, SPLITS=c.splits,
+            *log.stride()[:2], c.splits, HEADS=request.heads, D=width, COLS=64,
             ALL=power(c.splits), SINKS=sinks is not None, LSE=logs is not None, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return result
@@ -88,7 +88,7 @@ def constants(request: AttentionRequest, a: Arithmetic, c: Config, target: Targe
         P=a.p, P_STATIC=a.p_static, P_DIVIDES=a.p_divides, P_PARTS=a.p_parts, PV=_TYPES[a.pv],
         MLA=kv.kind == "mla", HEADS=request.heads, SHARE=request.heads // kv.heads, TOGETHER=c.together,
         DK=kv.k_dim, DV=kv.v_dim, **dict(zip(("BK", "BV"), columns, strict=True)), PAGE=kv.page,
-        M=c.m, N=c.n, SPLITS=c.splits,
+        M=c.m, N=c.n, SPLIT=c.splits > 1,
         CAUSAL=request.causal, WINDOW=request.window or 0, TREE=request.tree, SOFTCAP=request.softcap is not None,
         NATIVE_K=native, NATIVE_V=native,
     )  # fmt: skip

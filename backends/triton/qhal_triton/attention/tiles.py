@@ -26,6 +26,9 @@ _OPERANDS = (
     ("fp16", "fp16", "fp16", "fp16"),
 )
 """(k, v, q, p) of what is not held in bf16."""
+_SPILLS = 640
+"""Bytes (AMD: registers) of a thread: [64, 512] values beside their keys leave few registers, and what is moved out
+stands before and behind the loop."""
 
 
 def tiles(target: Target) -> Iterator[Tile]:
@@ -45,8 +48,9 @@ def tiles(target: Target) -> Iterator[Tile]:
             **dict.fromkeys(("partial", "partial_max", "partial_sum", "sinks", "lse"), "*fp32"),
             **dict.fromkeys(("o_token", "o_head", "l_token", "l_head"), "i32:16"),
             "out": "*bf16",
+            "splits": "i32",
         },
-        constants={"HEADS": 32, "D": 128, "COLS": 64, "SPLITS": 12, "ALL": 16, "SINKS": True, "LSE": True, "o_col": 1},
+        constants={"HEADS": 32, "D": 128, "COLS": 64, "ALL": 16, "SINKS": True, "LSE": True, "o_col": 1},
         options={"num_warps": 4},
     )
 
@@ -77,7 +81,7 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
     }
     known |= {"q_scale": kind(a.q.scale), "p_scale_of_q": kind(a.rope.scale), "q_zero": kind(a.q.zero)}
     known |= pointers(a.k, "k", "k_scale", "k_zero", "k_outer") | pointers(a.v, "v", "v_scale", "v_zero", "v_outer")
-    plain = {"q_groups", "p_groups", "pages", "batch", "blocks"}
+    plain = {"q_groups", "p_groups", "pages", "batch", "blocks", "splits"}
     formats = f"{request.kv.k} {request.kv.v} q={request.q} p={request.p}"
     return Tile(
         name=f"attention.attend[{request.kv.kind} {request.phase} {formats}]",
@@ -87,4 +91,5 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
         options={"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True},
         matrix=True,
         native="16",
+        spills=_SPILLS if request.kv.kind == "mla" else 0,
     )

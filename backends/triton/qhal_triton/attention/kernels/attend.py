@@ -5,14 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.attention.kernels.scores import fixed_scale, held, product, queries, query_scale, row_scale, tanh
+from qhal_triton.attention.kernels.scores import (
+    fixed_scale,
+    held,
+    place,
+    product,
+    queries,
+    query_scale,
+    row_scale,
+    tanh,
+)
 from qhal_triton.bits import narrow
 from qhal_triton.kv.kernels.decode import parts, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "blocks", "splits", "pages", "q_groups", "p_groups"])
 def attend(
     q, q_token, q_head, q_col, q_scale, q_zero, q_outer, q_groups,
     p, p_token, p_head, p_col, p_scale_of_q, p_groups,
@@ -20,14 +29,14 @@ def attend(
     v, v_page, v_slot, v_head, v_scale, vs_page, vs_slot, vs_head, v_zero, vz_page, vz_slot, vz_head, v_outer,
     plan, table, table_row, pages, tree, sinks, weight_scale,
     out, o_token, o_head, o_col, lse, l_token, l_head, partial, partial_max, partial_sum,
-    batch, blocks, scale, softcap,
+    batch, blocks, splits, scale, softcap,
     Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_PARTS: tl.constexpr, QR_PARTS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
     TYPE: tl.constexpr, QK_ROPE: tl.constexpr,
     P: tl.constexpr, P_STATIC: tl.constexpr, P_DIVIDES: tl.constexpr, P_PARTS: tl.constexpr, PV: tl.constexpr,
     MLA: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, NATIVE_K: tl.constexpr, NATIVE_V: tl.constexpr,
 ):  # fmt: skip
@@ -62,8 +71,8 @@ def attend(
         low = tl.maximum(length - count + first - WINDOW + 1, 0)
     begin = low // N * N
     tiles = tl.cdiv(tl.maximum(high - begin, 0), N)
-    if SPLITS > 1:
-        each = tl.cdiv(tiles, SPLITS)
+    if SPLIT:
+        each = tl.cdiv(tiles, splits)
         begin += tl.program_id(2) * each * N
         high = tl.minimum(high, begin + each * N)
 
@@ -91,8 +100,8 @@ def attend(
         else:
             rb, rb_rest = ra, ra_rest
         row_r = query_scale(p_scale_of_q, rs_at, head, q_outer, real, QR, M)
-    fixed_k = fixed_scale(k_scale, group * ks_head, k_outer, K)
-    fixed_v = fixed_scale(v_scale, group * vs_head, v_outer, V)
+    fixed_k = fixed_scale(k_scale + group * ks_head, k_outer, K)
+    fixed_v = fixed_scale(v_scale + group * vs_head, v_outer, V)
     p_scale = 1.0
     if P_STATIC:
         p_scale = tl.load(weight_scale).to(tl.float32)
@@ -118,42 +127,34 @@ def attend(
         for at in range(begin, high, N):
             key = at + tl.arange(0, N)
             ok = (key < high) & (key >= low)
-            if PAGE % N == 0:
+            if PAGE % N == 0:  # a tile lies in one page: 64-bit addresses are those of the page only
                 page = tl.load(table + sequence * table_row + at // PAGE).to(tl.int64)
-                fault = (page < 0) | (page >= pages)
-                page = tl.where(fault, 0, page)
                 slot = at % PAGE + tl.arange(0, N)
-                k_at = page * k_page + group * k_head + slot.to(tl.int64) * k_slot
-                ks_at = page * ks_page + group * ks_head + slot.to(tl.int64) * ks_slot
-                kz_at = page * kz_page + group * kz_head + slot.to(tl.int64) * kz_slot
-                v_at = page * v_page + group * v_head + slot.to(tl.int64) * v_slot
-                vs_at = page * vs_page + group * vs_head + slot.to(tl.int64) * vs_slot
-                vz_at = page * vz_page + group * vz_head + slot.to(tl.int64) * vz_slot
             else:
                 page = tl.load(table + sequence * table_row + key // PAGE, mask=ok, other=0).to(tl.int64)
-                fault = (page < 0) | (page >= pages)
-                page = tl.where(fault, 0, page)
-                slot = (key % PAGE).to(tl.int64)
-                k_at = page * k_page + group * k_head + slot * k_slot
-                ks_at = page * ks_page + group * ks_head + slot * ks_slot
-                kz_at = page * kz_page + group * kz_head + slot * kz_slot
-                v_at = page * v_page + group * v_head + slot * v_slot
-                vs_at = page * vs_page + group * vs_head + slot * vs_slot
-                vz_at = page * vz_page + group * vz_head + slot * vz_slot
+                slot = key % PAGE
+            fault = (page < 0) | (page >= pages)
+            page = tl.where(fault, 0, page)
+            k_in, k_at = place(k, page, slot, group, k_page, k_slot, k_head, PAGE % N == 0)
+            ks_in, ks_at = place(k_scale, page, slot, group, ks_page, ks_slot, ks_head, PAGE % N == 0)
+            kz_in, kz_at = place(k_zero, page, slot, group, kz_page, kz_slot, kz_head, PAGE % N == 0)
+            v_in, v_at = place(v, page, slot, group, v_page, v_slot, v_head, PAGE % N == 0)
+            vs_in, vs_at = place(v_scale, page, slot, group, vs_page, vs_slot, vs_head, PAGE % N == 0)
+            vz_in, vz_at = place(v_zero, page, slot, group, vz_page, vz_slot, vz_head, PAGE % N == 0)
 
             ka, ka_rest, kb, kb_rest = tile(
-                k, k_at, k_scale, ks_at, group * ks_head, k_zero, kz_at, group * kz_head, ok, K, DK, N, BK,
+                k_in, k_at, ks_in, ks_at, kz_in, kz_at, ok, K, DK, N, BK,
                 NATIVE_K, K_PARTS, TYPE,
             )  # fmt: skip
             s = product(qa, qa_rest, tl.trans(ka), tl.trans(ka_rest), tl.zeros([M, N], tl.float32), Q_PARTS, K_PARTS)
             if STEP == 2:
                 s = product(qb, qb_rest, tl.trans(kb), tl.trans(kb_rest), s, Q_PARTS, K_PARTS)
             if K.kind == "row":
-                s = s * row_scale(k_scale, ks_at, ok, K)[None, :]
+                s = s * row_scale(ks_in, ks_at, ok, K)[None, :]
             s = s * (row_q * fixed_k)[:, None]
             if MLA:
                 ra_k, ra_k_rest, rb_k, rb_k_rest = tile(
-                    v, v_at, v_scale, vs_at, 0, v_zero, vz_at, 0, ok, V, DV, N, BV, NATIVE_V, V_PARTS,
+                    v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV, N, BV, NATIVE_V, V_PARTS,
                     QK_ROPE,
                 )  # fmt: skip
                 r = product(ra, ra_rest, tl.trans(ra_k), tl.trans(ra_k_rest), tl.zeros([M, N], tl.float32),
@@ -161,7 +162,7 @@ def attend(
                 if ROPE_STEP == 2:
                     r = product(rb, rb_rest, tl.trans(rb_k), tl.trans(rb_k_rest), r, QR_PARTS, V_PARTS)
                 if V.kind == "row":
-                    r = r * row_scale(v_scale, vs_at, ok, V)[None, :]
+                    r = r * row_scale(vs_in, vs_at, ok, V)[None, :]
                 s += r * (row_r * fixed_v)[:, None]
             s = s * scale
             if SOFTCAP:
@@ -198,18 +199,18 @@ def attend(
                 w = held(e, P, p_scale, P_DIVIDES, P_STATIC)
                 if MLA:
                     if K.kind == "row":
-                        w = w * row_scale(k_scale, ks_at, ok, K)[None, :]
+                        w = w * row_scale(ks_in, ks_at, ok, K)[None, :]
                     wa, wa_rest = parts(w, P_PARTS, PV)
                     acc = product(wa, wa_rest, ka.to(PV), ka_rest.to(PV), acc, P_PARTS, K_PARTS)
                     if TWO:
                         acc_odd = product(wa, wa_rest, kb.to(PV), kb_rest.to(PV), acc_odd, P_PARTS, K_PARTS)
                 else:
                     va, va_rest, vb, vb_rest = tile(
-                        v, v_at, v_scale, vs_at, group * vs_head, v_zero, vz_at, group * vz_head, ok, V, DV,
+                        v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV,
                         N, BV, NATIVE_V, V_PARTS, PV,
                     )  # fmt: skip
                     if V.kind == "row":
-                        w = w * row_scale(v_scale, vs_at, ok, V)[None, :]
+                        w = w * row_scale(vs_in, vs_at, ok, V)[None, :]
                     wa, wa_rest = parts(w, P_PARTS, PV)
                     acc = product(wa, wa_rest, va, va_rest, acc, P_PARTS, V_PARTS)
                     if TWO:
@@ -226,8 +227,8 @@ def attend(
     OUT_STEP: tl.constexpr = 2 if TWO else 1
     DO: tl.constexpr = DK if MLA else DV
     cols = tl.arange(0, WIDE_V) * OUT_STEP
-    if SPLITS > 1:
-        to = (row * HEADS + head) * SPLITS + tl.program_id(2)
+    if SPLIT:
+        to = (row * HEADS + head) * splits + tl.program_id(2)
         tl.store(partial_max + to, top, mask=real)
         tl.store(partial_sum + to, total, mask=real)
         some = real & (total != 0)

@@ -9,18 +9,18 @@ from qhal_triton.attention.kernels.attend import LOG2E
 from qhal_triton.bits import narrow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(
-    partial, partial_max, partial_sum, sinks, out, o_token, o_head, o_col, lse, l_token, l_head,
-    HEADS: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, ALL: tl.constexpr,
+    partial, partial_max, partial_sum, sinks, out, o_token, o_head, o_col, lse, l_token, l_head, splits,
+    HEADS: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, ALL: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """One program for every (token, head) and COLS columns; a part that saw no key was never written nor is read."""
     at = tl.program_id(0).to(tl.int64)
     token, head = at // HEADS, at % HEADS
     part = tl.arange(0, ALL)
-    tops = tl.load(partial_max + at * SPLITS + part, mask=part < SPLITS, other=float("-inf"))
-    sums = tl.load(partial_sum + at * SPLITS + part, mask=part < SPLITS, other=0.0)
+    tops = tl.load(partial_max + at * splits + part, mask=part < splits, other=float("-inf"))
+    sums = tl.load(partial_sum + at * splits + part, mask=part < splits, other=0.0)
     top = tl.max(tops, 0)
     some = tl.max((sums != 0).to(tl.int32), 0) != 0
     if SINKS:
@@ -33,7 +33,7 @@ def merge(
         total += tl.exp2(sink - base)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     here = (sums != 0)[:, None] & (cols < D)[None, :]
-    parts = tl.load(partial + (at * SPLITS + part)[:, None] * D + cols[None, :], mask=here, other=0.0)
+    parts = tl.load(partial + (at * splits + part)[:, None] * D + cols[None, :], mask=here, other=0.0)
     acc = tl.sum(parts * weight[:, None], 0)
     o = tl.where(some, acc / tl.where(some, total, 1.0), 0.0)
     tl.store(out + token * o_token + head * o_head + cols * o_col, narrow(o, out.dtype.element_ty), mask=cols < D)

@@ -97,11 +97,11 @@ def query_scale(scale, s_at, s_head, outer, ok, R: tl.constexpr, M: tl.constexpr
 
 
 @triton.jit
-def fixed_scale(scale, head, outer, R: tl.constexpr):
+def fixed_scale(scale, outer, R: tl.constexpr):
     """What all products with a head's rows are multiplied by: a static scale, or the outer level of a computed one."""
     s = 1.0
     if R.kind == "tensor" or R.kind == "head":
-        s = numbers(tl.load(scale + head), R.scale)
+        s = numbers(tl.load(scale), R.scale)
         if R.divides:
             s = 1.0 / s
     if R.outer:
@@ -114,3 +114,15 @@ def row_scale(scale, at, ok, R: tl.constexpr):
     """fp32 [ROWS]: what the products with each row are multiplied by."""
     s = numbers(tl.load(scale + at, mask=ok, other=1), R.scale)
     return 1.0 / s if R.divides else s
+
+
+@triton.jit
+def place(plane, page, slot, head, in_page, in_slot, in_head, ONE: tl.constexpr):
+    """(pointer, offsets [ROWS]) of a head's rows at these slots of their pages; ONE: they lie in one page."""
+    to = plane + head.to(tl.int64) * in_head
+    if ONE:
+        to += page * in_page
+        at = slot * in_slot
+    else:
+        at = page * in_page + slot.to(tl.int64) * in_slot
+    return to, at

@@ -55,11 +55,11 @@ def spread(value, EACH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def inner(plane, at, head, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+def inner(plane, at, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """The scale or zero point of every element of a tile, fp32, in a shape that broadcasts to [ROWS, COLS].
 
-    at    [ROWS] where the plane has the row's first number; head: where it has the head's (static planes)
+    at    [ROWS] where the plane has the row's first number; a static plane begins with the head's
     ODD   0, or 1 for the high halves of bytes
     """
     STEP: tl.constexpr = 2 if R.element == "int4" or R.element == "uint4" or R.element == "e2m1" else 1
@@ -72,11 +72,11 @@ def inner(plane, at, head, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.c
         value = spread(value, EACH, ROWS, COLS)
     elif R.kind == "col":
         cols = tl.arange(0, COLS) * STEP + ODD
-        value = numbers(tl.load(plane + head + cols, mask=cols < D, other=1), ELEMENT)[None, :]
+        value = numbers(tl.load(plane + cols, mask=cols < D, other=1), ELEMENT)[None, :]
     elif R.kind == "row":
         value = numbers(tl.load(plane + at, mask=ok, other=1), ELEMENT)[:, None]
     else:
-        value = numbers(tl.load(plane + head + tl.arange(0, 1)), ELEMENT)[:, None]
+        value = numbers(tl.load(plane + tl.arange(0, 1)), ELEMENT)[:, None]
     return value
 
 
@@ -94,7 +94,7 @@ def parts(value, PARTS: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def operand(code, scale, s_at, s_head, zero, z_at, z_head, ok, ODD: tl.constexpr, R: tl.constexpr,
+def operand(code, scale, s_at, zero, z_at, ok, ODD: tl.constexpr, R: tl.constexpr,
             D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
             TYPE: tl.constexpr):  # fmt: skip
     """The parts of a tile of codes [ROWS, COLS]; NATIVE: the compiler's own conversions of fp8 are exact and fast."""
@@ -112,21 +112,21 @@ def operand(code, scale, s_at, s_head, zero, z_at, z_head, ok, ODD: tl.constexpr
     else:
         value = numbers(code, R.element)
         if R.zero != "":
-            value = value - inner(zero, z_at, z_head, R.zero, ok, ODD, R, D, ROWS, COLS)
+            value = value - inner(zero, z_at, R.zero, ok, ODD, R, D, ROWS, COLS)
         if INSIDE:
-            s = inner(scale, s_at, s_head, R.scale, ok, ODD, R, D, ROWS, COLS)
+            s = inner(scale, s_at, R.scale, ok, ODD, R, D, ROWS, COLS)
             value = tl.div_rn(value, s + tl.zeros_like(value)) if R.divides else value * s
         upper, rest = parts(value, PARTS, TYPE)
     return upper, rest
 
 
 @triton.jit
-def tile(codes, c_at, scale, s_at, s_head, zero, z_at, z_head, ok, R: tl.constexpr, D: tl.constexpr,
+def tile(codes, c_at, scale, s_at, zero, z_at, ok, R: tl.constexpr, D: tl.constexpr,
          ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
          TYPE: tl.constexpr):  # fmt: skip
     """Rows from memory as parts of [ROWS, COLS]: (upper, lower) and, of packed codes, those of the odd columns.
 
-    c_at, s_at, z_at  [ROWS] int64 where each row begins; ok [ROWS]: which rows are read at all
+    c_at, s_at, z_at  [ROWS] where each row begins; ok [ROWS]: which rows are read at all
     COLS              columns of a tile: a power of two, of packed codes half of the row's
     """
     PACKED: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
@@ -137,12 +137,12 @@ def tile(codes, c_at, scale, s_at, s_head, zero, z_at, z_head, ok, R: tl.constex
         here = here & (cols < WIDTH)[None, :]
     code = tl.load(codes + c_at[:, None] + cols[None, :], mask=here, other=0)
     if PACKED:
-        upper, rest = operand(code & 0xF, scale, s_at, s_head, zero, z_at, z_head, ok, 0, R, D, ROWS, COLS, NATIVE,
+        upper, rest = operand(code & 0xF, scale, s_at, zero, z_at, ok, 0, R, D, ROWS, COLS, NATIVE,
                               PARTS, TYPE)  # fmt: skip
-        odd, odd_rest = operand(code >> 4, scale, s_at, s_head, zero, z_at, z_head, ok, 1, R, D, ROWS, COLS, NATIVE,
+        odd, odd_rest = operand(code >> 4, scale, s_at, zero, z_at, ok, 1, R, D, ROWS, COLS, NATIVE,
                                 PARTS, TYPE)  # fmt: skip
     else:
-        upper, rest = operand(code, scale, s_at, s_head, zero, z_at, z_head, ok, 0, R, D, ROWS, COLS, NATIVE, PARTS,
+        upper, rest = operand(code, scale, s_at, zero, z_at, ok, 0, R, D, ROWS, COLS, NATIVE, PARTS,
                               TYPE)  # fmt: skip
         odd = upper
         odd_rest = rest
