@@ -3,20 +3,22 @@
 # make docs   the documentation site in build/site                      make bench  speed and memory bars
 # make test-browser   the conformance page in headless Chromium, at phone and desktop width
 # make conformance-rocm   what is known of AMD GPUs without one      make cuda-offline   kernels compiled for NVIDIA GPUs
+# make conformance-npu    the NPU backend against the torch_npu wheel, without an NPU; an environment of its own
 # make compile-full   every kernel for every chip, and the tables of docs/kernels.md and docs/rocm.md
 PYTHON ?= python3
 VENV ?= .venv
 # pip arguments: any torch >= 2.11 works; for CPU-only wheels see README "Install"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+NPU_VENV ?= .venv-npu
 DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/triton -e backends/cuda -e backends/rocm -e backends/npu
 SOURCES := qhal portable schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
 .PHONY: help dev chromium demo kv-quality test test-browser lint format conformance docs docs-update docs-picture bench clean \
-  conformance-rocm cuda-offline compile-full
+  conformance-rocm conformance-npu cuda-offline compile-full
 help:
-	@head -6 Makefile | sed 's/^# //'
+	@head -7 Makefile | sed 's/^# //'
 
 dev: $(VENV)/.installed
 # one command line for all of ours: none of them is fetched from the index
@@ -48,6 +50,19 @@ format: dev
 
 conformance: dev
 	OMP_NUM_THREADS=1 $(BIN)/qhal conformance run --backend cpu_reference --level 0 --out build/conformance
+
+# torch_npu is in no other environment: with it installed a plain `import torch` fails where CANN is absent
+NPU_WHEEL := backends/npu/requirements-conformance.txt
+$(NPU_VENV)/.installed: $(NPU_WHEEL) pyproject.toml backends/npu/pyproject.toml backends/npu/emulation/pyproject.toml
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NPU_WHEEL)
+	$(NPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  -e . -e backends/npu -e backends/npu/emulation
+	@touch $@
+
+conformance-npu: $(NPU_VENV)/.installed
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 $(NPU_VENV)/bin/python -m qhal_npu_emulation levels
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m qhal_npu_emulation tables --check
 
 test: lint docs conformance
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 ND, FRACTAL_NZ = 2, 29
+INTERNAL = (29, 50, 51)
+"""FRACTAL_NZ, and FRACTAL_NZ_C0_16 and _C0_32 for narrow codes beside wider ones."""
 INT8, INT32, FP16, FP32, QINT8, BF16, QUINT4X2 = 1, 3, 5, 6, 12, 15, 16
 E4M3FN, E8M0, E2M1 = 292, 293, 296
 """Above 256: 256 + the aclDataType, as torch_npu numbers types that torch has no word for."""
@@ -83,7 +85,7 @@ def e2m1_to_nz(w: Tensor) -> Tensor:
 
 
 def _checked_nz(w: Tensor, cast: Tensor) -> Tensor:
-    if w.device.type == "npu" and int(_npu().get_npu_format(cast)) != FRACTAL_NZ:
+    if w.device.type == "npu" and int(_npu().get_npu_format(cast)) not in INTERNAL:
         raise RuntimeError(
             "npu_format_cast left a weight in ND; set torch.npu.config.allow_internal_format = True before loading"
         )

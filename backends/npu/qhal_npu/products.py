@@ -19,6 +19,8 @@ from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal_npu.table import DEMANDS, operator
 
 HALVES = ("bf16", "fp16")
+_WIDENED = ("scale-bias", "no-bias", "int4-eights", "int4-out", "generation")
+"""Demands of int4 codes that int8 products do not make: codes are kept as int8 where one of these is broken."""
 LIMIT = 65535
 FULL_FRACTAL = (16, 32)
 """K and N of a whole int8 fractal."""
@@ -80,7 +82,7 @@ def choose(r: GemmRequest, arch: str) -> Path | Refusal:
         return _path(r, kind)
     if plain:
         return decoded(r, arch, str(broken))
-    if kind == "W4A8" and broken.demand in ("scale-bias", "int4-eights", "generation", "int4-out"):
+    if kind in ("W4A8", "W4A4") and broken.demand in _WIDENED:
         wider = next(_broken(r, "W8A8", arch), None)
         return replace(_path(r, "W8A8"), note=f"{broken}; int4 codes are kept as int8") if wider is None else wider
     return broken

@@ -114,7 +114,7 @@ def _int8(p: NpuWeight, arch: str) -> Product:
         deq = None if o is None else p.kernel.get(f"deq_scale.{index}")
         if isinstance(x, QTensor):
             q, rows, extra = x.codes, _rows(x), _quant_bias(x, p)
-        elif o is not None and deq is not None and _fused(o, x, arch):
+        elif o is not None and deq is not None and o.format.element == "int8" and _fused(o, x, arch):
             q, rows, extra = static_codes(x.detach(), o), None, p.kernel.get(f"quant_bias.{index}")
         else:
             assert o is not None
@@ -163,10 +163,9 @@ def _int4_8(p: NpuWeight, arch: str) -> Product:
 
     def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
         q = x if isinstance(x, QTensor) else quantize(x.detach(), p.inputs[index], arch)
+        if dtype not in HALF_TYPES:
+            return _widened(q, layouts.unpack_int4(codes[0]), layouts.from_scale_words(scale.reshape(-1)))
         ends = torch.full((1,), q.codes.shape[0], dtype=torch.int64, device=p.place)
-        narrow = dtype if dtype in HALF_TYPES else torch.bfloat16
-        if narrow != dtype:
-            raise FormatError(f"int8 x int4 returns bf16 or fp16; x arrives as {dtype}")
         return calls.grouped_matmul(q.codes, codes, ends, dtype, scale=scale, bias=scale_bias, per_token_scale=_rows(q))
 
     return product
@@ -177,17 +176,24 @@ def _int4(p: NpuWeight, arch: str) -> Product:
     codes, scale = p.stored.codes, p.kernel["scale"]
 
     def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
-        if dtype not in HALF_TYPES:
-            raise FormatError(f"int4 x int4 returns bf16 or fp16; x arrives as {dtype}")
         o = None if isinstance(x, QTensor) else p.inputs[index]
-        if isinstance(x, Tensor) and o is not None and not o.static and not o.clipped and _default(o.format):
+        half = dtype in HALF_TYPES
+        if isinstance(x, Tensor) and o is not None and half and not o.static and not o.clipped and _default(o.format):
             packed, rows = calls.dynamic_quant(x.detach(), calls.QUINT4X2)
         else:
             q = x if isinstance(x, QTensor) else quantize(x.detach(), p.inputs[index], arch)
+            if not half:
+                return _widened(q, layouts.unpack_int4(codes).transpose(0, 1).contiguous(), scale)
             packed, rows = layouts.pack_int4(q.codes), _rows(q)
         return calls.quant_matmul(packed, codes.transpose(0, 1), scale, dtype, pertoken_scale=rows)
 
     return product
+
+
+def _widened(q: QTensor, w: Tensor, scale: Tensor) -> Tensor:
+    """fp32, which int4 operators do not return: int8 codes [K, N] unpacked for this call, int32 sums."""
+    y = calls.quant_matmul(q.codes, w, scale, torch.int32).float()
+    return y * _rows(q)[:, None] * scale
 
 
 def _default(f: Format) -> bool:

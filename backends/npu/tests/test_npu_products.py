@@ -54,11 +54,6 @@ def test_the_plan_names_the_operator(w: str, x: str, arch: str, operator: str) -
         (asked("int8.g128*fp32", "int8.row*fp32"), "A2", "one-scale-each"),
         (asked("int8-fp32.row*fp32", "int8.row*fp32"), "A2", "one-scale-each"),
         (asked("int8.row*fp32", "int8-int8.row*fp32@domain=minmax"), "A2", "one-scale-each"),
-        (asked("int4.row*fp32", "int4.row*fp32", k=100), "A2", "int4-eights"),
-        (asked("int4.row*fp32", "int4.row*fp32", n=30), "A2", "int4-eights"),
-        (asked("int4.row*fp32", "int4.row*fp32", bias=True), "A2", "no-bias"),
-        (asked("int4.row*fp32", "int4.row*fp32", out=torch.float32), "A2", "int4-out"),
-        (asked("int4.row*fp32", "int4.row*fp32"), "A5", "generation"),
         (asked("e4m3fn.row*fp32", "e4m3fn.row*fp32"), "A3", "generation"),
         (asked("e4m3fn.g32*e8m0", "e4m3fn.g32*e8m0"), "A2", "generation"),
         (asked("int8.row*fp32", "int8.row*fp32"), "310P", "generation"),
@@ -97,9 +92,22 @@ def test_plain_inputs_keep_a_decoded_weight_and_the_plan_says_why(request_: Gemm
     assert found.numerics == NumericsClass.DEQUANT_16
 
 
-def test_int8_times_int4_with_a_bias_keeps_the_codes_as_int8() -> None:
-    found = answer(asked("int4.row*fp32", "int8.row*fp32", bias=True))
-    assert "aclnnQuantMatmulWeightNz" in found.executes
+@pytest.mark.parametrize(
+    ("request_", "arch", "demand"),
+    [
+        (asked("int4.row*fp32", "int8.row*fp32", bias=True), "A2", "scale-bias"),
+        (asked("int4.row*fp32", "int8.row*fp32"), "A5", "generation"),
+        (asked("int4.row*fp32", "int4.row*fp32", bias=True), "A3", "no-bias"),
+        (asked("int4.row*fp32", "int4.row*fp32", k=100), "A2", "int4-eights"),
+        (asked("int4.row*fp32", "int4.row*fp32", n=30), "A2", "int4-eights"),
+        (asked("int4.row*fp32", "int4.row*fp32", out=torch.float32), "A2", "int4-out"),
+        (asked("int4.row*fp32", "int4.row*fp32"), "A5", "generation"),
+    ],
+)
+def test_int4_codes_that_no_int4_operator_takes_are_kept_as_int8(request_: GemmRequest, arch: str, demand: str) -> None:
+    found = answer(request_, arch)
+    assert found.executes.startswith("W8A8: npu_quant_matmul")
+    assert f"[{demand}: " in found.reason
     assert "kept as int8" in found.reason
 
 

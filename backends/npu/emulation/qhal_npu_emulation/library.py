@@ -43,6 +43,8 @@ NO_META: dict[str, Callable[..., Tensor]] = {
 """What the wheel has no Meta kernel for."""
 CALLS: Counter[str] = Counter()
 """Emulated calls, by operator."""
+KEYWORDS: Counter[str] = Counter()
+"""Calls whose every keyword is in the schema of `schemas.txt`."""
 META: Counter[str] = Counter()
 """Calls that the wheel's own Meta kernel accepted."""
 _kept: list[torch.library.Library] = []
@@ -74,11 +76,14 @@ def install() -> None:
 
 def _checked(name: str, kernel: Callable[..., Any], wheel: bool) -> Callable[..., Any]:
     op = getattr(torch.ops.npu, name)
+    line = next(s for s in SCHEMAS.read_text().splitlines() if s.startswith(f"npu::{name}("))
+    known = {a.name for a in torch._C.parse_schema(line).arguments}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         want = op(*_meta(args), **{key: _meta(value) for key, value in kwargs.items()}) if wheel else None
         found = kernel(*args, **kwargs)
         CALLS[name] += 1
+        KEYWORDS[name] += set(kwargs) <= known
         if wheel:
             got, asked = ([(tuple(t.shape), t.dtype) for t in _flat(v)] for v in (found, want))
             if got != asked:

@@ -58,6 +58,7 @@ int aclGetCannAttribute(int a, int *v) { *v = 0; return 0; }
 size_t aclGetCompileoptSize(int o) { return 8; }
 int aclGetCompileopt(int o, char *v, size_t n) { if (n) v[0] = 0; return 0; }
 /* ---- aclnn argument objects ---- */
+#define F(v) ((v) > -1e300 && (v) < 1e300 ? (double)(v) : 0.0) /* JSON has no NaN */
 typedef struct { void *p; int id; char kind; } H;
 static H hs[65536]; static int nh, seq;
 static void *reg(char kind) {
@@ -80,8 +81,8 @@ void *aclCreateTensor(const int64_t *v, uint64_t nv, int dt, const int64_t *st, 
     return t;
 }
 void *aclCreateScalar(void *v, int dt) { char o[128]; void *p = reg('S');
-    if (dt == 0) sprintf(o, "{\"new\":\"S%d\",\"acl_dtype\":0,\"value\":%g}\n", seq - 1, *(float *)v);
-    else if (dt == 11) sprintf(o, "{\"new\":\"S%d\",\"acl_dtype\":11,\"value\":%g}\n", seq - 1, *(double *)v);
+    if (dt == 0) sprintf(o, "{\"new\":\"S%d\",\"acl_dtype\":0,\"value\":%g}\n", seq - 1, F(*(float *)v));
+    else if (dt == 11) sprintf(o, "{\"new\":\"S%d\",\"acl_dtype\":11,\"value\":%g}\n", seq - 1, F(*(double *)v));
     else sprintf(o, "{\"new\":\"S%d\",\"acl_dtype\":%d}\n", seq - 1, dt);
     put(o); return p; }
 void *aclCreateIntArray(const int64_t *v, uint64_t n) { char o[65536] = ""; void *p = reg('I');
@@ -126,7 +127,7 @@ static void log_call(const char *name, long *a, double *x) {
             if (s[k] == 0 && k > 0) sprintf(o + strlen(o), "\"str:%s\"", s); else strcat(o, "\"ptr\"");
         } else sprintf(o + strlen(o), "%d", (int)a[i]);   /* a narrow int with rubbish above it */
     }
-    sprintf(o + strlen(o), "],\"xmm\":[%g,%g,%g,%g]}\n", x[0], x[1], x[2], x[3]); put(o);
+    sprintf(o + strlen(o), "],\"xmm\":[%g,%g,%g,%g]}\n", F(x[0]), F(x[1]), F(x[2]), F(x[3])); put(o);
 }
 #define WS(n) int n##GetWorkspaceSize(long a0, long a1, long a2, long a3, long a4, long a5, \
     double x0, double x1, double x2, double x3, double x4, double x5, double x6, double x7, \
@@ -135,6 +136,7 @@ static void log_call(const char *name, long *a, double *x) {
 /* ND -> FRACTAL_NZ storage shape, C0 = 32 bytes' worth of elements (16 for 2-byte and 4-byte via fp16) */
 int aclnnNpuFormatCastCalculateSizeAndFormat(void *t, int fmt, int addl, int64_t **shape, uint64_t *n, int *actual) {
     TI *x = t; *actual = fmt;
+    if (fmt == 29 && x->dt == 40) *actual = 51;                  /* E2M1 beside 8-bit activations: FRACTAL_NZ_C0_32 */
     if (fmt != 29) { *shape = malloc(8 * (x->n + 1)); memcpy(*shape, x->d, 8 * x->n); *n = x->n; return 0; }
     int64_t c0 = (addl == 2 || addl == 4) ? 32 : 16;             /* ACL_INT8=2, ACL_UINT8=4 */
     int64_t *s = malloc(8 * (x->n + 3)); uint64_t k = x->n;
