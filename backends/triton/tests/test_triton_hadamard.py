@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from triton_ops import DEVICE, HOPPER, Emulated, same
+from triton_ops import CDNA, DEVICE, HOPPER, Emulated, same
 
 from qhal.encoding import encode
 from qhal.formats import Format
@@ -17,7 +19,8 @@ from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_triton.hadamard import launch
-from qhal_triton.hadamard.config import plan
+from qhal_triton.hadamard.config import Chip, plan
+from qhal_triton.target import Target
 
 OPS = Emulated()
 
@@ -115,13 +118,14 @@ def test_one_pass_is_the_two_steps(to: str, order: int, n: int, fused: bool) -> 
     same(q, encode(y.cpu(), Format.parse(to)))
 
 
-@pytest.mark.parametrize("shared", [64, 160, 227])
+@pytest.mark.parametrize("target", [HOPPER, CDNA, replace(CDNA, warp=32)])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_plan_covers_its_transform(shared: int, before: bool) -> None:
+def test_a_plan_covers_its_transform(target: Target, before: bool) -> None:
+    chip = Chip.of(target)
     for order, k in ((2, 1), (128, 1), (1024, 1), (8192, 1), (192, 12), (5120, 20), (7168, 28), (11008, 172)):
-        p = plan(order, k, before, shared << 10)
+        p = plan(order, k, before, chip)
         if p is None:
             continue
         assert p.group * p.width == order and p.used % p.group == 0 and p.used <= p.rows and p.width <= p.columns
         assert p.rows & (p.rows - 1) == 0 and p.columns & (p.columns - 1) == 0 and min(p.rows, p.columns) >= 16
-        assert p.shared(before) <= shared << 10
+        assert p.shared(before) <= target.shared and p.columns <= chip.columns

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from qhal_triton.target import Target
+
 DIRECT = 256
 """Order up to which one product is considered."""
 HEIGHTS = (64, 128, 256)
@@ -31,6 +33,7 @@ class Plan:
     columns: int
     used: int
     left: bool
+    warps: int
     stages: int = 2
 
     @property
@@ -40,11 +43,6 @@ class Plan:
         """
         work = (self.rows + 2 * self.columns + 64 if self.left else self.columns) * self.rows * self.columns
         return self.rows * self.columns < LEAST, work / (self.used * self.width), self.rows
-
-    @property
-    def warps(self) -> int:
-        """64 sums for a thread, at least four warps."""
-        return min(max(self.rows * self.columns // 2048, 4), 16)
 
     @property
     def programs(self) -> int:
@@ -60,7 +58,27 @@ class Plan:
         return 2 * (self.rows**2 * self.left + self.columns**2 + tile * (self.stages + 3 * before))
 
 
-def plan(order: int, k: int, before: bool, shared: int) -> Plan | None:
+@dataclass(frozen=True)
+class Chip:
+    """What bounds a tile: bytes of fast memory, columns of a right factor, sums of a program that a warp has."""
+
+    shared: int
+    columns: int
+    sums: int
+
+    @staticmethod
+    def of(target: Target) -> Chip:
+        """AMD's compiler keeps the right factor in registers, all of it for every warp."""
+        if target.kind == "cuda":
+            return Chip(target.shared, 256, 2048)
+        return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512)
+
+    def warps(self, rows: int, columns: int) -> int:
+        """Warps of a tile."""
+        return min(max(rows * columns // self.sums, 4), 16)
+
+
+def plan(order: int, k: int, before: bool, chip: Chip) -> Plan | None:
     """The cheapest plan for a table of order k times a power of two; None: no program holds one.
 
     before: the features are multiplied by something first, so they are operands in two parts.
@@ -69,15 +87,17 @@ def plan(order: int, k: int, before: bool, shared: int) -> Plan | None:
     if order <= DIRECT:
         columns = max(_power(order), 16)
         rows = max(64, LEAST // columns)
-        found.append(Plan(order, 1, order, rows, columns, rows, False))
+        found.append(Plan(order, 1, order, rows, columns, rows, False, chip.warps(rows, columns)))
     for width in WIDTHS:
         group = order // width
         if (order // k) % width or group < 2:
             continue
-        found += [Plan(order, group, width, rows, width, rows // group * group, True) for rows in HEIGHTS]
-    found = [p for p in found if p.used]
+        for rows in HEIGHTS:
+            used = rows // group * group
+            found.append(Plan(order, group, width, rows, width, used, True, chip.warps(rows, width)))
+    found = [p for p in found if p.used and p.columns <= chip.columns]
     for stages in (2, 1):
-        fits = [p for p in (replace(p, stages=stages) for p in found) if p.shared(before) <= shared]
+        fits = [p for p in (replace(p, stages=stages) for p in found) if p.shared(before) <= chip.shared]
         if fits:
             return min(fits, key=lambda p: p.cost)
     return None

@@ -18,7 +18,7 @@ from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_portable.gemm import write as write_plain
 from qhal_portable.quantize import write as write_planes
-from qhal_triton.hadamard.config import Plan, plan
+from qhal_triton.hadamard.config import Chip, Plan, plan
 from qhal_triton.hadamard.kernels import rotate_kernel
 from qhal_triton.paths import Path
 from qhal_triton.quantize import Recipe, empty, matrix, recipe, takes
@@ -43,7 +43,7 @@ def choose(request: HadamardRequest, target: Target) -> RotationPath | None:
     if names not in _SHAPES or request.x not in (torch.bfloat16, torch.float16):
         return None
     order, k = (int(str(size)) for size in request.kinds[names.index("hadamard")][1:3])
-    found = plan(order, k, names[0] == "diagonal", target.shared)
+    found = plan(order, k, names[0] == "diagonal", Chip.of(target))
     if found is None:
         return None
     how, block = _fused(request, found, target)

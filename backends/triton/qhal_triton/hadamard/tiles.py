@@ -44,4 +44,6 @@ def tiles(target: Target) -> Iterator[Tile]:
                     constants=fixed,
                     options={"num_warps": path.plan.warps, "num_stages": path.plan.stages, "enable_fp_fusion": False},
                     matrix=True,
+                    native="16",
+                    variant=f is not None and order != 4096,
                 )
