@@ -1,7 +1,7 @@
 """gemm through the matrix instructions that torch reaches: which request takes which path, and the paths.
 
-Every path ends in float32: scales and bias are applied there, and the result is rounded once. So none of torch's global
-switches (TF32, sums in 16 bits, split-K in the output's type) can reach a number.
+Every path ends in float32 or int32: one more kernel applies scales and bias in float32 and rounds once. So none of
+torch's global switches (TF32, sums in 16 bits, split-K in the output's type) can reach a number.
 
     16 bits   x in bf16 or fp16, not quantized: the weight is decoded to the type of x, `mm` with a float32 result.
               Class dequant-16: the weight is rounded, sums are float32.
@@ -29,6 +29,7 @@ from qhal.errors import FormatError
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal.tensors import QTensor
+from qhal_cuda.kernels import COLUMNS, ROWS, finish_kernel
 from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
@@ -97,15 +98,32 @@ def bind(p: PreparedWeight, path: Path) -> Run:
     product = _plain(p, request) if path.kind == "16 bits" else _scaled(p, request, path.kind)
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
-        y, dtype = product(x, index)
-        if p.bias is not None:
-            y += p.bias
-        return write(y.to(dtype), out)
+        sums, scales, dtype = product(x, index)
+        direct = out is not None and (out.shape, out.dtype) == (sums.shape, dtype) and out.stride(-1) == 1
+        if direct and out is not None:
+            return finish(sums, scales, p.bias, out)
+        return write(finish(sums, scales, p.bias, sums.new_empty(sums.shape, dtype=dtype)), out)
 
     return run
 
 
-_Product = Callable[["Tensor | QTensor", int], "tuple[Tensor, torch.dtype]"]
+def finish(sums: Tensor, scales: tuple[Tensor, Tensor] | None, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out [T, N] = the sums times the scales of their row and column, plus bias, in float32, rounded once.
+
+    scales  of x [T, 1] or [1, 1] and of the weight [N, 1] or [1, 1], any float type
+    """
+    rows, n = sums.shape
+    if sums.numel():
+        a, b = (sums, sums) if scales is None else scales
+        finish_kernel[(-(-rows // ROWS), -(-n // COLUMNS))](
+            sums, a, b, sums if bias is None else bias, out, rows, n, sums.stride(0), out.stride(0),
+            A=int(scales is not None and a.numel() > 1), B=int(scales is not None and b.numel() > 1),
+            SCALED=scales is not None, BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+_Product = Callable[["Tensor | QTensor", int], "tuple[Tensor, tuple[Tensor, Tensor] | None, torch.dtype]"]
 
 
 def _plain(p: PreparedWeight, request: GemmRequest) -> _Product:
@@ -113,12 +131,12 @@ def _plain(p: PreparedWeight, request: GemmRequest) -> _Product:
     if kind == torch.float16:  # it says so if a weight does not fit
         storage.decode_into(p.multiplied, torch.empty(request.n, request.k, dtype=kind, device=p.device))
 
-    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, torch.dtype]:
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
         q, dtype = quantized(x, request, p, index)
         value = q.codes if isinstance(q, QTensor) else q.detach()
         if value.dtype != kind:
             raise FormatError(f"x arrives as {value.dtype}, the weight was prepared for {request}")
-        return torch.mm(value, decoded(p, kind).T, out_dtype=torch.float32), dtype
+        return torch.mm(value, decoded(p, kind).T, out_dtype=torch.float32), None, dtype
 
     return product
 
@@ -135,19 +153,19 @@ def _scaled(p: PreparedWeight, request: GemmRequest, kind: Kind) -> _Product:
     codes, scale = w.codes, w.scale  # the tensors themselves: a captured graph reads what a refit writes there
     one = torch.ones((), dtype=torch.float32, device=p.device)
 
-    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, torch.dtype]:
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor], torch.dtype]:
         q, dtype = quantized(x, request, p, index)
         assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
         rows = q.codes.shape[0]
         if kind == "int8":
             a = q.codes if rows >= _ROWS else pad(q.codes, (0, 0, 0, _ROWS - rows))
-            y = torch._int_mm(a, codes.T)[:rows].float()
+            y = torch._int_mm(a, codes.T)[:rows]
         elif rows:
             y = torch._scaled_mm(
                 q.codes, codes.T, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
             )
         else:
             y = torch.zeros(0, request.n, device=p.device)
-        return y * q.scale.float().reshape(-1, 1) * scale.float().reshape(1, -1), dtype
+        return y, (q.scale.contiguous(), scale), dtype
 
     return product
