@@ -37,7 +37,7 @@ from qhal_npu import caches, calls, grouped, products, quantizing, rotations, ru
 from qhal_npu.soc import GENERATIONS
 from qhal_npu.support import support, unmade
 from qhal_npu.weights import NpuWeight
-from qhal_portable import kv
+from qhal_portable import gemm, kv
 from qhal_portable import quantize as portable_quantize
 from qhal_portable.attention import PagedBatch
 from qhal_portable.ops import PortableOps
@@ -133,12 +133,17 @@ class NpuOps(PortableOps):
     ) -> Tensor | QTensor:
         """See `grouped.py`."""
         made = self._weight(w)
-        assert isinstance(made, NpuWeight)
+        if not isinstance(made, NpuWeight):
+            raise FormatError(f"the weight was prepared for {made.request}; grouped_gemm needs a GroupedRequest")
         return grouped.grouped_gemm(x, made, groups, out, self._arch)
 
     def restore(self, thing: Prepared | KVCache | QTensor) -> QTensor | CodebookTensor | Tensor | KVCache:
         """The canonical form, in tensors of its own; layouts of operators are inverted."""
         return weights.restored(thing) if isinstance(thing, NpuWeight) else super().restore(thing)
+
+    def vq_decode(self, w: Prepared, *, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """See `portable.gemm.vq_decode`; the codes of a weight that is multiplied decoded lie in the host's memory."""
+        return gemm.write(gemm.vq_decode(self._weight(w), rows, None).to(self.device), out)
 
     def quant_kv(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """The portable rows, scattered by `caches.write`."""

@@ -40,13 +40,13 @@ def _hadamard(x: Tensor, r: Hadamard) -> Tensor:
     after = r.n // r.k
     for size in sizes:
         after //= size
-        table = _sylvester(size).to(x.device)
+        table = _sylvester(size, x.device)
         if after == 1:
             y = (y.reshape(-1, size) @ table).reshape(y.shape)
         else:
             y = (table @ y.reshape(-1, size, after)).reshape(y.shape)
     if r.k > 1:
-        named = hadamard_table(r.table, r.k).float().to(x.device)
+        named = _named(r.table, r.k, x.device)
         y = (named.T if r.transpose else named) @ y
     return (y / math.sqrt(r.n)).reshape(x.shape)
 
@@ -58,9 +58,14 @@ def _factors(order: int) -> list[int]:
     return [1 << (bits // count + (i < bits % count)) for i in range(count)] if bits else []
 
 
-@lru_cache(maxsize=16)
-def _sylvester(order: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _sylvester(order: int, device: torch.device) -> Tensor:
     h = torch.ones(1, 1, device="cpu")
     while h.shape[0] < order:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h
+    return h.to(device)
+
+
+@lru_cache(maxsize=64)
+def _named(table: str, order: int, device: torch.device) -> Tensor:
+    return hadamard_table(table, order).float().to(device)

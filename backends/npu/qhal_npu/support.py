@@ -176,7 +176,8 @@ def _grouped(request: GroupedRequest, answer: Support, arch: str) -> Support:
     if fault:
         return Support("unsupported", fault)
     words = f"{found.kind} by npu_grouped_matmul over sorted rows; {found.executes}"
-    reason = "; ".join(t for t in (found.note, _UNPROVEN) if t)
+    host = "ids and, before an activation or a weighted sum, ends of runs are read on the host"
+    reason = "; ".join(t for t in (found.note, _UNPROVEN, host) if t)
     arithmetic = None if answer.arithmetic is None else replace(answer.arithmetic, accumulate=found.accumulate)
     return replace(
         answer, level="conditional", reason=reason, rule=one.rule, executes=words, numerics=found.numerics,

@@ -24,6 +24,7 @@ from qhal_portable import storage
 from qhal_portable.prepared import PreparedWeight, check
 from qhal_portable.storage import Stored
 
+_FOLDED = "folded."
 STACKED = ("W8A8", "16 bits", "fp32")
 """Kinds whose experts are one weight [E, ...] of one operator; of the others each expert has a weight of its own."""
 
@@ -97,12 +98,20 @@ def refit(into: NpuWeight, fresh: NpuWeight) -> NpuWeight:
             raise FormatError(f"into= input {i}: is {b.format}, was {a.format}; prepare a new weight")
         if a.scale is not None and b.scale is not None and a.scale.numel() == 1 and not torch.equal(a.scale, b.scale):
             raise FormatError(f"into= input {i}: the static scale changed; it is a host number, so prepare again")
-    old, new = into.tensors(), fresh.tensors()
+    old, new = (_fixed(w.tensors()) for w in (into, fresh))
     if {k: (t.shape, t.dtype) for k, t in old.items()} != {k: (t.shape, t.dtype) for k, t in new.items()}:
         raise FormatError(f"into=: tensors are {sorted(new)}, were {sorted(old)}, or their shapes differ; prepare anew")
     for name, t in old.items():
         t.copy_(new[name])
+    into.bias_copy = fresh.bias_copy
+    flags = {k: t for k, t in fresh.kernel.items() if k.startswith(_FOLDED)}
+    into.kernel = {k: t for k, t in into.kernel.items() if not k.startswith(_FOLDED)} | flags
     return into
+
+
+def _fixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that every weight of a request has: a bias may fit a narrower type, or quant_bias, and the next one not."""
+    return {k: t for k, t in tensors.items() if k != "bias_copy" and not k.startswith(f"kernel.{_FOLDED}")}
 
 
 def restored(w: NpuWeight) -> Stored:
@@ -202,7 +211,7 @@ def _fold(made: NpuWeight, i: int) -> None:
     total = steps + made.kernel[f"quant_bias.{i}"].double().cpu()
     if torch.equal((steps * deq).float(), made.bias.cpu()) and bool((total.abs() < 2**31).all()):
         made.kernel[f"quant_bias.{i}"].copy_(total.to(torch.int32))
-        made.kernel[f"folded.{i}"] = torch.ones((), dtype=torch.bool)
+        made.kernel[f"{_FOLDED}{i}"] = torch.ones((), dtype=torch.bool)
 
 
 def _antiquant(w: QTensor, r: GemmRequest, device: torch.device) -> dict[str, Tensor]:

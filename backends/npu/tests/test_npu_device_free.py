@@ -101,6 +101,18 @@ def test_every_layout_is_restored_and_refitted_in_place(w: str, x: str, arch: st
     assert torch.equal(ops.gemm(values, made), ops.gemm(values, fresh))
 
 
+def test_a_refit_may_change_whether_its_bias_folds() -> None:
+    spec, ops = static_spec(), emulation.ops("A2")
+    assert spec.bias is not None and spec.input is not None
+    request = GemmRequest(w=spec.weight.format, n=32, k=128, x=(spec.input.format,), static=(True,), bias=True)  # type: ignore[union-attr]
+    made = ops.prepare(spec.weight, request, inputs=(spec.input,), bias=spec.bias)
+    x = torch.randn(5, 128).bfloat16()
+    for bias in (spec.bias + 0.3, spec.bias):
+        assert ops.prepare(spec.weight, request, inputs=(spec.input,), bias=bias, into=made) is made
+        fresh = ops.prepare(spec.weight, request, inputs=(spec.input,), bias=bias)
+        assert torch.equal(ops.gemm(x, made), ops.gemm(x, fresh))
+
+
 def test_a_changed_static_scale_is_no_refit() -> None:
     ops, xf = emulation.ops("A2"), Format.parse("int8.tensor*fp32")
     request = GemmRequest(w=Format.parse("int8.row*fp32"), n=32, k=64, x=(xf,), static=(True,))
