@@ -18,6 +18,7 @@ from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
+from qhal_triton.gemm.config import config, stage_bytes
 from qhal_triton.gemm.paths import DENSE_FROM, plan
 from qhal_triton.target import Target
 
@@ -196,6 +197,32 @@ def test_a_refit_changes_what_a_graph_reads(w: str) -> None:
     assert torch.equal(held(x, 0, None), OPS.gemm(x, fresh))
     back = OPS.restore(prepared)
     assert isinstance(back, QTensor) and back.equal(new)
+
+
+@pytest.mark.parametrize("k", [256, 8192])
+def test_the_result_is_written_where_it_is_wanted(k: int) -> None:
+    """k: one part, and several that are summed."""
+    request = request_of(ROW, k=k)
+    prepared = OPS.prepare(datasets.weight("t", "w", request.w, 48, k, "normal").to(DEVICE), request)  # type: ignore[arg-type]
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    room = torch.full((3, 100), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    y = OPS.gemm(x, prepared, out=room[:, 20:68])
+    assert y.data_ptr() == room[:, 20:].data_ptr() and torch.equal(y, OPS.gemm(x, prepared))
+    assert bool(room[:, :20].isnan().all()) and bool(room[:, 68:].isnan().all())
+    with pytest.raises(qhal.FormatError, match=r"out is torch\.float32"):
+        OPS.gemm(x, prepared, out=room[:, :48].float())
+
+
+@pytest.mark.parametrize("target", [HOPPER, CDNA], ids=["sm_90", "gfx942"])
+@pytest.mark.parametrize("w", ["int4.g128*bf16", "int4.g32*bf16", "int8.row*fp32", "e4m3fn.row*fp32"])
+def test_tiles_have_room(w: str, target: Target) -> None:
+    for x in ("bf16", "fp32", ROW):
+        made = plan(request_of(w, x, n=8192, k=8192), target)
+        assert made is not None
+        for m in (1, 16, 17, 64, 65, 5000):
+            c = config(made.specs[0], m, 8192, 32, target)
+            assert c.stages * stage_bytes(made.specs[0], c.bm, c.bn) <= target.shared
+            assert c.parts == 1 or m <= 128
 
 
 def test_another_type_of_x_is_refused() -> None:

@@ -27,17 +27,24 @@ class Config:
 def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | None = None) -> Config:
     """The tile for m rows. tiles: how many tiles of rows there will be, where that isn't m / bm."""
     bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    if s.type == "fp32":
-        bm = min(bm, 32)
-    bn, warps, stages = (128, 8, 3) if bm == 128 else (64, 4, 4)
-    small = target.shared < (128 << 10)
-    if small:
-        bm, bn, warps, stages = min(bm, 64), 64, 4, 2
+    bm = min(bm, 32 if s.type == "fp32" else 128 if target.shared >= 128 << 10 else 64)
+    bn, warps = (128, 8) if bm >= 64 and target.shared >= 128 << 10 else (64, 4)
+    while bm > 16 and 2 * stage_bytes(s, bm, bn) > target.shared:
+        bm //= 2
+    stages = max(2, min(3 if s.w.bits <= 4 else 4, (target.shared >> 1) // stage_bytes(s, bm, bn)))
+    if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
+        stages = 1
     programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
     parts = 1
     while programs * parts < 3 * PROCESSORS and steps // (2 * parts) >= 4:
         parts *= 2
     return Config(bm, bn, parts, warps, stages)
+
+
+def stage_bytes(s: Spec, bm: int, bn: int) -> int:
+    """Fast memory that one step of a tile takes; two programs should have room for their stages."""
+    size = {"fp32": 4, "bf16": 2, "fp16": 2}.get(s.type, 1)
+    return s.span * (bm * size + bn // (2 if s.parts > 1 else 1))
 
 
 def problem(r: GemmRequest, x: Format, m: int) -> str:

@@ -69,13 +69,26 @@ class Bound:
         self.experts = p.request.experts if isinstance(p.request, GroupedRequest) else 0
         self.planes = planes(p.multiplied, made.specs[0], gemm.k)
 
-    def partial(self, spec: Spec, q: Tensor | QTensor, m: int, dtype: torch.dtype, rows: Rows | None) -> Tensor:
-        """[parts, rows, N]: one part in `dtype`, or more in fp32 to be summed. q: [rows of x, K], codes or numbers."""
+    def partial(
+        self,
+        spec: Spec,
+        q: Tensor | QTensor,
+        m: int,
+        dtype: torch.dtype,
+        rows: Rows | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """[parts, rows, N]: one part in `dtype` (`out`, if it can be), or more in fp32 that are to be summed.
+
+        q: [rows of x, K], codes or numbers.
+        """
         r = self.request
         c = self.tile(spec, m, rows)
         total = q.shape[0] if rows is None else rows.rows
-        kind = torch.float32 if c.parts > 1 else dtype
-        y = torch.empty(c.parts, total, r.n, dtype=kind, device=self.weight.device)
+        if c.parts == 1:
+            y = place((total, r.n), dtype, self.weight.device, out).unsqueeze(0)
+        else:
+            y = torch.empty(c.parts, total, r.n, dtype=torch.float32, device=self.weight.device)
         self.launch(spec, q, y, c, rows)
         return y
 
@@ -195,15 +208,26 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
             value = q.codes if isinstance(q, QTensor) else q.detach()
             y = torch.mm(value, bound.decoded(wide).T, out_dtype=torch.float32)
             return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)
-        part = bound.partial(spec, q, rows, dtype, None)
-        return write(part[0] if part.shape[0] == 1 else finished(part, rows, request.n, dtype), out)
+        part = bound.partial(spec, q, rows, dtype, None, out)
+        return given(part[0] if part.shape[0] == 1 else finished(part, rows, request.n, dtype, out), out)
 
     return run
 
 
-def finished(part: Tensor, rows: int, width: int, dtype: torch.dtype, **more: Any) -> Tensor:
+def place(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, out: Tensor | None) -> Tensor:
+    """`out` where a kernel can write the result into it, else a new tensor."""
+    fits = isinstance(out, Tensor) and (tuple(out.shape), out.dtype, out.device) == (shape, dtype, device)
+    return out if fits and out.stride(1) == 1 else torch.empty(shape, dtype=dtype, device=device)  # type: ignore[union-attr, return-value]
+
+
+def given(y: Tensor, out: Tensor | None) -> Tensor:
+    """The result in `out`, where the kernel may have written it; FormatError if it does not fit."""
+    return out if out is not None and y.data_ptr() == out.data_ptr() and y.shape == out.shape else write(y, out)
+
+
+def finished(part: Tensor, rows: int, width: int, dtype: torch.dtype, out: Tensor | None = None, **more: Any) -> Tensor:
     """[rows, width] of the parts [parts, rows * TOP, N] of a product, see `kernels/finish.py`."""
-    y = torch.empty(rows, width, dtype=dtype, device=part.device)
+    y = place((rows, width), dtype, part.device, out)
     block = 256
     asked = {"weights": None, "ids": None, "alpha": 1.0, "limit": 0.0, "shift": 0.0, **more}
     flags = {"TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False}

@@ -15,10 +15,10 @@ from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.requests import GroupedRequest
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_portable.gemm import accept, quantized, write
+from qhal_portable.gemm import accept, quantized
 from qhal_portable.grouped import width
 from qhal_portable.prepared import PreparedWeight
-from qhal_triton.gemm.launch import Bound, Rows, finished, spec_of
+from qhal_triton.gemm.launch import Bound, Rows, finished, given, spec_of
 from qhal_triton.grouped.paths import plan
 from qhal_triton.grouped.rows import rows_of
 from qhal_triton.paths import Path
@@ -32,38 +32,43 @@ def run(path: Path, ops: Any, x: Tensor | QTensor, p: PreparedWeight, groups: Gr
     bound = _bound(p, request, ops)
     rows = rows_of(groups, tuple(x.shape), request.experts)
     q, dtype, rows = _operand(ops, x, p, request, groups, rows)
-    y = _product(bound, request, q, dtype, groups, rows)
+    held = out if request.quantize is None and not isinstance(groups, Masked) else None
+    y = _product(bound, request, q, dtype, groups, rows, held)
     if isinstance(groups, Masked):
         y = y.reshape(*x.shape[:2], y.shape[-1])
     if request.quantize is None:
-        return write(y, out)
+        return given(y, out)
     return ops.quantize(y, request.quantize, out=out)  # type: ignore[no-any-return]
 
 
 def _product(
-    bound: Bound, request: GroupedRequest, q: Tensor | QTensor, dtype: torch.dtype, groups: Groups, rows: Rows
+    bound: Bound,
+    request: GroupedRequest,
+    q: Tensor | QTensor,
+    dtype: torch.dtype,
+    groups: Groups,
+    rows: Rows,
+    out: Tensor | None,
 ) -> Tensor:
-    """[rows of the result, width], rounded once."""
-    n, wide, a = request.gemm.n, width(request), request.activation
-    weights = groups.weights if isinstance(groups, Indexed) else None
-    top = groups.ids.shape[1] if weights is not None and isinstance(groups, Indexed) else 1
-    total = rows.rows // max(top, 1)
+    """[rows of the result, width], rounded once; in `out` where that fits."""
+    wide, a = width(request), request.activation
+    weighted = isinstance(groups, Indexed) and groups.weights is not None
+    total = groups.ids.shape[0] if isinstance(groups, Indexed) and weighted else rows.rows
     if rows.rows == 0:
         return torch.zeros(total, wide, dtype=dtype, device=bound.weight.device)
-    alone = a is None and weights is None
-    part = bound.partial(
-        spec_of(bound, q), q, -(-rows.rows // request.experts), dtype if alone else torch.float32, rows
-    )
-    if alone and part.shape[0] == 1:
-        return part[0]
+    spec, average = spec_of(bound, q), -(-rows.rows // request.experts)
+    if a is None and not weighted:
+        part = bound.partial(spec, q, average, dtype, rows, out)
+        return part[0] if part.shape[0] == 1 else finished(part, total, wide, dtype, out)
+    part = bound.partial(spec, q, average, torch.float32, rows)
     more: dict[str, Any] = {}
     if a is not None:
         more = {"NAME": a.name, "GATED": a.gated, "LIMITED": a.limit is not None, "alpha": a.alpha, "shift": a.shift}
         more["limit"] = a.limit or 0.0
-    if weights is not None and isinstance(groups, Indexed):
-        more |= {"WEIGHTED": True, "TOP": top, "weights": weights.contiguous(), "ids": groups.ids.contiguous()}
-    assert part.shape[2] == n
-    return finished(part, total, wide, dtype, **more)
+    if isinstance(groups, Indexed) and groups.weights is not None:
+        more |= {"WEIGHTED": True, "TOP": groups.ids.shape[1]}
+        more |= {"weights": groups.weights.contiguous(), "ids": groups.ids.contiguous()}
+    return finished(part, total, wide, dtype, out, **more)
 
 
 def _bound(p: PreparedWeight, request: GroupedRequest, ops: Any) -> Bound:
