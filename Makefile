@@ -98,11 +98,12 @@ conformance-rocm: dev
 # L1: every kernel and format for NVIDIA's chips, with the newest Triton and with the oldest that is supported
 COMPILE := $(BIN)/python -m qhal_triton.compile --jobs $(PYTEST_WORKERS)
 NVIDIA := sm_80 sm_89 sm_90 sm_100 sm_120
+OLDER := sm_80 sm_90 sm_120
 AMD := gfx942 gfx950 gfx1100 gfx1201
 OLDEST := build/triton-3.6.0
 cuda-offline: dev $(OLDEST)
 	$(COMPILE) --arch $(NVIDIA) --json build/compile/nvidia.json
-	PYTHONPATH=$(OLDEST) $(COMPILE) --arch $(NVIDIA) --cache build/triton-oldest --json build/compile/nvidia-oldest.json
+	PYTHONPATH=$(OLDEST) $(COMPILE) --arch $(OLDER) --cache build/triton-oldest --json build/compile/nvidia-oldest.json
 
 $(OLDEST):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from qhal.elements import element
@@ -59,9 +60,8 @@ def tiles(target: Target) -> Iterator[Tile]:
                 continue
             for m in (1, 128):
                 c = config(made.specs[0], m, _N, _K // 128, target)
-                yield product_tile(
-                    request, made.specs[0], c, target, f"gemm.product[{w} x {x} m={m}{' indexed' * indexed}]"
-                )
+                name = f"gemm.product[{w} x {x} m={m}{' indexed' * indexed}]"
+                yield replace(product_tile(request, made.specs[0], c, target, name), variant=m == 1)
             if made.dense:
                 yield _dense_tile(request, made.specs[0], target, f"gemm.dense[{w} as {x}{' indexed' * indexed}]")
     constants = {"PARTS": 4, "TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False, "BLOCK": 256}

@@ -16,6 +16,8 @@ from qhal_triton.tiles import Tile
 
 ORDERS = ((64, 1, ""), (128, 1, ""), (512, 1, ""), (1024, 1, ""), (4096, 1, ""), (8192, 1, ""), (16384, 1, ""),
           (32768, 1, ""), (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
+STANDING = (4096, 5120, 32768)
+"""Orders that stand for all: one and two factors of 2^k, and a table."""
 QUANTIZED = (None, "e4m3fn.row*fp32", "int8.row*fp32", "e2m1.g32*e8m0")
 
 
@@ -45,5 +47,5 @@ def tiles(target: Target) -> Iterator[Tile]:
                     options={"num_warps": path.plan.warps, "num_stages": path.plan.stages, "enable_fp_fusion": False},
                     matrix=True,
                     native="16",
-                    variant=f is not None and order != 4096,
+                    variant=order not in STANDING or (len(chain) > 1 and f is not None),
                 )
