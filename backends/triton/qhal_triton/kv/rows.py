@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from qhal.elements import element
 from qhal.formats import Format
@@ -18,7 +18,8 @@ NOT_OUTSIDE = ("group", "col")
 """Blocks whose scale differs inside of a row, so that it cannot be multiplied after the product."""
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """What decoding a row takes; hashable, so that a kernel is compiled for it.
 
     element  of the codes: one of NARROW, PACKED (two to a byte, even one low) or WIDE

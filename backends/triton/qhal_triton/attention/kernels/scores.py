@@ -62,18 +62,18 @@ def queries(q, at, q_col, scale, s_at, s_head, zero, outer, ok, ODD: tl.constexp
     """Parts [M, COLS] of every STEP-th column of the query rows, from column ODD on."""
     cols = tl.arange(0, COLS) * STEP + ODD
     value = numbers(tl.load(q + at[:, None] + cols[None, :] * q_col, mask=ok[:, None] & (cols < D)[None, :], other=0),
-                    R.element)  # fmt: skip
+                    tl.constexpr(R.element))  # fmt: skip
     if R.zero != "":
         if R.kind == "row":
-            z = numbers(tl.load(zero + s_at, mask=ok, other=0), R.zero)[:, None]
+            z = numbers(tl.load(zero + s_at, mask=ok, other=0), tl.constexpr(R.zero))[:, None]
         elif R.kind == "head":
-            z = numbers(tl.load(zero + s_head, mask=ok, other=0), R.zero)[:, None]
+            z = numbers(tl.load(zero + s_head, mask=ok, other=0), tl.constexpr(R.zero))[:, None]
         else:
-            z = numbers(tl.load(zero), R.zero)
+            z = numbers(tl.load(zero), tl.constexpr(R.zero))
         value = tl.where((cols < D)[None, :], value - z, 0.0)
     if R.kind == "group":
         s = numbers(tl.load(scale + s_at[:, None] + (cols // R.group)[None, :],
-                            mask=ok[:, None] & (cols < D)[None, :], other=0), R.scale)  # fmt: skip
+                            mask=ok[:, None] & (cols < D)[None, :], other=0), tl.constexpr(R.scale))  # fmt: skip
         if R.outer:
             s = s * tl.load(outer).to(tl.float32)
         value = tl.where((cols < D)[None, :], value * s, 0.0)
@@ -84,13 +84,13 @@ def queries(q, at, q_col, scale, s_at, s_head, zero, outer, ok, ODD: tl.constexp
 def query_scale(scale, s_at, s_head, outer, ok, R: tl.constexpr, M: tl.constexpr):
     """fp32 [M]: what the products of a query row are multiplied by."""
     if R.kind == "row":
-        s = numbers(tl.load(scale + s_at, mask=ok, other=1), R.scale)
+        s = numbers(tl.load(scale + s_at, mask=ok, other=1), tl.constexpr(R.scale))
         if R.outer:
             s = s * tl.load(outer).to(tl.float32)
     elif R.kind == "head":
-        s = numbers(tl.load(scale + s_head, mask=ok, other=1), R.scale)
+        s = numbers(tl.load(scale + s_head, mask=ok, other=1), tl.constexpr(R.scale))
     elif R.kind == "tensor":
-        s = tl.zeros([M], tl.float32) + numbers(tl.load(scale), R.scale)
+        s = tl.zeros([M], tl.float32) + numbers(tl.load(scale), tl.constexpr(R.scale))
     else:
         s = tl.full([M], 1.0, tl.float32)
     return 1.0 / s if R.divides else s
@@ -101,7 +101,7 @@ def fixed_scale(scale, outer, R: tl.constexpr):
     """What all products with a head's rows are multiplied by: a static scale, or the outer level of a computed one."""
     s = 1.0
     if R.kind == "tensor" or R.kind == "head":
-        s = numbers(tl.load(scale), R.scale)
+        s = numbers(tl.load(scale), tl.constexpr(R.scale))
         if R.divides:
             s = 1.0 / s
     if R.outer:
@@ -112,7 +112,7 @@ def fixed_scale(scale, outer, R: tl.constexpr):
 @triton.jit
 def row_scale(scale, at, ok, R: tl.constexpr):
     """fp32 [ROWS]: what the products with each row are multiplied by."""
-    s = numbers(tl.load(scale + at, mask=ok, other=1), R.scale)
+    s = numbers(tl.load(scale + at, mask=ok, other=1), tl.constexpr(R.scale))
     return 1.0 / s if R.divides else s
 
 

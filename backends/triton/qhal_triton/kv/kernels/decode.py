@@ -110,11 +110,11 @@ def operand(code, scale, s_at, zero, z_at, ok, ODD: tl.constexpr, R: tl.constexp
         upper = code.to(tl.float8e5, bitcast=True).to(TYPE)
         rest = upper
     else:
-        value = numbers(code, R.element)
+        value = numbers(code, tl.constexpr(R.element))
         if R.zero != "":
-            value = value - inner(zero, z_at, R.zero, ok, ODD, R, D, ROWS, COLS)
+            value = value - inner(zero, z_at, tl.constexpr(R.zero), ok, ODD, R, D, ROWS, COLS)
         if INSIDE:
-            s = inner(scale, s_at, R.scale, ok, ODD, R, D, ROWS, COLS)
+            s = inner(scale, s_at, tl.constexpr(R.scale), ok, ODD, R, D, ROWS, COLS)
             value = tl.div_rn(value, s + tl.zeros_like(value)) if R.divides else value * s
         upper, rest = parts(value, PARTS, TYPE)
     return upper, rest

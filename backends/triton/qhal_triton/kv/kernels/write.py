@@ -65,10 +65,10 @@ def write_rows(
         s_at = page * s_page + place * s_slot + head * s_head
         z_at = page * z_page + place * z_slot + head * z_head
         if R.kind == "tensor" or R.kind == "head" or R.kind == "col":
-            s = given(scale, head, s_head, cols, ok, R.scale, R, D)
+            s = given(scale, head, s_head, cols, ok, tl.constexpr(R.scale), R, D)
             z = s
             if R.zero != "":
-                z = given(zero, head, z_head, cols, ok, R.zero, R, D)
+                z = given(zero, head, z_head, cols, ok, tl.constexpr(R.zero), R, D)
             code = codes_of(v, s, z, s, s, F)
         else:
             EACH: tl.constexpr = R.group if R.kind == "group" and R.group < COLS else COLS
