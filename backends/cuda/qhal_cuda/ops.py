@@ -84,12 +84,12 @@ class CudaOps(GpuOps):
     ) -> Prepared:
         """A weight in the layout of the kernel that `supports` named."""
         path = self._humming(request) if isinstance(request, GemmRequest) else None
-        old = into if into is None else self._weight(into)
-        ours = old is None or isinstance(old, humming.HummingWeight)
-        if path is None or not ours or not isinstance(w, QTensor) or operand is not None or bias is not None:
-            return super().prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
-        assert isinstance(request, GemmRequest) and (old is None or isinstance(old, humming.HummingWeight))
-        return humming.build(w, request, path.answer(request), self, inputs, old)
+        if path is not None and isinstance(w, QTensor) and operand is None and bias is None:
+            assert isinstance(request, GemmRequest)
+            old = None if into is None else self._weight(into)
+            if old is None or isinstance(old, humming.HummingWeight):
+                return humming.build(w, request, path.answer(request), self, inputs, old)
+        return super().prepare(w, request, inputs=inputs, operand=operand, bias=bias, into=into)
 
     def restore(self, thing: Prepared | KVCache | QTensor) -> QTensor | CodebookTensor | Tensor | KVCache:
         """The canonical form, from any layout of this backend."""

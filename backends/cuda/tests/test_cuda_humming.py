@@ -22,7 +22,8 @@ from torch import Tensor
 import qhal
 from qhal.elements import values
 from qhal.formats import Format
-from qhal.requests import GemmRequest, NumericsClass
+from qhal.requests import GemmRequest, HadamardRequest, NumericsClass
+from qhal.rotations import Diagonal, kinds
 from qhal.tensors import QTensor
 from qhal_conformance import datasets
 from qhal_conformance.cases import Case
@@ -300,3 +301,20 @@ def test_many_rows_are_its_where_a_shared_kernel_takes_few() -> None:
     ops = Shared("sm_90", "cpu", {"humming"})
     assert ops._humming(request_of("int4.g128*bf16", m=(1, 8192))) is None
     assert ops._humming(request_of("int4.g128*bf16", m=(64, 8192))) is not None
+
+
+def test_what_is_no_weight_of_its_own_is_refitted_as_before() -> None:
+    chain = [Diagonal(torch.full((64,), 2.0))]
+    request = HadamardRequest(kinds=kinds(chain), n=64, x=torch.bfloat16)
+    turned = OPS.prepare(chain, request)
+    assert OPS.prepare([Diagonal(torch.full((64,), 3.0))], request, into=turned) is turned
+    wide = request_of("int4.g128*fp32")
+    w = datasets.weight("humming", "w", wide.w, 128, 256, "normal")
+    other = OPS.prepare(w, wide)
+    assert not isinstance(other, humming.HummingWeight) and OPS.prepare(w, wide, into=other) is other
+    with pytest.raises(qhal.FormatError, match="prepare a new weight"):
+        OPS.prepare(
+            datasets.weight("humming", "w", Format.parse("int4.g128*bf16"), 128, 256, "normal"),
+            request_of("int4.g128*bf16"),
+            into=other,
+        )
