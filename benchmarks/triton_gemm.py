@@ -1,6 +1,6 @@
 """Products by the Triton kernels against torch's, on this machine's GPU, replayed from a graph.
 
-    python benchmarks/triton_gemm.py [--quick] [--sweep]
+    python benchmarks/triton_gemm.py [--full] [--sweep]
 
 us per call, the median of replays of graphs that go round 256 MiB of weights, activation quantization included where
 there is one. "torch bf16" multiplies a bf16 weight. --sweep times every tile of W4A16 for few rows, to tune
@@ -155,23 +155,23 @@ def sweep(ops: Any, m: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three row counts, five formats")
+    parser.add_argument("--full", action="store_true", help="every format and row count; compiling takes minutes")
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("not run: no GPU here", file=sys.stderr)
         return 0
     ops: Any = select("auto")
-    rows = (1, 16, 256) if arguments.quick else ROWS
+    rows = ROWS if arguments.full else (1, 16, 64, 256)
     table: dict[str, dict[int, float]] = {"torch bf16": {m: library(ops.device, m) for m in rows}}
-    for w, x in FORMATS[:5] if arguments.quick else FORMATS:
+    for w, x in FORMATS if arguments.full else FORMATS[::2]:
         table[f"{w} x {x or 'bf16'}"] = {m: product(ops, w, x, m) for m in rows}
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "n": N, "k": K, "us": table}
     print(f"{found['device']}, N = K = {N}, us")
     print(f"{'':52}" + "".join(f"{f'M={m}':>9}" for m in rows))
     for name, times in table.items():
         print(f"{name:52}" + "".join(f"{t:>9.1f}" for t in times.values()))
-    found["experts"] = {t: experts(ops, t) for t in ((1, 256) if arguments.quick else (1, 16, 256, 4096))}
+    found["experts"] = {t: experts(ops, t) for t in ((1, 16, 256, 4096) if arguments.full else (1, 256))}
     print("grouped int4, E = 64, top 8: " + ", ".join(f"T={t} {us:.1f}" for t, us in found["experts"].items()))
     if arguments.sweep:
         found["sweep"] = {m: sweep(ops, m) for m in (1, 16, 64)}

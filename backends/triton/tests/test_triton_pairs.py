@@ -1,0 +1,104 @@
+"""The packed instructions of `pairs.py`, executed one by one on the processor: every code, both orders of a word."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from qhal.elements import values
+from qhal_triton.gemm.kernels import pairs
+
+MASK = 0xFFFFFFFF
+
+
+def lanes(register: int, half: bool) -> torch.Tensor:
+    """Two 16-bit floats of a register, the lower one first, in float64."""
+    words = torch.tensor([register & 0xFFFF, register >> 16], dtype=torch.int32).to(torch.uint16)
+    return words.view(torch.float16 if half else torch.bfloat16).double()
+
+
+def register(value: torch.Tensor, half: bool) -> int:
+    """float64 [2] rounded once to 16 bits; the sums here are exact in fp32, so the cast rounds once."""
+    words = value.float().to(torch.float16 if half else torch.bfloat16).view(torch.uint16).tolist()
+    return int(words[0]) | int(words[1]) << 16
+
+
+def execute(text: str, operands: dict[str, int]) -> int:
+    """$0 after the instructions of `text`: those of PTX that `pairs.py` uses."""
+    held = dict(operands)
+
+    def read(name: str) -> int:
+        return held[name] if name in held else int(name, 0)
+
+    for line in (part.strip() for part in text.strip("{ }").split(";")):
+        if not line or line.startswith(".reg"):
+            continue
+        name, *arguments = re.split(r"[ ,]+", line)
+        to, given = arguments[0], [read(a) for a in arguments[1:]]
+        if name == "mov.b32":
+            held[to] = given[0]
+        elif name == "prmt.b32":
+            eight = (given[0] | given[1] << 32).to_bytes(8, "little")
+            held[to] = int.from_bytes(bytes(eight[(given[2] >> (4 * i)) & 7] for i in range(4)), "little")
+        elif name == "shr.u32":
+            held[to] = given[0] >> given[1]
+        elif name == "shl.b32":
+            held[to] = given[0] << given[1] & MASK
+        elif name == "and.b32":
+            held[to] = given[0] & given[1]
+        elif name == "lop3.b32":
+            bits = (int(given[3] >> (a << 2 | b << 1 | c) & 1) for a, b, c in zip(*map(_bits, given[:3]), strict=True))
+            held[to] = sum(bit << i for i, bit in enumerate(bits))
+        elif name in ("fma.rn.f16x2", "fma.rn.bf16x2"):
+            half = name == "fma.rn.f16x2"
+            a, b, c = (lanes(g, half) for g in given)
+            held[to] = register(a * b + c, half)
+        else:
+            raise AssertionError(f"{name} is no instruction of this machine")
+    return held["$0"]
+
+
+def _bits(number: int) -> list[int]:
+    return [number >> i & 1 for i in range(32)]
+
+
+def words(codes: list[int]) -> int:
+    return sum(code << (4 * i) for i, code in enumerate(codes))
+
+
+def decoded(text: str, part: int, half: bool, less: float = 0.0) -> list[tuple[float, float]]:
+    """Both numbers for every code in place `part` of the first word, 15 - code in that of the second."""
+    found = []
+    for code in range(16):
+        first, second = ([5, 10, 0, 15, 3, 12, 8, 7] for _ in range(2))
+        first[part], second[part] = code, 15 - code
+        operands = {"$1": words(first), "$2": words(second), "$3": 4 * (part % 4), "$4": 4 * (part % 4)}
+        selector = 0x7632 if part >= 4 else 0x5410
+        operands |= {"$5": selector, "$6": selector, "$7": register(torch.tensor([less, less]).double(), half)}
+        low, high = lanes(execute(text, operands), half).tolist()
+        found.append((low, high))
+    return found
+
+
+@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("half", [False, True], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("zero", [0, 7, 15])
+def test_integers(part: int, half: bool, zero: int) -> None:
+    base = 1024 if half else 128
+    signed = decoded((pairs._INT_FP16 if half else pairs._INT_BF16).value, part, half, -(base + 8.0 + zero))
+    plain = decoded((pairs._UINT_FP16 if half else pairs._UINT_BF16).value, part, half, -(base + 0.0 + zero))
+    for code in range(16):
+        values_of = [(c ^ 8) - 8 - zero for c in (code, 15 - code)]
+        assert list(signed[code]) == values_of
+        assert list(plain[code]) == [code - zero, 15 - code - zero]
+
+
+@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("half", [False, True], ids=["bf16", "fp16"])
+def test_e2m1(part: int, half: bool) -> None:
+    table = values("e2m1")
+    assert table is not None
+    found = decoded((pairs._E2M1_FP16 if half else pairs._E2M1_BF16).value, part, half)
+    assert found == [(float(table[code]), float(table[15 - code])) for code in range(16)]
