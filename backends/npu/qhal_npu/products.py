@@ -166,9 +166,9 @@ def _weight_only(r: GemmRequest, kind: str) -> Iterator[Refusal]:
         near = replace(w, scale=Format(x if x in HALVES else "bf16"))
         nearest = replace(r, w=near, x=(Format(near.scale.element),)) if near.scale is not None else None
         yield Refusal("antiquant-scale-type", f"{kind}: scales {w.scale}, x {x}", nearest)
-    if w.block.kind == "group":
+    if w.block.kind == "group" and w.block.cols < r.k:  # one group is a row
         size = w.block.cols
-        if size % 32 or r.k % size or size >= r.k:
+        if size % 32 or r.k % size:
             yield Refusal("antiquant-group", f"{kind}: group {size} of k={r.k}", _regrouped(r, w))
         elif kind == "W4A16" and size not in (32, 64, 128):
             yield Refusal("antiquant-int4-group", f"{kind}: group {size}", _regrouped(r, w))

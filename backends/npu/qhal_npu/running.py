@@ -95,7 +95,8 @@ def _weight_only(p: NpuWeight, arch: str) -> Product:
     assert isinstance(p.stored, QTensor)
     codes, scale, offset = p.stored.codes, p.kernel["scale"], p.kernel.get("offset")
     block = p.stored.format.block
-    group = block.cols if block is not None and block.kind == "group" else 0
+    assert isinstance(p.request, GemmRequest)
+    group = block.cols if block is not None and block.kind == "group" and block.cols < p.request.k else 0
 
     def product(x: Tensor | QTensor, index: int, dtype: torch.dtype) -> Tensor:
         value = x.codes if isinstance(x, QTensor) else x.detach()

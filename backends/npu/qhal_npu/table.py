@@ -104,7 +104,7 @@ DEMANDS: dict[str, str] = {
     "last-axis": "K and N are at most 65535",
     "int4-eights": "int4 codes travel eight to an int32: the packed axes are multiples of 8",
     "antiquant-scale-type": "weight-only products take scales and offsets in the type of x",
-    "antiquant-group": "groups of weight-only products are multiples of 32, divide K, and are smaller than K",
+    "antiquant-group": "groups of weight-only products are multiples of 32 and divide K",
     "antiquant-int4-group": "int4 groups are 32, 64 or 128; others were refused by tiling in users' reports",
     "antiquant-bias": "with fp16 activations a weight-only product takes its bias in fp16 only",
     "antiquant-out": "a weight-only product returns the type of x",
