@@ -13,6 +13,8 @@ import triton.language as tl
 from qhal_triton.bits import INTERPRETED, integer_code, minifloat_code, minifloat_value, narrow, widen
 
 INF = tl.constexpr(float("inf"))
+MANY = tl.constexpr(1024)
+"""Numbers of a tensor from which every thread holds several, with the warps that `config.py` gives."""
 
 
 @triton.jit
@@ -161,7 +163,7 @@ def scale_of(peak, outer, F: tl.constexpr):
         wanted = divided(peak, LEVEL)
         outer += tl.zeros_like(wanted)
         ratio = wanted * outer if F.outer.divides else tl.div_rn(wanted, outer)
-        plane = element_code(tl.where(peak == 0, 0.0, ratio), CODE)
+        plane = element_code(tl.where(peak == 0, 0.0, ratio), CODE, False)
         inner = mini_value(plane, CODE)
         number = tl.div_rn(inner, outer) if F.outer.divides else inner * outer
     return plane, number
@@ -194,7 +196,7 @@ def codes_of(x, scale, zero, lo, hi, F: tl.constexpr):
     if F.zero != "":
         q = _rounded(q + zero, F.bf16)
     CODE: tl.constexpr = F.code
-    return element_code(q, CODE)
+    return element_code(q, CODE, q.numel >= MANY)
 
 
 @triton.jit
@@ -234,15 +236,19 @@ def _quick(x, s, ones):
 
 
 @triton.jit
-def element_code(q, C: tl.constexpr):
-    """int32 code of fp32 q; C: a `Code` of an integer or a small float. The low byte is what is stored."""
+def element_code(q, C: tl.constexpr, NATIVE: tl.constexpr):
+    """int32 code of fp32 q; C: a `Code` of an integer or a small float. The low byte is what is stored.
+
+    NATIVE: fp8 by the chip's conversion. Triton 3.6 gives a thread that holds a single number wrong codes, so only where
+    threads hold many.
+    """
     if C.kind == "int":
         if C.away:
             size = tl.abs(q)
             whole = tl.floor(size)
             q = tl.where(q < 0, -1.0, 1.0) * tl.where(size - whole >= 0.5, whole + 1.0, whole)
         code = integer_code(q, C.low, C.high)
-    elif C.native and not INTERPRETED:
+    elif NATIVE and C.native and not INTERPRETED:
         if C.name == "e5m2":
             code = q.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32)
         else:

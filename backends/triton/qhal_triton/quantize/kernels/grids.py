@@ -39,17 +39,20 @@ def _joined(parts, low_kept, high_kept, PARTS: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _outer(outer, parts, low_kept, high_kept, PARTS: tl.constexpr, F: tl.constexpr):
-    """Number [1] of the level above, given or computed; the first program stores what it computed."""
-    first = tl.arange(0, 1)
+def _outer(outer, parts, low_kept, high_kept, PARTS: tl.constexpr, NB: tl.constexpr, F: tl.constexpr):
+    """Number of the level above for NB blocks, given or computed; the first program stores what it computed."""
+    same = tl.zeros([NB], tl.int32)
     if F.static:
-        number = widen(tl.load(outer + first))
+        number = widen(tl.load(outer + same))
     else:
-        lo, hi = _joined(parts, low_kept, high_kept, PARTS, F)
+        at = tl.arange(0, PARTS)
+        down = tl.max(tl.load(parts + at), 0) + same
+        up = tl.max(tl.load(parts + PARTS + at), 0) + same
+        lo, hi = range_of(down, up, low_kept, high_kept, F)
         LEVEL: tl.constexpr = F.outer
         number = wide_scale(peak_of(lo, hi, F), LEVEL)
         if tl.program_id(0) == 0:
-            store(outer + first, number, first == 0)
+            store(outer + same, number, tl.arange(0, NB) == 0)
     return number
 
 
@@ -82,7 +85,7 @@ def block_kernel(
     lo, hi = range_of(down, up, low_kept, high_kept, F)
     number = lo
     if F.outer is not None:
-        number = _outer(outer, parts, low_kept, high_kept, PARTS, F)
+        number = _outer(outer, parts, low_kept, high_kept, PARTS, NB, F)
     plane, s = scale_of(peak_of(lo, hi, F), number, F)
     store(scale + block, plane, block < count)
     z = lo
