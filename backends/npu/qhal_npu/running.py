@@ -124,8 +124,11 @@ def _int8(p: NpuWeight, arch: str) -> Product:
             extra = p.kernel.get(f"quant_bias.{index}") if deq is not None else _quant_bias(made, p)
         folded = o is not None and f"folded.{index}" in p.kernel
         bias = None if folded else p.bias
-        if dtype == torch.float32 or (extra is not None and bias is not None):
+        foreign = isinstance(x, QTensor) and extra is not None  # whose zero point nobody has looked at
+        if dtype == torch.float32 or foreign or (extra is not None and bias is not None):
             y = calls.quant_matmul(q, codes, scale, torch.int32, bias=extra).float()
+            if foreign:
+                y = y - _rest(x) * p.kernel["sums"]
             y = y * deq if deq is not None else y * rows[:, None] * scale  # type: ignore[index]
             return (y if bias is None else y + bias).to(dtype)
         if deq is not None and dtype == torch.bfloat16:
@@ -155,6 +158,13 @@ def _quant_bias(q: QTensor, p: NpuWeight) -> Tensor | None:
         return None
     assert isinstance(q.zero, Tensor)
     return -(q.zero.reshape(()).round().to(torch.int32) * p.kernel["sums"])
+
+
+def _rest(q: Tensor | QTensor) -> Tensor:
+    """What rounding its zero point to a whole number left out."""
+    assert isinstance(q, QTensor) and isinstance(q.zero, Tensor)
+    zero = q.zero.float().reshape(())
+    return zero - zero.round()
 
 
 def _int4_8(p: NpuWeight, arch: str) -> Product:

@@ -129,6 +129,17 @@ def test_a_zero_point_that_is_no_whole_number_is_refused() -> None:
         ops.prepare(weight("int8.row*fp32"), request, inputs=(operand,))
 
 
+def test_a_foreign_zero_point_may_be_no_whole_number() -> None:
+    ops, xf = emulation.ops("A2"), Format.parse("int8-fp32.tensor*fp32")
+    request = GemmRequest(w=Format.parse("int8.row*fp32"), n=32, k=64, x=(xf,), static=(True,), out=torch.float32)
+    w = weight("int8.row*fp32")
+    made = ops.prepare(w, request)
+    x = encode(torch.randn(4, 64), xf, scale=torch.tensor([0.02]), zero=torch.tensor([1.5]))
+    exact = x.dequantize().double() @ w.dequantize().double().T
+    size = x.dequantize().double().abs() @ w.dequantize().double().abs().T
+    assert bool(((ops.gemm(x, made) - exact).abs() <= size * 2.0**-20).all())
+
+
 def static_spec() -> LinearSpec:
     """A layer as ModelSlim's files state it: a bias that is a whole number of deq_scale."""
     xf = Format.parse("int8-fp32.tensor*fp32")

@@ -13,7 +13,7 @@ from qhal_conformance.outcome import Outcome, Status
 from qhal_conformance.runner import run_case
 
 CASES = [case for case in catalogue(0) if case.required and case.operation != "comm_quant"]
-"""Ranks of collectives find a backend by its entry point: they, and optional cases, are run by `make conformance-npu`."""
+"""Ranks of collectives find a backend by its entry point: `make conformance-npu` runs them, and the optional."""
 WHOLE = ("core", "core-int8", "weight-int4", "rotation", "vq")
 """Profiles that every generation has."""
 

@@ -78,8 +78,7 @@ def _part(words: list[str]) -> Any:
         return host.run(words[1], words[2]) | {"wrong": wrong.on_device() if words[1] == "A2" else []}
     if words[0] == "wrong":
         return wrong.plain()
-    folder = golden.default()
-    return [] if folder is None else golden.run(folder)
+    return golden.run()
 
 
 def _dump() -> int:

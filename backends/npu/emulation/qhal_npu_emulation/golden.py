@@ -38,17 +38,17 @@ _GAMMA = {
 """What a class may lose of S, in the worst case and for K up to 65536 / 256."""
 
 
-def run(folder: Path) -> list[dict[str, Any]]:
-    """One row per case and generation."""
-    cases = sorted(p for p in (folder / "modelslim").iterdir() if (p / "checkpoint").is_dir())
-    return [_case(path, arch) for path in cases for arch in emulation.ARCHS]
-
-
-def default() -> Path | None:
-    """$QHAL_GOLDEN, or the small cases of this repository."""
+def run() -> list[dict[str, Any]]:
+    """One row per case and generation: $QHAL_GOLDEN, and the cases that only this repository has."""
+    own = {p.name: p for p in _cases(Path(__file__).parents[4] / "tests" / "golden")}
     given = os.environ.get("QHAL_GOLDEN")
-    folder = Path(given) if given else Path(__file__).parents[4] / "tests" / "golden"
-    return folder if (folder / "modelslim").is_dir() else None
+    cases = own | ({p.name: p for p in _cases(Path(given))} if given else {})
+    return [_case(cases[name], arch) for name in sorted(cases) for arch in emulation.ARCHS]
+
+
+def _cases(folder: Path) -> list[Path]:
+    found = folder / "modelslim"
+    return [p for p in sorted(found.iterdir()) if (p / "checkpoint").is_dir()] if found.is_dir() else []
 
 
 def _case(path: Path, arch: str) -> dict[str, Any]:
