@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_cpu_reference.ops import CpuReference
+from qhal_portable.prepared import PreparedWeight
+from qhal_triton.gemm.launch import Bound, Rows
 from qhal_triton.grouped.kernels.order import order
 from qhal_triton.grouped.paths import plan
 
@@ -168,6 +171,21 @@ def test_pairs_are_sorted_by_expert_and_keep_their_order(pairs: int) -> None:
     keys = torch.where(ids < 0, EXPERTS, ids)
     assert torch.equal(found.cpu().long(), torch.argsort(keys, stable=True))
     assert torch.equal(starts.cpu(), torch.tensor([int((keys < e).sum()) for e in range(EXPERTS + 1)]).int())
+
+
+def test_few_experts_with_many_rows_are_not_cut_into_parts() -> None:
+    request = request_of(ROW, ROW, "offsets")
+    made = plan(request, HOPPER)
+    assert made is not None
+    prepared = OPS.prepare(experts(ROW).to(DEVICE), request, bias=torch.zeros(EXPERTS, N))
+    assert isinstance(prepared, PreparedWeight)
+    bound = Bound(prepared, replace(request.gemm, k=8192), made, HOPPER)
+    parts = [bound.tile(made.specs[0], -(-m // EXPERTS), rows_of(m)).parts for m in (8, 1 << 17)]
+    assert parts[0] > 1 and parts[1] == 1
+
+
+def rows_of(m: int) -> Rows:
+    return Rows("offsets", torch.empty(0), None, lambda bm: m // bm + EXPERTS + 1, m, m, 1)
 
 
 def test_ids_are_sorted_again_when_they_change() -> None:

@@ -98,7 +98,8 @@ class Bound:
         if r.batch_invariant:
             return config(spec, _FIXED, r.n, steps, self.target, tiles=1)
         if rows is not None:
-            return config(spec, m, r.n, steps, self.target, tiles=max(min(rows.rows, self.experts), 1))
+            tiles = max(min(rows.rows, self.experts), rows.rows // 128, 1)
+            return config(spec, m, r.n, steps, self.target, tiles=tiles)
         if not self.table.entries:
             return config(spec, m, r.n, steps, self.target)
         bucket = buckets(m)

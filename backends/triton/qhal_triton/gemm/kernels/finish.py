@@ -37,8 +37,9 @@ def acted(g, NAME: tl.constexpr, alpha, limit, LIMITED: tl.constexpr):
 def part_sum(part, at, inside, part_stride, PARTS: tl.constexpr):
     """fp32 sum of the parts of a product, in their order."""
     total = tl.load(part + at, mask=inside, other=0.0)
-    for i in tl.static_range(1, PARTS):
-        total += tl.load(part + at + i * part_stride, mask=inside, other=0.0)
+    for _ in tl.static_range(1, PARTS):
+        at += part_stride  # int64: parts of many rows are far away
+        total += tl.load(part + at, mask=inside, other=0.0)
     return total
 
 

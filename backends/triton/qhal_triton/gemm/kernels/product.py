@@ -8,6 +8,11 @@ share words, APART columns from each other; no two columns of UNIT neighbours ha
     late    one scale per row: after the last step
     step    the sum of a step, of exact products, is multiplied by the step's scales and added in fp32
     early   every weight is decoded as the contract says, in fp32, and rounded once to the type of x
+
+Numerics. Products of codes, less their zero points, with a 16-bit x or with each other are exact (int8, bf16, fp16) and
+summed in fp32 by the matrix instruction, in int32 for int8: class fp32-acc; fp8 instructions sum with fewer bits within
+a step, fp32 between steps: reduced-acc; "early" rounds the weight to 16 bits: dequant-16 (to fp32: fp32-acc).
+Scales multiply sums: a sum of codes times x that leaves fp32 before its scale is Inf. Parts of K are added in order.
 """
 
 from __future__ import annotations
@@ -220,5 +225,5 @@ def product(
         once = rn_in & (tl.zeros((BN,), tl.int32) + part == 0)
         result += tl.load(bias + rn, mask=once, other=0.0)[:, None]
     result = tl.where(live[None, :], result, 0.0)
-    y_at = y + part * y_part + rows.to(tl.int64)[None, :] * y_row + rn[:, None]
+    y_at = y + part.to(tl.int64) * y_part + rows.to(tl.int64)[None, :] * y_row + rn[:, None]
     tl.store(y_at, narrow(result, y.dtype.element_ty), mask=stored[None, :] & rn_in[:, None])
