@@ -24,6 +24,7 @@ from qhal.elements import element
 from qhal.errors import FormatError
 from qhal.formats import Format
 from qhal.requests import AttentionRequest, NumericsClass
+from qhal_cuda.libraries import making
 from qhal_portable.attention import buffer, check_plan, check_queries, check_tree, same_cache
 from qhal_triton.paths import Path
 
@@ -55,8 +56,6 @@ class FlashBatch(AttentionBatch):
     def __init__(
         self, request: AttentionRequest, limits: Limits, device: torch.device, other: Callable[[], AttentionBatch]
     ) -> None:
-        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
-
         self.request, self.limits, self._device, self._make = request, limits, device, other
         self._other: AttentionBatch | None = None
         self._planned: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
@@ -64,9 +63,12 @@ class FlashBatch(AttentionBatch):
         self._indices = torch.zeros(1, dtype=torch.int32, device=device)
         self._copied: Any = None
         space = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
-        self._wrapper = BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa3")
         one = torch.ones(1, dtype=torch.int32)
-        self._hand_over(one, one, self._indices)  # compiles and loads the kernel now
+        with making("flashinfer", request):
+            from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+
+            self._wrapper = BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa3")
+            self._hand_over(one, one, self._indices)  # compiles and loads the kernel now
 
     def plan(
         self,

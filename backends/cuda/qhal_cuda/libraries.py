@@ -7,9 +7,13 @@ poorer table of paths and a reason; it never takes the backend with it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+from qhal.errors import BackendError, QhalError
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,22 @@ def facts() -> dict[str, str]:
     return {
         x.package: f"{x.pinned}: {x.adds}" if (why := missing(x)) is None else f"{why} adds {x.adds}" for x in LIBRARIES
     }
+
+
+@contextmanager
+def making(name: str, what: object) -> Iterator[None]:
+    """Inside, a library compiles and loads a kernel; whatever goes wrong there is one BackendError."""
+    library = next(x for x in LIBRARIES if x.name == name)
+    try:
+        yield
+    except QhalError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise BackendError(
+            f"{library.package} {library.pinned} could not make its kernel for {what} ({text}); "
+            "it needs a CUDA compiler and a cache that can be written; uninstall it to go without"
+        ) from error
 
 
 def usable() -> frozenset[str]:

@@ -253,3 +253,14 @@ def test_bad_plans_and_queries_are_one_error() -> None:
 def test_what_it_would_not_do_exactly_is_not_asked_of_it(change: dict[str, Any]) -> None:
     assert flashinfer.choose(REQUEST, (9, 0)) and not flashinfer.choose(REQUEST, (8, 0))
     assert flashinfer.choose(replace(REQUEST, **change), (9, 0)) is None
+
+
+def test_a_kernel_that_cannot_be_made_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*a: Any, **k: Any) -> None:
+        raise RuntimeError("Ninja build failed:\n /bin/sh: nvcc: not found")
+
+    monkeypatch.setattr(Wrapper, "plan", nothing)
+    with pytest.raises(
+        qhal.BackendError, match=r"could not make its kernel .*nvcc: not found.*uninstall it to go without"
+    ):
+        OPS.attention_batch(REQUEST, Limits(1, 8, 1))

@@ -318,3 +318,13 @@ def test_what_is_no_weight_of_its_own_is_refitted_as_before() -> None:
             request_of("int4.g128*bf16"),
             into=other,
         )
+
+
+def test_a_kernel_that_cannot_be_made_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(**given: Any) -> None:
+        raise RuntimeError("NVRTC is not there")
+
+    monkeypatch.setattr(sys.modules["humming.forward"], "humming_forward", nothing)
+    request = request_of("int4.g128*bf16")
+    with pytest.raises(qhal.BackendError, match=r"humming-kernels .* could not make its kernel .*NVRTC is not there"):
+        OPS.prepare(datasets.weight("humming", "w", request.w, 128, 256, "normal"), request)

@@ -12,6 +12,7 @@ from qhal.errors import FormatError
 from qhal.requests import GemmRequest
 from qhal.tensors import QTensor
 from qhal_cuda.humming.choice import Kind, torch_dtype
+from qhal_cuda.libraries import making
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import Run
 
@@ -43,14 +44,16 @@ def config(request: GemmRequest, k: Kind) -> Any:
 
 def bind(p: HummingWeight, k: Kind) -> Run:
     """The body of `gemm`. One call with a row of zeros compiles every kernel that later row counts choose."""
-    from humming.forward import humming_forward
-
     request, stored, kind = p.request, p.stored, torch_dtype(k)
     assert isinstance(request, GemmRequest) and isinstance(stored, QTensor)
     scale = stored.scale.codes if isinstance(stored.scale, QTensor) else stored.scale
     assert isinstance(scale, Tensor)
+    with making("humming", request):
+        from humming.forward import humming_forward
+
+        layer = config(request, k)
     planes = {
-        "config": config(request, k),
+        "config": layer,
         "weight": stored.codes,
         "weight_scale": scale.view(torch.float8_e8m0fnu) if k.scale == "float8e8m0" else scale,
         "zero_point": stored.zero,
@@ -68,5 +71,6 @@ def bind(p: HummingWeight, k: Kind) -> Run:
             humming_forward(inputs=value, outputs=y, **planes)
         return write(y, out)
 
-    run(torch.zeros(1, request.k, dtype=kind, device=p.device), 0, None)
+    with making("humming", request):
+        run(torch.zeros(1, request.k, dtype=kind, device=p.device), 0, None)
     return run
