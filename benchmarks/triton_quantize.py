@@ -24,7 +24,7 @@ from triton_gemm import timed
 
 from qhal.codebooks import CodebookSegment, CodebookTensor
 from qhal.formats import Format
-from qhal.requests import VQRequest
+from qhal.requests import GemmRequest, VQRequest
 from qhal.rotations import hadamard_for
 from qhal.selection import select
 from qhal.specs import Operand
@@ -104,7 +104,7 @@ def hadamard(ops: Any) -> Iterator[Row]:
 
 
 def vq(ops: Any) -> Iterator[Row]:
-    """Weights [8192, 8192] of vectors of 8."""
+    """Weights [8192, 8192] of vectors of 8, decoded and multiplied."""
     g = torch.Generator().manual_seed(0)
     for name, books, entries in (("1 of 65536", 1, 1 << 16), ("2 of 256", 2, 256), ("e8p12", 1, 0)):
         codes = torch.randint(0, entries or 1 << 16, (K, K // 8, books), generator=g, dtype=torch.int32)
@@ -113,6 +113,11 @@ def vq(ops: Any) -> Iterator[Row]:
         made = [ops.prepare(w, VQRequest(w=w.format, n=K, k=K, out=torch.bfloat16)) for _ in range(3)]
         us = timed([lambda p=p: ops.vq_decode(p) for p in made])
         yield row(f"vq_decode {name}", us, K * K * (2 + books / 2))
+        products = [ops.prepare(w, GemmRequest(w=w.format, n=K, k=K, x=(Format("bf16"),))) for _ in range(8)]
+        for m in (1, 8, 256):
+            x = torch.randn(m, K, device=ops.device, dtype=torch.bfloat16)
+            us = timed([lambda p=p, x=x: ops.gemm(x, p) for p in products])
+            yield row(f"gemm {name}, {m} rows", us, K * K * books / 2)
 
 
 def main() -> int:

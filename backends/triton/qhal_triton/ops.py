@@ -38,8 +38,13 @@ from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.tuning import Table, save
 
+
+def _product(request: GemmRequest, target: Target) -> Path | None:
+    return gemm.choose(request, target) or vq.choose_gemm(request, target)
+
+
 _CHOOSE: dict[type, Callable[[Any, Target], Path | None]] = {
-    GemmRequest: gemm.choose,
+    GemmRequest: _product,
     GroupedRequest: grouped.choose,
     QuantizeRequest: quantize.choose,
     HadamardRequest: hadamard.choose,
@@ -164,6 +169,8 @@ class TritonOps(PortableOps):
 
     def _bind(self, w: PreparedWeight) -> Run:
         path = self._path(w.request)
+        if path is not None and path.kernel == vq.KERNEL:
+            return vq.bind(w) or super()._bind(w)
         return super()._bind(w) if path is None else gemm.bind(path, self, w)
 
     def _path(self, request: Request) -> Path | None:

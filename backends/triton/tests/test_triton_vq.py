@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_ops import DEVICE, HOPPER, Emulated
+from triton_ops import DEVICE, HOPPER, Emulated, cases, matrix_product
 
 import qhal
 from qhal.codebooks import CodebookSegment, CodebookTensor
-from qhal.requests import VQRequest
+from qhal.formats import Format
+from qhal.requests import GemmRequest, VQRequest
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_conformance.outcome import Status
@@ -30,6 +31,31 @@ def test_the_suite_passes_on_the_kernel(case: Case, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("qhal_portable.gemm.vq_decode", None)  # the kernel is what runs
     record = run_case(case, OPS)
     assert record.outcome.status is Status.PASS, record.outcome.reason
+
+
+PRODUCTS = cases("vq_gemm", OPS, 3)
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=[case.id for case in PRODUCTS])
+def test_products_pass_the_suite(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix_product(monkeypatch)
+    request = OPERATIONS[case.operation].request(case)
+    assert OPS.supports(request).executes.startswith("Triton") and OPS.supports(request).graph
+    record = run_case(case, OPS)
+    assert record.outcome.status is Status.PASS, record.outcome.reason
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_few_rows_are_multiplied_as_they_are_gathered(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weight(1, 8, 2, full=False, divisors=(1.0, 3.45))
+    w = CodebookTensor((29, 24), w.segments[:1], torch.linspace(0.5, 2, 29))
+    monkeypatch.setattr(torch, "mm", None)
+    request = GemmRequest(w=w.format, n=29, k=24, x=(Format("bf16"),), out=torch.float32, bias=True)
+    bias = torch.linspace(-1, 1, 29)
+    p = OPS.prepare(w, request, bias=bias)
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows)).bfloat16()[:, :24]
+    got = OPS.gemm(x.to(DEVICE), p).cpu()
+    torch.testing.assert_close(got, x.float() @ w.dequantize().T + bias, rtol=1e-5, atol=1e-5)
 
 
 def weight(a: int, b: int, books: int, *, full: bool, divisors: tuple[float, ...] = ()) -> CodebookTensor:

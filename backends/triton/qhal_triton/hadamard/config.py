@@ -60,18 +60,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Chip:
-    """What bounds a tile: bytes of fast memory, columns of a right factor, sums of a program that a warp has."""
+    """What bounds a tile: bytes of fast memory, columns of a right factor, sums of a program that a warp has.
+
+    fused: there are registers for a quantization in the same pass.
+    """
 
     shared: int
     columns: int
     sums: int
+    fused: bool = True
 
     @staticmethod
     def of(target: Target) -> Chip:
         """AMD's compiler keeps the right factor in registers, all of it for every warp."""
         if target.kind == "cuda":
             return Chip(target.shared, 256, 2048)
-        return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512)
+        return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512, fused=False)
 
     def warps(self, rows: int, columns: int) -> int:
         """Warps of a tile."""

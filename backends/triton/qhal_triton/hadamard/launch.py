@@ -70,7 +70,7 @@ _SHAPES = (
 def _fused(request: HadamardRequest, p: Plan, target: Target) -> tuple[Recipe | None, int]:
     """Constants and features of a scale, where whole scales lie in a tile."""
     f = request.quantize
-    if f is None or f.block is None or p.used != p.rows or p.width != p.columns:
+    if f is None or f.block is None or p.used != p.rows or p.width != p.columns or not Chip.of(target).fused:
         return None, 0
     size = request.n if f.block.kind == "row" else f.block.cols if f.block.kind == "group" else 0
     tile = p.rows * p.columns

@@ -43,7 +43,7 @@ def run(path: Path, p: PreparedWeight, rows: slice | None, out: Tensor | None) -
     """Dense rows."""
     w, request = p.stored, p.request
     assert isinstance(request, VQRequest)
-    if not isinstance(w, CodebookTensor) or not all(_wide(t) for t in _floats(w)):
+    if not isinstance(w, CodebookTensor) or not readable(w):
         return gemm.vq_decode(p, rows, out)
     n, k = w.shape
     first, last, step = (0, n, 1) if rows is None else rows.indices(n)
@@ -52,24 +52,29 @@ def run(path: Path, p: PreparedWeight, rows: slice | None, out: Tensor | None) -
     last = max(first, last)
     shape = (last - first, k)
     given = out is not None and (tuple(out.shape), out.dtype, out.device) == (shape, request.out, w.device)
-    y = out if out is not None and given and out.stride(-1) == 1 else torch.empty(
-        shape, dtype=request.out, device=w.device
-    )  # fmt: skip
-    before = 0
+    direct = out is not None and given and out.stride(-1) == 1
+    y = out if out is not None and direct else torch.empty(shape, dtype=request.out, device=w.device)
+    decode(w, y, first)
+    return y if y is out else gemm.write(y, out)
+
+
+def decode(w: CodebookTensor, y: Tensor, first: int = 0) -> None:
+    """Rows of the weight, from the first one on, into y [rows, K] of any float type."""
+    before, last = 0, first + y.shape[0]
     for segment in w.segments:
-        if shape[0]:
+        if y.shape[0]:
             _launch(w, segment, y, first, last, before)
         before += segment.codes.shape[1] * segment.vector[1]
-    return y if y is out else gemm.write(y, out)
+
+
+def readable(w: object) -> bool:
+    """Whether this is a codebook weight whose planes are floats that kernels load."""
+    return isinstance(w, CodebookTensor) and all(t.dtype in WIDE.values() for t in _floats(w))
 
 
 def _floats(w: CodebookTensor) -> list[Tensor]:
     tables = [t for s in w.segments for t in s.tables if isinstance(t, Tensor)]
     return tables + [t for t in (w.scale, w.column_scale, w.column_bias) if t is not None]
-
-
-def _wide(t: Tensor) -> bool:
-    return t.dtype in WIDE.values()
 
 
 def _launch(w: CodebookTensor, s: CodebookSegment, y: Tensor, first: int, last: int, before: int) -> None:
@@ -79,8 +84,7 @@ def _launch(w: CodebookTensor, s: CodebookSegment, y: Tensor, first: int, last: 
     count = len(lines) * vectors
     padded = 1 << (a * b - 1).bit_length()
     share = max(SHARE // padded, 1)
-    tables = [_table(t, y.device) for t in s.tables]
-    tables += tables[:1] * (BOOKS - len(tables))
+    tables = book_tables(s, y.device)
 
     def plane(t: Tensor | None) -> Tensor:
         return tables[0] if t is None else t.contiguous()
@@ -88,13 +92,24 @@ def _launch(w: CodebookTensor, s: CodebookSegment, y: Tensor, first: int, last: 
     decode_kernel[(-(-count // share),)](
         s.codes.contiguous(), y, *tables, plane(w.scale), plane(w.permutation), plane(w.column_scale),
         plane(w.column_bias), first, last, lines.start * vectors, count, vectors, w.shape[1], before, y.stride(0),
-        _rows_per_scale(w), a, b, len(s.tables), s.divisors or (1.0,) * len(s.tables), share, padded,
+        rows_per_scale(w), a, b, len(s.tables), divisors(s), share, padded,
         w.scale is not None, w.permutation is not None, w.column_scale is not None, w.column_bias is not None,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _rows_per_scale(w: CodebookTensor) -> int:
+def book_tables(s: CodebookSegment, device: torch.device) -> list[Tensor]:
+    """As many tables as a kernel has arguments."""
+    tables = [_table(t, device) for t in s.tables]
+    return tables + tables[:1] * (BOOKS - len(tables))
+
+
+def divisors(s: CodebookSegment) -> tuple[float, ...]:
+    """One for every book."""
+    return s.divisors or (1.0,) * len(s.tables)
+
+
+def rows_per_scale(w: CodebookTensor) -> int:
     """One scale for all rows, one for each, or one for each row of vectors: `CodebookTensor` checked that."""
     count = 1 if w.scale is None else w.scale.numel()
     return w.shape[0] if count == 1 else 1 if count == w.shape[0] else w.segments[0].vector[0]
