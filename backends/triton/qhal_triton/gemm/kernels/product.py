@@ -137,7 +137,7 @@ def product(
             # what is the same for the columns of a unit is read at its start
             if INDEXED:
                 at_w = (rn // RW)[:, None] * sw_row + tl.load(index + columns, mask=valid, other=0)[None, :] * sw_col
-                s = plane(sw, at_w, rn_in[:, None] & valid[None, :], SW, PTX)
+                s = plane(sw, at_w, rn_in[:, None] & valid[None, :], SW)
                 if OW != "":
                     s = s * outer[:, None]
                 if ZW != "":
@@ -152,7 +152,7 @@ def product(
                     f = plane(fw, at_f, rn_in[:, None] & valid[None, :], "")
             elif part_of * CHUNK % UNIT == 0:
                 if SW != "" and MODE == "early":
-                    s = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW, PTX)
+                    s = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
                     if OW != "":
                         s = s * outer
                 if ZW != "":
@@ -200,24 +200,24 @@ def product(
                 if FOREIGN:
                     scaled = scaled * 4.0
                 if not WLATE:
-                    s_w = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW, PTX)
+                    s_w = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
                     if OW != "":
                         s_w = s_w * outer
                     scaled = scaled * s_w[:, None]
                 if not XLATE:
-                    s_x = plane(sx, source * sx_row + gx * sx_col, live, SX, PTX)
+                    s_x = plane(sx, source * sx_row + gx * sx_col, live, SX)
                     if OX != "":
                         s_x = s_x * outer_x
                     scaled = scaled * s_x[None, :]
                 total += scaled
     result = total.to(tl.float32)
     if MODE == "late" and SW != "":
-        s = plane(sw, (rn // RW) * sw_row, rn_in, SW, PTX)
+        s = plane(sw, (rn // RW) * sw_row, rn_in, SW)
         if OW != "":
             s = s * outer
         result = result * s[:, None]
     if XLATE and SX != "":
-        s_x = plane(sx, source * sx_row, live, SX, PTX)
+        s_x = plane(sx, source * sx_row, live, SX)
         if OX != "":
             s_x = s_x * outer_x
         result = result * s_x[None, :]

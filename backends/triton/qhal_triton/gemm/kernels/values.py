@@ -36,14 +36,9 @@ def number(code, KIND: tl.constexpr, table=None):
 
 
 @triton.jit
-def plane(p, at, inside, KIND: tl.constexpr, PTX: tl.constexpr = False):
-    """fp32 numbers of a plane of scales, zero points or offsets. PTX: the chip converts e4m3fn itself, exactly."""
-    code = tl.load(p + at, mask=inside, other=0)
-    if PTX and KIND == "e4m3fn" and not INTERPRETED:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        value = number(code, KIND)
-    return value
+def plane(p, at, inside, KIND: tl.constexpr):
+    """fp32 numbers of a plane of scales, zero points or offsets."""
+    return number(tl.load(p + at, mask=inside, other=0), KIND)
 
 
 @triton.jit
