@@ -95,18 +95,26 @@ docs-update: dev
 conformance-rocm: dev
 	$(BIN)/python backends/rocm/levels.py --out build/conformance/rocm
 
-# L1: every kernel and format for NVIDIA's chips, with the newest Triton and with the oldest that is supported
+# L1: every kernel and format for NVIDIA's chips, with the newest Triton and with the oldest that is supported; and the calls
+# of optional libraries, held against their text
 COMPILE := $(BIN)/python -m qhal_triton.compile --jobs $(PYTEST_WORKERS)
 NVIDIA := sm_80 sm_89 sm_90 sm_100 sm_120
 OLDER := sm_80 sm_90 sm_120
 AMD := gfx942 gfx950 gfx1100 gfx1201
 OLDEST := build/triton-3.6.0
-cuda-offline: dev $(OLDEST)
+LIBRARIES := build/libraries
+cuda-offline: dev $(OLDEST) $(LIBRARIES)
+	$(BIN)/python -m qhal_cuda.contracts $(LIBRARIES)
 	$(COMPILE) --arch $(NVIDIA) --json build/compile/nvidia.json
 	PYTHONPATH=$(OLDEST) $(COMPILE) --arch $(OLDER) --cache build/triton-oldest --json build/compile/nvidia-oldest.json
 
 $(OLDEST):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+# the optional libraries of the CUDA backend, to be read; nothing imports them from here
+$(LIBRARIES):
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	  $$($(BIN)/python -c "from qhal_cuda.libraries import LIBRARIES as all; print(*(f'{x.package}=={x.pinned}' for x in all))")
 
 compile-full: dev $(OLDEST)
 	$(COMPILE) --full --arch $(AMD) --json build/compile/amd-full.json
