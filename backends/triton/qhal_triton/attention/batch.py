@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from qhal.caches import AttentionBatch, Limits
 from qhal.errors import BatchError
 from qhal.requests import AttentionRequest
 from qhal_portable.attention import check_plan, check_roots, check_tree
-from qhal_triton.attention.config import Config, blocks
+from qhal_triton.attention.config import Config, blocks, power
 from qhal_triton.attention.paths import Arithmetic
 from qhal_triton.target import Target
+
+_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 
 
 class TritonBatch(AttentionBatch):
@@ -35,6 +40,7 @@ class TritonBatch(AttentionBatch):
     ) -> None:
         self.request, self.limits, self.device, self.target = request, limits, device, target
         self.arithmetic, self.config = arithmetic, c
+        self.constants = constants(request, arithmetic, c, target)
         self.blocks, self.tokens = blocks(limits, c), 0
         self.steps = torch.zeros(4 * limits.batch + 2 * self.blocks, dtype=torch.int32, device=device)
         self.steps[4 * limits.batch :] = -1
@@ -98,3 +104,18 @@ class TritonBatch(AttentionBatch):
         unused = [-1] * (self.blocks - len(starts))
         parts = (firsts, idle, queries, idle, bounds, idle, trees, idle, sequences, unused, starts, unused)
         return torch.tensor([value for part in parts for value in part], dtype=torch.int32)
+
+
+def constants(request: AttentionRequest, a: Arithmetic, c: Config, target: Target) -> dict[str, Any]:
+    """The constexpr arguments of `attend`."""
+    kv = request.kv
+    columns = (max(power(-(-dim // (1 + row.packed))), 16) for dim, row in ((kv.k_dim, a.k), (kv.v_dim, a.v)))
+    return dict(
+        Q=a.q, QR=a.rope, K=a.k, V=a.v,
+        Q_PARTS=a.q_parts, QR_PARTS=a.rope_parts, K_PARTS=a.k_parts, V_PARTS=a.v_parts,
+        TYPE=_TYPES[a.type], QK_ROPE=_TYPES[a.rope_type],
+        P=a.p, P_STATIC=a.p_static, P_DIVIDES=a.p_divides, P_PARTS=a.p_parts, PV=_TYPES[a.pv],
+        MLA=kv.kind == "mla", DK=kv.k_dim, DV=kv.v_dim, **dict(zip(("BK", "BV"), columns, strict=True)),
+        ONE=kv.page % c.n == 0, M=c.m, N=c.n, TREE=request.tree, SOFTCAP=request.softcap is not None,
+        NATIVE=target.kind == "cuda" and "e4m3fn" in target.fp8,
+    )  # fmt: skip

@@ -65,6 +65,8 @@ def choose(request: AttentionRequest, target: Target) -> Path | None:
 def arithmetic(request: AttentionRequest) -> Arithmetic | None:
     """The arithmetic of a request; None where the kernel has none."""
     kv, mla = request.kv, request.kv.kind == "mla"
+    if kv.page & (kv.page - 1):
+        return None
     k, v = row_of(kv.k, kv.k_dim), row_of(kv.v, kv.v_dim)
     wide = kv.k_dim + kv.v_dim if mla else kv.k_dim
     q = _query(request.q, kv.k_dim, wide)

@@ -27,7 +27,7 @@ class Held(NamedTuple):
 
     def flat(self) -> tuple[object, ...]:
         """In the order of the kernel's arguments."""
-        return (self.codes, *self.codes.stride(), self.scale, self.zero, self.outer, self.groups)
+        return (self.codes, *self.codes.stride()[:2], self.scale, self.zero, self.outer, self.groups)
 
     def after(self, columns: int, row: Row) -> Held:
         """The same rows from a column on."""
@@ -39,6 +39,7 @@ def hold(q: Tensor, f: Format, row: Row, cache: KVCache) -> Held:
     """q [T, H, D] in format `f`. The bits are those of `qhal.encoding.encode`."""
     if not row.kind:
         codes = q.to(element(f.element).storage)
+        codes = codes if codes.stride(-1) == 1 else codes.contiguous()
         return Held(codes, codes, codes, codes)
     if row.static:
         zero = _static(cache, "q.zero", f) if row.zero else None

@@ -9,10 +9,10 @@ import torch
 from qhal.caches import Limits
 from qhal.formats import Format
 from qhal.requests import AttentionRequest, KVRequest
+from qhal_triton.attention.batch import constants
 from qhal_triton.attention.config import config
 from qhal_triton.attention.kernels.attend import attend
 from qhal_triton.attention.kernels.merge import merge
-from qhal_triton.attention.launch import constants
 from qhal_triton.attention.paths import arithmetic
 from qhal_triton.kv.tiles import MHA, MLA, kind, pointers
 from qhal_triton.target import Target
@@ -26,6 +26,7 @@ _OPERANDS = (
     ("fp16", "fp16", "fp16", "fp16"),
 )
 """(k, v, q, p) of what is not held in bf16."""
+_ALIGNED = ("k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head")
 _SPILLS = 640
 """Bytes (AMD: registers) of a thread: [64, 512] values beside their keys leave few registers, and what is moved out
 stands before and behind the loop."""
@@ -41,18 +42,14 @@ def tiles(target: Target) -> Iterator[Tile]:
         yield _tile(_request(k, v, "decode", q, p), _DECODE, target)
     for k, v in MLA:
         yield _tile(_request(k, v, "decode", mla=True), _DECODE, target)
-    yield Tile(
-        name="attention.merge",
-        fn=merge,
-        signature={
-            **dict.fromkeys(("partial", "partial_max", "partial_sum", "sinks", "lse"), "*fp32"),
-            **dict.fromkeys(("o_token", "o_head", "l_token", "l_head"), "i32:16"),
-            "out": "*bf16",
-            "splits": "i32",
-        },
-        constants={"HEADS": 32, "D": 128, "COLS": 64, "ALL": 16, "SINKS": True, "LSE": True, "o_col": 1},
-        options={"num_warps": 4},
-    )
+    yield _merge()
+
+
+def _merge() -> Tile:
+    known = dict.fromkeys(("partial", "partial_max", "partial_sum", "sinks", "lse"), "*fp32") | {"out": "*bf16"}
+    constants_ = {"COLS": 64, "ALL": 16}
+    signature = {n: known.get(n, "i32") for n in merge.arg_names if n not in constants_}
+    return Tile(name="attention.merge", fn=merge, signature=signature, constants=constants_, options={"num_warps": 4})
 
 
 def _request(k: str, v: str, phase: str, q: str = "bf16", p: str = "bf16", mla: bool = False) -> AttentionRequest:
@@ -71,7 +68,7 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
     a = arithmetic(request)
     assert a is not None
     c = config(request, a, limits, target)
-    fixed = {**constants(request, a, c, target), "SINKS": False, "LSE": False, "q_col": 1, "p_col": 1, "o_col": 1}
+    fixed = constants(request, a, c, target)
     known = dict.fromkeys(("sinks", "weight_scale", "lse", "partial", "partial_max", "partial_sum"), "*fp32")
     known |= {"plan": "*i32", "table": "*i32", "tree": "*u8", "q_outer": "*fp32", "scale": "fp32", "softcap": "fp32"}
     known |= {
@@ -81,12 +78,11 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
     }
     known |= {"q_scale": kind(a.q.scale), "p_scale_of_q": kind(a.rope.scale), "q_zero": kind(a.q.zero)}
     known |= pointers(a.k, "k", "k_scale", "k_zero", "k_outer") | pointers(a.v, "v", "v_scale", "v_zero", "v_outer")
-    plain = {"q_groups", "p_groups", "pages", "batch", "blocks", "splits"}
     formats = f"{request.kv.k} {request.kv.v} q={request.q} p={request.p}"
     return Tile(
         name=f"attention.attend[{request.kv.kind} {request.phase} {formats}]",
         fn=attend,
-        signature={n: known.get(n, "i32" if n in plain else "i32:16") for n in attend.arg_names if n not in fixed},
+        signature={n: known.get(n, "i32:16" if n in _ALIGNED else "i32") for n in attend.arg_names if n not in fixed},
         constants=fixed,
         options={"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True},
         matrix=True,

@@ -15,8 +15,8 @@ from qhal_triton.kv.paths import encoding
 from qhal_triton.kv.planes import RowPlanes
 from qhal_triton.target import Target
 
-_BUSY = 528
-"""Programs below which some of a large chip's multiprocessors have nothing to do."""
+_BUSY = 264
+"""Programs below which some of a large chip's multiprocessors have nothing to do: then each has an eighth."""
 _SHARE = 4096
 """Elements of a program, if there are enough of them."""
 
@@ -33,9 +33,8 @@ class Size(NamedTuple):
 def size(count: int, k_dim: int, v_dim: int) -> Size:
     """For `count` rows (token, head)."""
     k, v = (max(1 << (dim - 1).bit_length(), 2) for dim in (k_dim, v_dim))
-    rows = max(_SHARE // max(k, v), 1)
-    while rows > 1 and -(-count // rows) * 2 < _BUSY:
-        rows //= 2
+    share = _SHARE if count * max(k, v) >= _SHARE * _BUSY else _SHARE // 8
+    rows = max(share // max(k, v), 1)
     return Size(rows, k, v, min(max(rows * max(k, v) // 512, 1), 8))
 
 
@@ -55,14 +54,21 @@ def run(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor, device: torch.devic
             raise FormatError(f"quant_kv: {name} are on {t.device}, must be on {device}")
     if not slots.numel():
         return
-    k, v = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(1) for t in (k, v))
+    k, v = (_rows(t.detach()) for t in (k, v))
     ke, ve = encoding(kf, request.k_dim, k.dtype, target), encoding(vf, request.v_dim, v.dtype, target)
     assert ke is not None and ve is not None
     count = slots.numel() * request.heads
     s = size(count, request.k_dim, request.v_dim)
     write[(-(-count // s.rows), 2)](
-        k, *k.stride(), v, *v.stride(), slots, slots.stride(0), count, cache.pages * request.page,
+        k, *k.stride()[:2], v, *v.stride()[:2], slots, slots.stride(0), count, cache.pages * request.page,
+        request.heads, request.page,
         *RowPlanes.of(cache, first, ke.row).flat(), *RowPlanes.of(cache, second, ve.row).flat(),
-        K=ke.row, KF=ke.recipe, V=ve.row, VF=ve.recipe, HEADS=request.heads, PAGE=request.page,
+        K=ke.row, KF=ke.recipe, V=ve.row, VF=ve.recipe,
         DK=request.k_dim, DV=request.v_dim, ROWS=s.rows, BK=s.k, BV=s.v, num_warps=s.warps, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, G, D] with contiguous features."""
+    x = x if x.dim() == 3 else x.unsqueeze(1)
+    return x if x.stride(-1) == 1 else x.contiguous()

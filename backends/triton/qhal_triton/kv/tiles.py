@@ -35,6 +35,8 @@ MLA = (
 )
 """(latent, rope) of 512 and 64."""
 
+_SIZES = ("slot_stride", "count", "limit", "heads", "in_page")
+
 
 def tiles(target: Target) -> Iterator[Tile]:
     """What to compile for `target`, one tile for every kernel and format."""
@@ -48,9 +50,9 @@ def _tile(k: Format, v: Format, heads: int, dims: tuple[int, int], target: Targe
     assert found[0] is not None and found[1] is not None
     (kr, kf), (vr, vf) = found[0], found[1]
     s = size(1 << 16, *dims)
-    constants = {"K": kr, "KF": kf, "V": vr, "VF": vf, "HEADS": heads, "PAGE": 16, "DK": dims[0], "DV": dims[1]}
-    constants |= {"ROWS": s.rows, "BK": s.k, "BV": s.v, "k_col": 1, "v_col": 1, "slot_stride": 1}
-    known = {"k": "*bf16", "v": "*bf16", "slots": "*i64", "count": "i32", "limit": "i32"}
+    constants = {"K": kr, "KF": kf, "V": vr, "VF": vf, "DK": dims[0], "DV": dims[1]}
+    constants |= {"ROWS": s.rows, "BK": s.k, "BV": s.v}
+    known = {"k": "*bf16", "v": "*bf16", "slots": "*i64"} | dict.fromkeys(_SIZES, "i32")
     known |= pointers(kr, "kc", "ks", "kz", "k_outer") | pointers(vr, "vc", "vs", "vz", "v_outer")
     return Tile(
         name=f"kv.write[{'mla' if heads == 1 else 'mha'} {k} {v}]",

@@ -21,69 +21,79 @@ from qhal_triton.kv.kernels.decode import parts, tile
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "splits", "pages", "q_groups", "p_groups"])
+# Every specialization is a kernel to compile: only what the loop over keys gains from is left to it.
+_ANY = [
+    "q_token", "q_head", "q_groups", "p_token", "p_head", "p_groups", "table_row", "pages", "o_token", "o_head",
+    "l_token", "l_head", "batch", "blocks", "splits", "shift", "heads", "share", "together", "causal", "window",
+    "has_sinks", "has_lse", "ks_page", "ks_slot", "ks_head", "kz_page", "kz_slot", "kz_head", "vs_page", "vs_slot",
+    "vs_head", "vz_page", "vz_slot", "vz_head", "scale", "softcap",
+]  # fmt: skip
+_ANYWHERE = ["q", "p", "out", "lse", "sinks", "tree", "table", "plan"]
+
+
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=_ANYWHERE)
 def attend(
-    q, q_token, q_head, q_col, q_scale, q_zero, q_outer, q_groups,
-    p, p_token, p_head, p_col, p_scale_of_q, p_groups,
+    q, q_token, q_head, q_scale, q_zero, q_outer, q_groups, p, p_token, p_head, p_scale_of_q, p_groups,
     k, k_page, k_slot, k_head, k_scale, ks_page, ks_slot, ks_head, k_zero, kz_page, kz_slot, kz_head, k_outer,
     v, v_page, v_slot, v_head, v_scale, vs_page, vs_slot, vs_head, v_zero, vz_page, vz_slot, vz_head, v_outer,
     plan, table, table_row, pages, tree, sinks, weight_scale,
-    out, o_token, o_head, o_col, lse, l_token, l_head, partial, partial_max, partial_sum,
-    batch, blocks, splits, scale, softcap,
+    out, o_token, o_head, lse, l_token, l_head, partial, partial_max, partial_sum,
+    batch, blocks, splits, shift, heads, share, together, causal, window, has_sinks, has_lse, scale, softcap,
     Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_PARTS: tl.constexpr, QR_PARTS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
     TYPE: tl.constexpr, QK_ROPE: tl.constexpr,
     P: tl.constexpr, P_STATIC: tl.constexpr, P_DIVIDES: tl.constexpr, P_PARTS: tl.constexpr, PV: tl.constexpr,
-    MLA: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr, NATIVE_K: tl.constexpr, NATIVE_V: tl.constexpr,
+    MLA: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TREE: tl.constexpr, SOFTCAP: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of query rows, key-value heads times blocks of their query heads, parts of the keys).
 
-    A block's M rows are TOGETHER query heads of one key-value head, for M // TOGETHER tokens of one sequence.
+    A block's M rows are `together` of the `share` query heads of one key-value head, for M // together tokens of one
+    sequence. Pages have 1 << shift slots; ONE: a tile lies in one. window 0: none;
+    causal, has_sinks, has_lse: 0 or 1.
     """
     block = tl.program_id(0)
     sequence = tl.load(plan + 4 * batch + block)
     if sequence < 0:
         return
-    HEAD_BLOCKS: tl.constexpr = (SHARE + TOGETHER - 1) // TOGETHER
-    group = tl.program_id(1) // HEAD_BLOCKS
+    head_blocks = tl.cdiv(share, together)
+    tokens = M // together
+    group = tl.program_id(1) // head_blocks
     first = tl.load(plan + 4 * batch + blocks + block)
     start = tl.load(plan + sequence)
     count = tl.load(plan + batch + sequence)
     length = tl.load(plan + 2 * batch + sequence)
 
     rows = tl.arange(0, M)
-    token = first + rows // TOGETHER
-    of_group = (tl.program_id(1) % HEAD_BLOCKS) * TOGETHER + rows % TOGETHER
-    head = group * SHARE + of_group
-    real = (token < count) & (rows < M // TOGETHER * TOGETHER) & (of_group < SHARE)
+    token = first + rows // together
+    of_group = (tl.program_id(1) % head_blocks) * together + rows % together
+    head = group * share + of_group
+    real = (token < count) & (rows < tokens * together) & (of_group < share)
     position = length - count + token
 
-    # what any row of this block sees
+    # what each row sees, and what any row of this block does
+    last = tl.where(causal != 0, position, length)
+    before = tl.where(window > 0, position - window, -1)
     high = length
-    if CAUSAL and not TREE:
-        high = tl.minimum(length, length - count + first + M // TOGETHER)
+    if causal != 0:
+        high = tl.minimum(length, length - count + first + tokens)
     low = 0
-    if WINDOW > 0:
-        low = tl.maximum(length - count + first - WINDOW + 1, 0)
+    if window > 0:
+        low = tl.maximum(length - count + first - window + 1, 0)
     begin = low // N * N
     tiles = tl.cdiv(tl.maximum(high - begin, 0), N)
-    if SPLIT:
-        each = tl.cdiv(tiles, splits)
-        begin += tl.program_id(2) * each * N
-        high = tl.minimum(high, begin + each * N)
+    each = tl.cdiv(tiles, splits)
+    begin += tl.program_id(2) * each * N
+    high = tl.minimum(high, begin + each * N)
 
     row = (start + token).to(tl.int64)
     q_at = row * q_token + head * q_head
     STEP: tl.constexpr = 2 if K.element == "int4" or K.element == "uint4" or K.element == "e2m1" else 1
-    s_at = (row * HEADS + head) * q_groups
-    qa, qa_rest = queries(q, q_at, q_col, q_scale, s_at, head, q_zero, q_outer, real, 0, STEP, Q, DK, BK,
+    s_at = (row * heads + head) * q_groups
+    qa, qa_rest = queries(q, q_at, q_scale, s_at, head, q_zero, q_outer, real, 0, STEP, Q, DK, BK,
                           Q_PARTS, TYPE, M)  # fmt: skip
     if STEP == 2:
-        qb, qb_rest = queries(q, q_at, q_col, q_scale, s_at, head, q_zero, q_outer, real, 1, STEP, Q, DK, BK,
+        qb, qb_rest = queries(q, q_at, q_scale, s_at, head, q_zero, q_outer, real, 1, STEP, Q, DK, BK,
                               Q_PARTS, TYPE, M)  # fmt: skip
     else:
         qb, qb_rest = qa, qa_rest
@@ -91,11 +101,11 @@ def attend(
     if MLA:
         ROPE_STEP: tl.constexpr = 2 if V.element == "int4" or V.element == "uint4" or V.element == "e2m1" else 1
         r_at = row * p_token + head * p_head
-        rs_at = (row * HEADS + head) * p_groups
-        ra, ra_rest = queries(p, r_at, p_col, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 0, ROPE_STEP, QR,
+        rs_at = (row * heads + head) * p_groups
+        ra, ra_rest = queries(p, r_at, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 0, ROPE_STEP, QR,
                               DV, BV, QR_PARTS, QK_ROPE, M)  # fmt: skip
         if ROPE_STEP == 2:
-            rb, rb_rest = queries(p, r_at, p_col, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 1, ROPE_STEP,
+            rb, rb_rest = queries(p, r_at, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 1, ROPE_STEP,
                                   QR, DV, BV, QR_PARTS, QK_ROPE, M)  # fmt: skip
         else:
             rb, rb_rest = ra, ra_rest
@@ -107,8 +117,7 @@ def attend(
         p_scale = tl.load(weight_scale).to(tl.float32)
 
     top = tl.full([M], float("-inf"), tl.float32)
-    if SINKS:
-        sink = tl.load(sinks + head, mask=real, other=float("-inf")) * LOG2E
+    sink = tl.load(sinks + head, mask=real & (rows < has_sinks * M), other=float("-inf")) * LOG2E
     total = tl.zeros([M], tl.float32)
     WIDE_V: tl.constexpr = BK if MLA else BV
     acc = tl.zeros([M, WIDE_V], tl.float32)
@@ -122,29 +131,27 @@ def attend(
     for turn in tl.static_range(PASSES):
         if P_STATIC and turn == 1:
             of_keys = top
-            if SINKS:
-                top = tl.maximum(top, sink)
+            top = tl.maximum(top, sink)
         for at in range(begin, high, N):
             key = at + tl.arange(0, N)
             ok = (key < high) & (key >= low)
-            if PAGE % N == 0:  # a tile lies in one page: 64-bit addresses are those of the page only
-                page = tl.load(table + sequence * table_row + at // PAGE).to(tl.int64)
-                slot = at % PAGE + tl.arange(0, N)
+            if ONE:  # a tile lies in one page: 64-bit addresses are those of the page only
+                page = tl.load(table + sequence * table_row + (at >> shift)).to(tl.int64)
             else:
-                page = tl.load(table + sequence * table_row + key // PAGE, mask=ok, other=0).to(tl.int64)
-                slot = key % PAGE
+                page = tl.load(table + sequence * table_row + (key >> shift), mask=ok, other=0).to(tl.int64)
+            slot = key & ((1 << shift) - 1)
             fault = (page < 0) | (page >= pages)
             page = tl.where(fault, 0, page)
-            k_in, k_at = place(k, page, slot, group, k_page, k_slot, k_head, PAGE % N == 0)
-            ks_in, ks_at = place(k_scale, page, slot, group, ks_page, ks_slot, ks_head, PAGE % N == 0)
-            kz_in, kz_at = place(k_zero, page, slot, group, kz_page, kz_slot, kz_head, PAGE % N == 0)
-            v_in, v_at = place(v, page, slot, group, v_page, v_slot, v_head, PAGE % N == 0)
-            vs_in, vs_at = place(v_scale, page, slot, group, vs_page, vs_slot, vs_head, PAGE % N == 0)
-            vz_in, vz_at = place(v_zero, page, slot, group, vz_page, vz_slot, vz_head, PAGE % N == 0)
+            k_in, k_at = place(k, page, slot, group, k_page, k_slot, k_head, ONE)
+            ks_in, ks_at = place(k_scale, page, slot, group, ks_page, ks_slot, ks_head, ONE)
+            kz_in, kz_at = place(k_zero, page, slot, group, kz_page, kz_slot, kz_head, ONE)
+            v_in, v_at = place(v, page, slot, group, v_page, v_slot, v_head, ONE)
+            vs_in, vs_at = place(v_scale, page, slot, group, vs_page, vs_slot, vs_head, ONE)
+            vz_in, vz_at = place(v_zero, page, slot, group, vz_page, vz_slot, vz_head, ONE)
 
             ka, ka_rest, kb, kb_rest = tile(
                 k_in, k_at, ks_in, ks_at, kz_in, kz_at, ok, K, DK, N, BK,
-                NATIVE_K, K_PARTS, TYPE,
+                NATIVE, K_PARTS, TYPE,
             )  # fmt: skip
             s = product(qa, qa_rest, tl.trans(ka), tl.trans(ka_rest), tl.zeros([M, N], tl.float32), Q_PARTS, K_PARTS)
             if STEP == 2:
@@ -154,7 +161,7 @@ def attend(
             s = s * (row_q * fixed_k)[:, None]
             if MLA:
                 ra_k, ra_k_rest, rb_k, rb_k_rest = tile(
-                    v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV, N, BV, NATIVE_V, V_PARTS,
+                    v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV, N, BV, NATIVE, V_PARTS,
                     QK_ROPE,
                 )  # fmt: skip
                 r = product(ra, ra_rest, tl.trans(ra_k), tl.trans(ra_k_rest), tl.zeros([M, N], tl.float32),
@@ -174,11 +181,9 @@ def attend(
                 inside = seen & (new >= 0)[None, :]
                 at_tree = tl.load(plan + 3 * batch + sequence) + token[:, None] * count + new[None, :]
                 seen = seen & (tl.load(tree + at_tree, mask=inside, other=1) != 0)
-            elif CAUSAL:
-                seen = seen & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
-                seen = seen & (key[None, :] > position[:, None] - WINDOW)
-            s = tl.where(fault[None, :] if PAGE % N != 0 else fault, float("nan"), s)
+            else:
+                seen = seen & (key[None, :] <= last[:, None]) & (key[None, :] > before[:, None])
+            s = tl.where(fault[None, :] if not ONE else fault, float("nan"), s)
             s = tl.where(seen, s, float("-inf"))
             if P_STATIC and turn == 0:
                 top = tl.maximum(top, tl.max(s, 1))
@@ -207,7 +212,7 @@ def attend(
                 else:
                     va, va_rest, vb, vb_rest = tile(
                         v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV,
-                        N, BV, NATIVE_V, V_PARTS, PV,
+                        N, BV, NATIVE, V_PARTS, PV,
                     )  # fmt: skip
                     if V.kind == "row":
                         w = w * row_scale(vs_in, vs_at, ok, V)[None, :]
@@ -227,8 +232,8 @@ def attend(
     OUT_STEP: tl.constexpr = 2 if TWO else 1
     DO: tl.constexpr = DK if MLA else DV
     cols = tl.arange(0, WIDE_V) * OUT_STEP
-    if SPLIT:
-        to = (row * HEADS + head) * splits + tl.program_id(2)
+    if splits > 1:
+        to = (row * heads + head) * splits + tl.program_id(2)
         tl.store(partial_max + to, top, mask=real)
         tl.store(partial_sum + to, total, mask=real)
         some = real & (total != 0)
@@ -237,22 +242,20 @@ def attend(
             tl.store(partial + to[:, None] * DO + cols[None, :] + 1, acc_odd,
                      mask=some[:, None] & (cols + 1 < DO)[None, :])  # fmt: skip
     else:
-        if SINKS:
-            with_sink = tl.maximum(top, sink)
-            shrink = tl.exp2(top - with_sink)
-            total = total * shrink + tl.exp2(sink - with_sink)
-            acc = acc * shrink[:, None]
-            acc_odd = acc_odd * shrink[:, None]
-            top = with_sink
+        with_sink = tl.maximum(top, sink)
+        base = tl.where(with_sink == float("-inf"), 0.0, with_sink)
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.exp2(sink - base)
+        acc = acc * shrink[:, None]
+        acc_odd = acc_odd * shrink[:, None]
         below = tl.where(seen_any, total, 1.0)[:, None]
         o_at = row * o_token + head * o_head
         o = tl.where(seen_any[:, None], acc / below, 0.0)
-        tl.store(out + o_at[:, None] + cols[None, :] * o_col, narrow(o, out.dtype.element_ty),
+        tl.store(out + o_at[:, None] + cols[None, :], narrow(o, out.dtype.element_ty),
                  mask=real[:, None] & (cols < DO)[None, :])  # fmt: skip
         if TWO:
             o = tl.where(seen_any[:, None], acc_odd / below, 0.0)
-            tl.store(out + o_at[:, None] + (cols + 1)[None, :] * o_col, narrow(o, out.dtype.element_ty),
+            tl.store(out + o_at[:, None] + (cols + 1)[None, :], narrow(o, out.dtype.element_ty),
                      mask=real[:, None] & (cols + 1 < DO)[None, :])  # fmt: skip
-        if LSE:
-            log = tl.where(seen_any, (top + tl.log2(total)) / LOG2E, float("-inf"))
-            tl.store(lse + row * l_token + head * l_head, log, mask=real)
+        log = tl.where(seen_any, (base + tl.log2(total)) / LOG2E, float("-inf"))
+        tl.store(lse + row * l_token + head * l_head, log, mask=real & (rows < has_lse * M))

@@ -56,12 +56,12 @@ def held(e, P: tl.constexpr, scale, DIVIDES: tl.constexpr, STATIC: tl.constexpr)
 
 
 @triton.jit
-def queries(q, at, q_col, scale, s_at, s_head, zero, outer, ok, ODD: tl.constexpr, STEP: tl.constexpr,
+def queries(q, at, scale, s_at, s_head, zero, outer, ok, ODD: tl.constexpr, STEP: tl.constexpr,
             R: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
             M: tl.constexpr):  # fmt: skip
     """Parts [M, COLS] of every STEP-th column of the query rows, from column ODD on."""
     cols = tl.arange(0, COLS) * STEP + ODD
-    value = numbers(tl.load(q + at[:, None] + cols[None, :] * q_col, mask=ok[:, None] & (cols < D)[None, :], other=0),
+    value = numbers(tl.load(q + at[:, None] + cols[None, :], mask=ok[:, None] & (cols < D)[None, :], other=0),
                     tl.constexpr(R.element))  # fmt: skip
     if R.zero != "":
         if R.kind == "row":

@@ -41,20 +41,20 @@ def pack(code, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def write_rows(
-    x, x_token, x_head, x_col, slots, slot_stride, count, limit,
+    x, x_token, x_head, slots, slot_stride, count, limit, heads, in_page,
     codes, c_page, c_slot, c_head, scale, s_page, s_slot, s_head, zero, z_page, z_slot, z_head, outer,
-    R: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows (token, head); F is None for a wide float. A slot outside of the cache is not written."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, head = (row // HEADS).to(tl.int64), row % HEADS
+    token, head = (row // heads).to(tl.int64), row % heads
     slot = tl.load(slots + token * slot_stride, mask=row < count, other=-1).to(tl.int64)
     ok = (row < count) & (slot >= 0) & (slot < limit)
-    page, place = slot // PAGE, slot % PAGE
+    page, place = slot // in_page, slot % in_page
     cols = tl.arange(0, COLS)
     inside = ok[:, None] & (cols < D)[None, :]
-    from_ = x + (token * x_token + head * x_head)[:, None] + cols[None, :] * x_col
+    from_ = x + (token * x_token + head * x_head)[:, None] + cols[None, :]
     v = tl.load(from_, mask=inside, other=0.0)
     PACKED: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
     to = codes + (page * c_page + place * c_slot + head * c_head)[:, None]
@@ -100,20 +100,29 @@ def write_rows(
             put(to + cols[None, :], code, inside)
 
 
-@triton.jit
+# Every specialization is a kernel to compile: only what moves the most bytes is left to it.
+_ANY = [
+    "slot_stride", "count", "limit", "heads", "in_page", "ks_page", "ks_slot", "ks_head", "kz_page", "kz_slot",
+    "kz_head", "vs_page", "vs_slot", "vs_head", "vz_page", "vz_slot", "vz_head",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=["slots"])
 def write(
-    k, k_token, k_in_head, k_col, v, v_token, v_in_head, v_col, slots, slot_stride, count, limit,
+    k, k_token, k_in_head, v, v_token, v_in_head, slots, slot_stride, count, limit, heads, in_page,
     kc, kc_page, kc_slot, kc_head, ks, ks_page, ks_slot, ks_head, kz, kz_page, kz_slot, kz_head, k_outer,
     vc, vc_page, vc_slot, vc_head, vs, vs_page, vs_slot, vs_head, vz, vz_page, vz_slot, vz_head, v_outer,
-    K: tl.constexpr, KF: tl.constexpr, V: tl.constexpr, VF: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
+    K: tl.constexpr, KF: tl.constexpr, V: tl.constexpr, VF: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of ROWS rows, 2): keys, then values (MLA: latent rows, then rope rows)."""
     if tl.program_id(1) == 0:
-        write_rows(k, k_token, k_in_head, k_col, slots, slot_stride, count, limit, kc, kc_page, kc_slot, kc_head,
+        write_rows(k, k_token, k_in_head, slots, slot_stride, count, limit, heads, in_page,
+                   kc, kc_page, kc_slot, kc_head,
                    ks, ks_page, ks_slot, ks_head, kz, kz_page, kz_slot, kz_head, k_outer,
-                   K, KF, HEADS, PAGE, DK, ROWS, BK)  # fmt: skip
+                   K, KF, DK, ROWS, BK)  # fmt: skip
     else:
-        write_rows(v, v_token, v_in_head, v_col, slots, slot_stride, count, limit, vc, vc_page, vc_slot, vc_head,
+        write_rows(v, v_token, v_in_head, slots, slot_stride, count, limit, heads, in_page,
+                   vc, vc_page, vc_slot, vc_head,
                    vs, vs_page, vs_slot, vs_head, vz, vz_page, vz_slot, vz_head, v_outer,
-                   V, VF, HEADS, PAGE, DV, ROWS, BV)  # fmt: skip
+                   V, VF, DV, ROWS, BV)  # fmt: skip
