@@ -14,6 +14,10 @@ WIDTHS = (16, 32, 64, 128)
 """Columns of the right factor that are tried."""
 
 
+MOST = 16384
+"""Features of a tile above which its sums do not fit the registers of a program."""
+MANY = 8192
+"""Features of a tile above which some of its sums are spilled."""
 LEAST = 4096
 """Features of a tile below which its steps cost more than their work."""
 
@@ -38,16 +42,18 @@ class Plan:
 
     @property
     def cost(self) -> tuple[bool, float, int]:
-        """Small tiles last, then the multiplications for a feature: the right product is taken twice after a left one,
-        and what is between them costs about 64 more.
+        """Small and large tiles last, then the multiplications for a feature.
+
+        The right product is taken twice after a left one, and what is between them costs about 64 more.
         """
         work = (self.rows + 2 * self.columns + 64 if self.left else self.columns) * self.rows * self.columns
-        return self.rows * self.columns < LEAST, work / (self.used * self.width), self.rows
+        size = self.rows * self.columns
+        return not LEAST <= size <= MANY, work / (self.used * self.width), self.rows
 
     @property
     def programs(self) -> int:
         """The most programs of a launch: each loads the factors once, then takes tile after tile."""
-        return 1056 if self.warps == 4 else 264
+        return 1056 if self.rows * self.columns <= 8192 else 264
 
     def shared(self, before: bool) -> int:
         """Bytes of the operands in fast memory: both factors, and the tile, again for every one in flight.
@@ -74,12 +80,12 @@ class Chip:
     def of(target: Target) -> Chip:
         """AMD's compiler keeps the right factor in registers, all of it for every warp."""
         if target.kind == "cuda":
-            return Chip(target.shared, 256, 2048)
+            return Chip(target.shared, 256, 1024)
         return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512, fused=False)
 
     def warps(self, rows: int, columns: int) -> int:
-        """Warps of a tile."""
-        return min(max(rows * columns // self.sums, 4), 16)
+        """Warps of a tile: at most 8, or a thread has too few registers for its operands."""
+        return min(max(rows * columns // self.sums, 4), 8)
 
 
 def plan(order: int, k: int, before: bool, chip: Chip) -> Plan | None:
@@ -99,7 +105,7 @@ def plan(order: int, k: int, before: bool, chip: Chip) -> Plan | None:
         for rows in HEIGHTS:
             used = rows // group * group
             found.append(Plan(order, group, width, rows, width, used, True, chip.warps(rows, width)))
-    found = [p for p in found if p.used and p.columns <= chip.columns]
+    found = [p for p in found if p.used and p.columns <= chip.columns and p.rows * p.columns <= MOST]
     for stages in (2, 1):
         fits = [p for p in (replace(p, stages=stages) for p in found) if p.shared(before) <= chip.shared]
         if fits:

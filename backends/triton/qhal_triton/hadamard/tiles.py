@@ -9,14 +9,15 @@ import torch
 
 from qhal.formats import Format
 from qhal.requests import HadamardRequest
+from qhal_triton.hadamard.config import MANY
 from qhal_triton.hadamard.kernels import rotate_kernel
 from qhal_triton.hadamard.launch import choose, constants
 from qhal_triton.target import Target
 from qhal_triton.tiles import Tile
 
 ORDERS = ((64, 1, ""), (128, 1, ""), (512, 1, ""), (1024, 1, ""), (4096, 1, ""), (8192, 1, ""), (16384, 1, ""),
-          (32768, 1, ""), (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
-STANDING = (4096, 5120, 32768)
+          (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
+STANDING = (4096, 5120, 8192)
 """Orders that stand for all: one and two factors of 2^k, and a table."""
 QUANTIZED = (None, "e4m3fn.row*fp32", "int8.row*fp32", "e2m1.g32*e8m0")
 
@@ -47,5 +48,6 @@ def tiles(target: Target) -> Iterator[Tile]:
                     options={"num_warps": path.plan.warps, "num_stages": path.plan.stages, "enable_fp_fusion": False},
                     matrix=True,
                     native="16",
+                    spills=0 if path.plan.rows * path.plan.columns <= MANY else 1024,
                     variant=order not in STANDING or (len(chain) > 1 and f is not None),
                 )
