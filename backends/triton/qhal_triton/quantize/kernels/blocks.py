@@ -239,8 +239,8 @@ def _quick(x, s, ones):
 def element_code(q, C: tl.constexpr, NATIVE: tl.constexpr):
     """int32 code of fp32 q; C: a `Code` of an integer or a small float. The low byte is what is stored.
 
-    NATIVE: fp8 by the chip's conversion. Triton 3.6 gives a thread that holds a single number wrong codes, so only where
-    threads hold many.
+    NATIVE: fp8 by the chip's conversion. Triton 3.6 gives a thread that holds a single number wrong codes, so only
+    where threads hold many.
     """
     if C.kind == "int":
         if C.away:
