@@ -106,6 +106,16 @@ def test_plan_and_its_refusal(golden: Path, tmp_path: Path) -> None:
     assert told.returncode == 0 and "[refused]" in told.stdout
 
 
+def test_tuning_says_what_nothing_is_measured_for(golden: Path) -> None:
+    case = str(golden / CASE / "checkpoint")
+    told = run("tune", case, "--backend", "cpu_reference", "--json")
+    document = json.loads(told.stdout)
+    assert told.returncode == 1 and document["tuned"] == [] and document["left"]
+    assert all("cpu_reference has no tune yet" in line for line in document["left"])
+    shown = run("tune", case, "--backend", "cpu_reference")
+    assert shown.returncode == 1 and "not tuned: gemm" in " ".join(shown.stdout.split())
+
+
 def test_kernels_are_built_ahead_or_the_reason_is_said(golden: Path, tmp_path: Path) -> None:
     folder = str(golden / CASE / "checkpoint")
     nothing = run("build", folder, "--backend", "cpu_reference", "--arch", "cpu", "--out", str(tmp_path / "a"))

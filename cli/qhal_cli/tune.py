@@ -23,7 +23,8 @@ def tune(
 
     The table belongs to this GPU, driver, these versions and these kernels; operations read it when they are loaded,
     and nothing is measured while they run. Where the table lies: QHAL_TUNED, else the cache folder. Takes a minute for
-    each format, shape and bucket of rows. Only formats and sizes are read of the checkpoint.
+    each format, shape and bucket of rows. Only formats and sizes are read of the checkpoint. Exits with 1 if nothing
+    was measured.
 
     Examples:
       qhal tune CKPT --backend auto --rows 64
@@ -44,7 +45,13 @@ def tune(
             shown.advance(task)
     if json:
         emit({"backend": ops.name, "device": str(ops.device), "tuned": [asdict(t) for t in found], "left": left})
-        return
+    else:
+        _print(found, left)
+    if not found:
+        raise typer.Exit(1)
+
+
+def _print(found: list[qhal.Tuned], left: list[str]) -> None:
     lines = [
         (one.problem, one.chosen, f"{one.us:.1f}", len(one.rejected), f"{max(_slower(one), default=0):.1f}")
         for one in found
@@ -53,8 +60,6 @@ def tune(
     table("Tiles", columns, lines, numbers=("us", "rejected", "slowest us"))
     for line in left:
         console.print(f"not tuned: {line}")
-    if not found:
-        raise typer.Exit(1)
 
 
 def _slower(one: qhal.Tuned) -> list[float]:
