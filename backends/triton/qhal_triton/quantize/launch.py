@@ -61,8 +61,8 @@ def fits(path: Path, x: Tensor, to: Operand, device: torch.device) -> bool:
     assert block is not None
     if not x.numel() and (block.kind == "tensor" or path.recipe.outer is not None or not x.shape[-1]):
         return False  # there is a scale of nothing
-    if x.numel() and matrix(x) is None:
-        return False
+    if x.numel() >= 1 << 31 or (x.numel() and matrix(x) is None):
+        return False  # places within a tensor are 32-bit numbers
     if block.kind == "tile" and x.dim() > 2 and x.shape[:-2].numel() > 1 and x.shape[-2] % block.rows:
         return False
     return all(
