@@ -28,7 +28,10 @@ _ANY = [
     "has_sinks", "has_lse", "ks_page", "ks_slot", "ks_head", "kz_page", "kz_slot", "kz_head", "vs_page", "vs_slot",
     "vs_head", "vz_page", "vz_slot", "vz_head", "scale", "softcap",
 ]  # fmt: skip
-_ANYWHERE = ["q", "p", "out", "lse", "sinks", "tree", "table", "plan"]
+_ANYWHERE = [
+    "q", "p", "out", "lse", "sinks", "tree", "table", "plan", "q_scale", "q_zero", "q_outer", "p_scale_of_q",
+    "weight_scale", "k_zero", "v_zero", "k_outer", "v_outer",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=_ANYWHERE)
