@@ -1,11 +1,13 @@
-"""Triton's interpreter, several times as fast: it prepares its language anew for every call of a device function.
+"""Triton's interpreter, several times as fast, and from several threads.
 
-`_patch_lang` replaces some two hundred members of `triton.language` by interpreted ones, at every launch and at every
-call of a device function inside it, and takes them back after a launch. Nothing here needs them back: once is enough.
+For every launch and every call of a device function inside it, `_patch_lang` replaces some two hundred members of
+`triton.language` by interpreted ones, and takes them back after a launch. Nothing here needs them back: once is enough.
+And the program that is running is one variable of the process, so launches take turns.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import triton.language as tl
@@ -20,8 +22,12 @@ class _Kept:
 
 
 def prepare_once() -> None:
-    """From now on the language is prepared once in this process, for kernels that see `tl` and library functions."""
+    """From now on the language is prepared once in this process, for kernels that see `tl` and library functions.
+
+    Launches of different threads wait for each other.
+    """
     original, done = interpreter._patch_lang, set[int]()
+    launch, turn = interpreter.GridExecutor.__call__, threading.RLock()
 
     def prepare(fn: Any) -> Any:
         seen = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
@@ -30,4 +36,9 @@ def prepare_once() -> None:
             done.update(seen)
         return _Kept()
 
+    def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with turn:
+            return launch(self, *args, **kwargs)
+
     interpreter._patch_lang = prepare
+    interpreter.GridExecutor.__call__ = launched
