@@ -23,6 +23,7 @@ from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_triton import quantize
 from qhal_triton.quantize import launch
+from qhal_triton.quantize.config import config
 from qhal_triton.tiles import tiles
 
 OPS = Emulated()
@@ -194,6 +195,14 @@ def test_results_go_where_they_are_wanted() -> None:
     wrong = replace(out, codes=torch.zeros(5, 32, dtype=torch.int8, device=DEVICE))
     with pytest.raises(qhal.FormatError, match=r"out\.codes is torch\.int8 "):
         OPS.quantize(x.to(DEVICE), o, out=wrong)
+
+
+@pytest.mark.parametrize("elements", [1, 2, 16, 24, 128, 8192, 20000])
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 100000])
+def test_a_thread_has_more_than_one_number(elements: int, count: int) -> None:
+    """Of one fp8 number alone Triton 3.6 makes a wrong code."""
+    size = config(elements, count)
+    assert size.elements >= elements and size.blocks * size.elements >= 4 * 32 * size.warps
 
 
 def test_other_rules_are_left_to_the_portable_operation() -> None:

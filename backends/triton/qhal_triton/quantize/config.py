@@ -12,6 +12,8 @@ PARTS = 256
 """Programs that look for the extremes of a tensor."""
 SHARES = (1024, 2048, 4096, 8192)
 """Candidates: elements of a program that has several small blocks."""
+_PAIRS = 128
+"""Elements of the smallest program: of less a thread would have a single one, which Triton 3.6 codes in fp8 wrongly."""
 _BUSY = 264
 """Programs below which some of a large chip's multiprocessors have nothing to do."""
 
@@ -31,7 +33,7 @@ def config(elements: int, count: int) -> Config:
     share = next((s for s in reversed(SHARES) if padded * count >= s * _BUSY), SHARES[0])
     share = min(share, SHARES[2])
     blocks = max(share // padded, 1)
-    while blocks > 1 and blocks >= 2 * count:
+    while blocks * padded > _PAIRS and blocks >= 2 * count:
         blocks //= 2
     return Config(blocks, padded, warps(blocks * padded))
 
