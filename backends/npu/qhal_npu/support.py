@@ -41,6 +41,8 @@ def support(request: Request, arch: str) -> Support:
     """The answer of a generation; total and pure."""
     whole = replace(request, graph=False) if isinstance(request, GemmRequest) else request
     answer = portable.support(whole)
+    if answer and arch == "310P" and not isinstance(request, GemmRequest):
+        return Support("not_implemented", "on a 310P only products of plain fp16 activations are connected")
     return _support(request, arch, revision()) if answer else answer
 
 

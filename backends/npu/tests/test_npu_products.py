@@ -146,5 +146,14 @@ def test_quantizers(name: str, static: bool, arch: str, executes: str, rule: Rul
     assert found.rule == rule
 
 
+def test_a_310p_says_what_is_not_written() -> None:
+    ops = backend().offline("310P")
+    assert (
+        ops.supports(QuantizeRequest(x=torch.float16, format=Format.parse("int8.row*fp32"))).level == "not_implemented"
+    )
+    assert "linear in fp16" in answer(asked("int4.g32*fp16", "fp16"), "310P").executes
+    assert "not documented for 310P" in answer(asked("int4.g32*bf16", "bf16"), "310P").reason
+
+
 def test_every_line_of_the_table_has_a_source() -> None:
     assert all(line.source and line.aclnn and set(line.on) <= {"A2", "A3", "A5", "310P"} for line in OPERATORS)

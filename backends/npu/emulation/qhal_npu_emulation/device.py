@@ -45,7 +45,9 @@ class Device(TorchDispatchMode):
             return func(*theirs, **more)  # a number for the host
         masks = schema.name == "aten::index" and any(t is not None and t.dtype == torch.bool for t in args[1])
         if masks or schema.name == "aten::nonzero":
-            return func(*theirs, **more).to("npu:0")  # as many rows as the values say: the stand-in cannot know
+            made = func(*theirs, **more).to("npu:0")  # as many rows as the values say: the stand-in cannot know
+            _values.pop(made.untyped_storage().data_ptr(), None)  # of a tensor that was here before
+            return made
         found = func(*args, **kwargs)
         if schema.name == "aten::_to_copy" and not made_here and kwargs.get("device") is not None:
             return func(*theirs, **more)  # to the host
