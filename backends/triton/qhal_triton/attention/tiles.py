@@ -27,9 +27,8 @@ _OPERANDS = (
 )
 """(k, v, q, p) of what is not held in bf16."""
 _ALIGNED = ("k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head")
-_SPILLS = 640
-"""Bytes (AMD: registers) of a thread: [64, 512] values beside their keys leave few registers, and what is moved out
-stands before and behind the loop."""
+_SPILLS = {"mla": 1024, "prefill": 192}
+"""Bytes (AMD: registers) of a thread: values of 512 features, or of 128 rows, leave few registers for their keys."""
 
 
 def tiles(target: Target) -> Iterator[Tile]:
@@ -87,5 +86,5 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
         options={"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True},
         matrix=True,
         native="16",
-        spills=_SPILLS if request.kv.kind == "mla" else 0,
+        spills=_SPILLS.get(request.kv.kind, _SPILLS.get(request.phase, 0)),
     )

@@ -76,7 +76,7 @@ def inner(plane, at, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.constex
     elif R.kind == "row":
         value = numbers(tl.load(plane + at, mask=ok, other=1), ELEMENT)[:, None]
     else:
-        value = numbers(tl.load(plane + tl.arange(0, 1)), ELEMENT)[:, None]
+        value = numbers(tl.load(plane), ELEMENT)
     return value
 
 

@@ -28,7 +28,7 @@ def given(plane, row_head, stride, cols, ok, ELEMENT: tl.constexpr, R: tl.conste
     elif R.kind == "head":
         value = numbers(tl.load(plane + row_head * stride, mask=ok, other=1), ELEMENT)[:, None]
     else:
-        value = numbers(tl.load(plane + tl.arange(0, 1)), ELEMENT)[:, None]
+        value = numbers(tl.load(plane), ELEMENT) + tl.zeros_like(row_head).to(tl.float32)[:, None]
     return value
 
 
