@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from triton_ops import DEVICE, Emulated
 
 from qhal import AttentionRequest, BatchError, Format, FormatError, KVCache, KVRequest, Limits
 from qhal.caches import canonical_planes
@@ -18,27 +19,8 @@ from qhal_conformance.runner import run_case
 from qhal_portable import kv as portable
 from qhal_portable.attention import PagedBatch, attend
 from qhal_triton.attention import TritonBatch
-from qhal_triton.ops import TritonOps
-from qhal_triton.target import Target
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = Target(kind="cuda", arch="sm_90", warp=32, shared=227 << 10, fp8=frozenset({"e4m3fn", "e5m2"}))
-
-
-class Interpreted(TritonOps):
-    """The kernels on the processor."""
-
-    name: ClassVar[str] = "interpreted"
-    interface: ClassVar[tuple[int, int]] = (1, 0)
-
-    def __init__(self) -> None:
-        super().__init__(HOPPER, torch.device(DEVICE))
-
-    def synchronize(self) -> None:
-        """Nothing runs beside."""
-
-
-OPS = Interpreted()
+OPS = Emulated()
 ALL = [case for case in catalogue(0) if case.operation == "attention"]
 
 
@@ -183,7 +165,7 @@ def test_what_a_request_can_ask(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize("k", ["bf16", "int4.g32*fp16"])
 def test_parts_of_the_keys_are_merged(k: str) -> None:
     request = request_of(k, k, phase="decode", sinks=True, p=Format.parse("fp32"))
-    step = Step(request, ((1, 130), (1, 1), (1, 0), (1, 64), (1, 65)))
+    step = Step(request, ((1, 98), (1, 0), (1, 64)))
     made = OPS.attention_batch(request, step.limits)
     assert isinstance(made, TritonBatch)
     split = TritonBatch(request, step.limits, made.device, made.target, made.arithmetic, made.config._replace(splits=3))
@@ -263,7 +245,9 @@ def test_bad_arguments() -> None:
 
 
 def test_what_no_kernel_takes_stays_portable() -> None:
+    paged = request_of("bf16", "bf16")
     for request in (
+        replace(paged, kv=replace(paged.kv, page=48)),
         request_of("fp32", "bf16"),
         request_of("bf16", "bf16", q=Format.parse("fp32")),
         request_of("bf16", "bf16", p=Format.parse("int4.tensor*fp32")),

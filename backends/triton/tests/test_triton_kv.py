@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
+from triton_ops import DEVICE, Emulated
 
 from qhal import BatchError, Format, FormatError, KVCache, KVRequest
 from qhal_conformance.cases import Case
@@ -13,11 +12,7 @@ from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_portable import kv as portable
-from qhal_triton.ops import TritonOps
-from qhal_triton.target import Target
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = Target(kind="cuda", arch="sm_90", warp=32, shared=227 << 10, fp8=frozenset({"e4m3fn", "e5m2"}))
 CASES = [case for case in catalogue(0) if case.operation == "quant_kv"]
 FORMATS = (
     ("bf16", "fp16"),
@@ -38,20 +33,7 @@ FORMATS = (
 )
 
 
-class Interpreted(TritonOps):
-    """The kernels on the processor."""
-
-    name: ClassVar[str] = "interpreted"
-    interface: ClassVar[tuple[int, int]] = (1, 0)
-
-    def __init__(self) -> None:
-        super().__init__(HOPPER, torch.device(DEVICE))
-
-    def synchronize(self) -> None:
-        """Nothing runs beside."""
-
-
-OPS = Interpreted()
+OPS = Emulated()
 
 
 def static(cache: KVCache) -> None:

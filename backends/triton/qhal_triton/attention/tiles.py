@@ -27,7 +27,7 @@ _OPERANDS = (
 )
 """(k, v, q, p) of what is not held in bf16."""
 _ALIGNED = ("k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head")
-_SPILLS = {"mla": 1024, "prefill": 192}
+_SPILLS = {"mla": 1024, "prefill": 384}
 """Bytes (AMD: registers) of a thread: values of 512 features, or of 128 rows, leave few registers for their keys."""
 
 
