@@ -26,9 +26,10 @@ class Config:
 
 def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | None = None) -> Config:
     """The tile for m rows. tiles: how many tiles of rows there will be, where that isn't m / bm."""
+    large = target.kind == "cuda" and target.shared >= 128 << 10  # AMD's compiler spills hundreds of registers there
     bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    bm = min(bm, 32 if s.type == "fp32" else 128 if target.shared >= 128 << 10 else 64)
-    bn, warps = (128, 8) if bm >= 64 and target.shared >= 128 << 10 else (64, 4)
+    bm = min(bm, 32 if s.type == "fp32" else 128 if large else 64)
+    bn, warps = (128, 8) if bm >= 64 and large else (64, 4)
     while bm > 16 and 2 * stage_bytes(s, bm, bn) > target.shared:
         bm //= 2
     stages = max(2, min(3 if s.w.bits <= 4 else 4, (target.shared >> 1) // stage_bytes(s, bm, bn)))
