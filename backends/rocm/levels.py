@@ -4,8 +4,8 @@
 
 L0 layout       the tests of `test_rocm_layouts.py`: bijections, exact changes of flavour
 L1 compiles     every kernel and format for every chip (`python -m qhal_triton.compile`)
-L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 and as gfx950 would choose; a result
-                of the same sources is kept, and says that it is
+L2 interpreted  the conformance suite, level 0, in Triton's interpreter, as gfx942 would choose, whole; as gfx950 the
+                cases for which `supports` answers otherwise. A result of the same sources is kept, and says that it is
 L3 device       not run
 
 Each level is a section of report.json, and none stands in for another. L2 also says how many cases a kernel took and
@@ -34,11 +34,14 @@ import triton
 
 from qhal.requests import Request
 from qhal_conformance.operations import OPERATIONS, catalogue
+from qhal_conformance.outcome import Status
+from qhal_conformance.runner import run_cases
 from qhal_rocm.ops import RocmOps
 
 HERE = Path(__file__).parent
 COMPILED = ("gfx942", "gfx950", "gfx1100", "gfx1201")
-INTERPRETED = ("gfx942", "gfx950")
+WHOLE, OTHERS = "gfx942", ("gfx950",)
+"""The chip that the whole suite is interpreted as; those of which only what is chosen otherwise is."""
 TIMEOUT = "300"
 """Seconds for one case: the interpreter is slow, and a loaded machine is slower."""
 
@@ -67,7 +70,7 @@ def compiles(out: Path, archs: Sequence[str], jobs: int) -> dict[str, Any]:
 
 
 def interpreted(out: Path, arch: str) -> dict[str, Any]:
-    """L2 of one chip."""
+    """L2 of one chip: the whole suite."""
     folder, key = out / arch, sources()
     report, kept = folder / "report.json", folder / "summary.json"
     if kept.is_file() and report.is_file() and (found := json.loads(kept.read_text()))["key"] == key:
@@ -95,6 +98,38 @@ def interpreted(out: Path, arch: str) -> dict[str, Any]:
     }
     kept.write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def otherwise(out: Path, arch: str) -> dict[str, Any]:
+    """L2 of another chip: the cases for which it chooses something else than `WHOLE`."""
+    kept, key = out / f"{arch}.json", sources()
+    if kept.is_file() and (found := json.loads(kept.read_text()))["key"] == key:
+        return {**found, "reused": True}
+    kept.unlink(missing_ok=True)
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    code = _run([sys.executable, __file__, "--cases", arch, "--out", str(out)], out / f"{arch}.log", environment)
+    if not kept.is_file():
+        return {"ok": False, "reason": f"the cases ended with {code}, see {out / f'{arch}.log'}"}
+    return {**json.loads(kept.read_text()), "reused": False}
+
+
+def cases_of(arch: str, out: Path) -> None:
+    """What `otherwise` starts: runs the cases, writes the summary."""
+    ops, usual = RocmOps(arch, "cpu"), RocmOps(WHOLE, "cpu")
+    asked = ((case, OPERATIONS[case.operation].request(case)) for case in catalogue(0))
+    chosen = [c for c, request in asked if request is not None and ops.supports(request) != usual.supports(request)]
+    records = run_cases(ops, chosen)
+    bad = [f"{r.case.id}: {r.outcome.reason}" for r in records if r.outcome.status in (Status.FAIL, Status.ERROR)]
+    entries = [{"id": r.case.id, "status": r.outcome.status.value} for r in records]
+    summary = {
+        "key": sources(),
+        "ok": not bad and bool(records),
+        "verdict": "no verdict: only what is chosen otherwise",
+        "counts": dict(Counter(entry["status"] for entry in entries)),
+        "bad": bad,
+        "by": by_kernel(entries, arch),
+    }
+    (out / f"{arch}.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 @cache
@@ -138,17 +173,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/conformance/rocm"))
     parser.add_argument("--compile", nargs="*", default=COMPILED, metavar="ARCH", help="chips of L1")
-    parser.add_argument("--interpret", nargs="*", default=INTERPRETED, metavar="ARCH", help="chips of L2")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cases", metavar="ARCH", help=argparse.SUPPRESS)
     given = parser.parse_args()
     out = given.out
     out.mkdir(parents=True, exist_ok=True)
+    if given.cases:
+        cases_of(given.cases, out)
+        return 0
     start = time.monotonic()
     with ThreadPoolExecutor(given.jobs) as pool:
-        parts = {arch: pool.submit(interpreted, out, arch) for arch in given.interpret}
+        parts = {WHOLE: pool.submit(interpreted, out, WHOLE)}
+        parts |= {arch: pool.submit(otherwise, out, arch) for arch in OTHERS}
         levels: dict[str, Any] = {"L0 layout": layouts(out)}
+        levels["L1 compiles"] = compiles(out, given.compile, max(1, given.jobs - 1))
         emulated = {arch: part.result() for arch, part in parts.items()}
-    levels["L1 compiles"] = compiles(out, given.compile, given.jobs)
     levels["L2 interpreted"] = emulated
     levels["L3 device"] = {"ok": None, "reason": "not run: no AMD GPU was at hand"}
     seconds = round(time.monotonic() - start, 1)
