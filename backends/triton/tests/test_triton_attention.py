@@ -19,6 +19,7 @@ from qhal_conformance.runner import run_case
 from qhal_portable import kv as portable
 from qhal_portable.attention import PagedBatch, attend
 from qhal_triton.attention import TritonBatch
+from qhal_triton.attention.config import _fill
 
 OPS = Emulated()
 ALL = [case for case in catalogue(0) if case.operation == "attention"]
@@ -255,3 +256,11 @@ def test_what_no_kernel_takes_stays_portable() -> None:
     ):
         answer = OPS.supports(request)
         assert OPS._path(request) is None and answer and answer.executes.startswith("dequantize the cache")
+
+
+@pytest.mark.parametrize(
+    ("programs", "most", "parts"), [(8, 64, 30), (128, 32, 2), (1024, 8, 1), (8, 1, 1), (200, 4, 1), (0, 4, 1)]
+)
+def test_parts_of_the_keys_fill_the_chip(programs: int, most: int, parts: int) -> None:
+    """264 slots: of an H100, with two programs to a multiprocessor."""
+    assert _fill(programs, most, 264) == parts

@@ -71,8 +71,22 @@ def _splits(request: AttentionRequest, a: Arithmetic, limits: Limits, target: Ta
     share = request.heads // request.kv.heads
     tokens = m // together
     programs = min(limits.tokens, limits.tokens // tokens + limits.batch) * request.kv.heads * -(-share // together)
-    wanted = -(-2 * _PROCESSORS.get(target.arch, 96) // max(programs, 1))
-    return max(min(wanted, most, 64), 1)
+    slots = _PROCESSORS.get(target.arch, 96) * (1 if request.kv.k_dim > 256 else 2)
+    if m > 16 and programs >= slots:
+        return 1  # parts of many rows would take much memory to merge
+    return _fill(programs, min(most, 64), slots)
+
+
+def _fill(programs: int, most: int, slots: int) -> int:
+    """The least number of parts that keeps nine of ten slots of every round busy, else the one that keeps the most."""
+
+    def busy(parts: int) -> float:
+        count = programs * parts
+        return count / (slots * -(-count // slots))
+
+    if programs < 1:
+        return 1
+    return next((n for n in range(1, most + 1) if busy(n) >= 0.9), max(range(1, most + 1), key=busy))
 
 
 def power(n: int) -> int:
