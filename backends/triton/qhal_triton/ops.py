@@ -126,6 +126,7 @@ class TritonOps(PortableOps):
         path = self._path(request)
         if path is None:
             return super().attention_batch(request, limits)
+        self._require(request)  # a kernel takes it, and the device may still refuse it
         return attention.batch(request, limits, self._device, self._target)
 
     def hadamard(

@@ -28,6 +28,7 @@ from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.tuning import Table
 from qhal_triton.tuning import rows as buckets
+from qhal_triton.wide import float_product
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "int8": tl.int8}
 _FIXED = 64
@@ -207,7 +208,7 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
             return write(torch.empty(0, request.n, dtype=dtype, device=p.device), out)
         if wide is not None and rows >= DENSE_FROM:
             value = q.codes if isinstance(q, QTensor) else q.detach()
-            y = torch.mm(value, bound.decoded(wide).T, out_dtype=torch.float32)
+            y = float_product(value, bound.decoded(wide).T)
             return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)
         part = bound.partial(spec, q, rows, dtype, None, out)
         return given(part[0] if part.shape[0] == 1 else finished(part, rows, request.n, dtype, out), out)

@@ -20,6 +20,7 @@ from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.vq.kernels import product_kernel
 from qhal_triton.vq.launch import BOOKS, LARGEST, book_tables, decode, divisors, readable, rows_per_scale
+from qhal_triton.wide import float_product
 
 KERNEL = "vq"
 FEW = 8
@@ -73,7 +74,7 @@ def bind(p: PreparedWeight) -> Run | None:
             return write(_gathered(value, w, p.bias, dtype), out)
         dense = torch.empty(w.shape, dtype=kind, device=w.device)
         decode(w, dense)
-        y = torch.mm(value, dense.T, out_dtype=torch.float32)
+        y = float_product(value, dense.T)
         if p.bias is not None:
             y += p.bias
         return write(y.to(dtype), out)
