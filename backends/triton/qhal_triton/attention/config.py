@@ -48,7 +48,10 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
         shapes = [(min(rows, 32 if small else 64), 32, 4, 1 if small or two else 2)]
     else:
         m = min(rows, 64 if small or two else 128)
-        shapes = [(m, 32 if two else 64, 8 if m > 64 else 4, 2 if small else 3)]
+        if target.kind == "hip" and target.warp == 32:  # a thread holds twice as much of a matrix
+            shapes = [(m, 32, 8 if m > 16 else 4, 1)]
+        else:
+            shapes = [(m, 32 if two else 64, 8 if m > 64 else 4, 2 if small else 3)]
         shapes += [(m, n, warps, stages) for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
     for m, n, warps, stages in dict.fromkeys(shapes):
         together = min(share, m)
