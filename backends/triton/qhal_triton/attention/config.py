@@ -36,7 +36,7 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
     per_sequence = 1 if request.phase == "decode" else -(-limits.tokens // max(limits.batch, 1))
     rows = min(share, 64) * min(per_sequence, 128)
     rows = 16 if rows <= 16 else 64 if rows <= 64 else 128  # few sizes: each is a kernel to compile
-    small = target.shared < 128 << 10
+    small = target.kind == "hip" or target.shared < 128 << 10  # AMD's compiler spills in large tiles
     two = max(a.k_parts, a.v_parts, a.p_parts, a.q_parts) > 1
     widest = max(kv.k_dim, kv.v_dim)
     found: list[Config] = []

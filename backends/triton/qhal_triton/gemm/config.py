@@ -33,6 +33,8 @@ def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | 
     while bm > 16 and 2 * stage_bytes(s, bm, bn) > target.shared:
         bm //= 2
     stages = max(2, min(3 if s.w.bits <= 4 else 4, (target.shared >> 1) // stage_bytes(s, bm, bn)))
+    if target.kind == "hip":  # deeper pipelines spill there
+        stages = 2
     if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
         stages = 1
     programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
