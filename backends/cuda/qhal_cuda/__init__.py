@@ -29,8 +29,7 @@ def _load(device: Device) -> QuantOps:
     from qhal_cuda.ops import CudaOps
     from qhal_triton.tuning import fingerprint, load
 
-    table = load(fingerprint(device.facts))
-    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable(), table)
+    return CudaOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable(), load(fingerprint(device)))
 
 
 def _offline(arch: str) -> QuantOps:

@@ -31,10 +31,11 @@ def _load(device: Device) -> QuantOps:
     from qhal_rocm.aiter_calls import usable
     from qhal_rocm.targets import target
     from qhal_triton import ahead
+    from qhal_triton.tuning import fingerprint, load
 
     _same_chip(device)
     ahead.used(target(device.arch))
-    return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable())
+    return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable(), load(fingerprint(device)))
 
 
 def _same_chip(device: Device) -> None:

@@ -24,6 +24,7 @@ from qhal_portable.support import support
 from qhal_rocm import fnuz, products
 from qhal_rocm.targets import target
 from qhal_triton.gpu import GpuOps
+from qhal_triton.tuning import Table
 
 
 class RocmOps(GpuOps):
@@ -32,13 +33,14 @@ class RocmOps(GpuOps):
     arch    exact name of the instruction set: "gfx942"
     device  the torch device: "cuda:0" (torch's word for AMD's too), "meta" offline, "cpu" for Triton's interpreter
     aiter   names of AITER's calls that can be made here, see `aiter_calls.usable`
+    table   tiles that were measured on this GPU (`qhal tune`)
     """
 
     name: ClassVar[str] = "rocm"
     interface: ClassVar[tuple[int, int]] = (1, 0)
 
-    def __init__(self, arch: str, device: str, aiter: frozenset[str] = frozenset()) -> None:
-        super().__init__(target(arch), torch.device(device))
+    def __init__(self, arch: str, device: str, aiter: frozenset[str] = frozenset(), table: Table | None = None) -> None:
+        super().__init__(target(arch), torch.device(device), table)
         self._aiter = aiter
 
     def supports(self, request: Request) -> Support:

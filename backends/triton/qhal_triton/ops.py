@@ -159,8 +159,10 @@ class TritonOps(PortableOps):
 
     def tune(self, request: Request, *, seen: Callable[[str], None] | None = None) -> Sequence[Tuned]:
         """Tiles of products, written to the table of this device (`tuning.py`)."""
-        if not isinstance(request, GemmRequest) or self._path(request) is None:
+        path = self._path(request) if isinstance(request, GemmRequest) else None
+        if path is None or self.supports(request).executes != path.executes:  # a backend may prefer a library
             raise self._refusal("kernel of this request whose tiles are chosen by measuring")
+        assert isinstance(request, GemmRequest)
         found = gemm.tune(self, request, seen)
         save(self._table.facts, found)
         return [entry.words(problem) for problem, entry in found.items()]

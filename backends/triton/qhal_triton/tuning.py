@@ -23,6 +23,7 @@ import triton
 
 from qhal.errors import QhalError
 from qhal.interface import Tuned
+from qhal.selection import Device
 
 _SCHEMA = 1
 _Config = TypeVar("_Config")
@@ -91,11 +92,11 @@ def sources() -> str:
     return found.hexdigest()[:16]
 
 
-def fingerprint(device: Mapping[str, str]) -> dict[str, str]:
-    """What a table belongs to, from the facts of a probed device (`qhal.selection.Device`): missing ones are "?"."""
-    named = {"gpu": "name", "driver": "driver", "cuda": "cuda", "hip": "hip", "torch": "torch"}
-    found = {ours: device[theirs] for ours, theirs in named.items() if theirs in device}
-    return {"gpu": "?", **found, "triton": triton.__version__, "kernels": sources()}
+def fingerprint(device: Device) -> dict[str, str]:
+    """What a table belongs to, from what the probe knows of a device; what it does not know is left out."""
+    known = {key: device.facts[key] for key in ("driver", "cuda", "hip", "torch") if key in device.facts}
+    gpu = device.facts.get("name", device.arch)
+    return {"gpu": gpu, **known, "triton": triton.__version__, "kernels": sources()}
 
 
 def folder() -> Path:

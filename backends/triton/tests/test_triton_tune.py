@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 
 from qhal.errors import UnsupportedError
 from qhal.formats import Format
-from qhal.requests import GemmRequest
+from qhal.requests import GemmRequest, Request, Support
 from qhal_triton.gemm import config as sizes
 from qhal_triton.gemm import measuring
 from qhal_triton.gemm.measuring import random_weight
@@ -90,3 +90,14 @@ def test_what_has_no_tiles_is_refused() -> None:
         Ops(CHIP, DEVICE).tune(request_of("bf16"))
     with pytest.raises(UnsupportedError, match="measuring"):
         Ops(CHIP, DEVICE).tune(request_of(batch_invariant=True))
+
+
+def test_a_kernel_that_a_library_replaces_is_not_measured() -> None:
+    class Library(Ops):
+        interface: ClassVar[tuple[int, int]] = (1, 0)
+
+        def supports(self, request: Request) -> Support:
+            return replace(super().supports(request), executes="a library's product")
+
+    with pytest.raises(UnsupportedError, match="measuring"):
+        Library(CHIP, DEVICE).tune(request_of())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qhal.selection import Device
 from qhal_triton import tuning
 from qhal_triton.tuning import Entry, Table, TuneError, load, measure, path_of, rows, save
 
@@ -95,6 +96,13 @@ def test_a_failed_write_leaves_the_old_table(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(TuneError, match="No space left"):
         save(FACTS, {"gemm": Entry((16, 1))})
     assert load(FACTS).entries["gemm"] == Entry((32, 1))
+
+
+def test_a_fingerprint_names_the_chip_where_the_driver_gives_no_name() -> None:
+    known = tuning.fingerprint(Device(0, "sm_90", 0, {"name": "Some GPU", "driver": "1", "cuda": "13.0", "role": "x"}))
+    assert known["gpu"] == "Some GPU" and known["driver"] == "1" and "role" not in known and "hip" not in known
+    other = tuning.fingerprint(Device(0, "gfx942", 0, {"hip": "7.0"}))
+    assert (other["gpu"], other["hip"], other["kernels"]) == ("gfx942", "7.0", known["kernels"])
 
 
 def test_buckets_and_sources() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
     w = random_weight(request.w, request.n, request.k, ops.device, generator, index=request.group_index)
     inputs = [] if all(f.plain for f in request.x) else [Operand(f) for f in request.x]
     bias = torch.zeros(request.n, device=ops.device) if request.bias else None
-    asked = GemmRequest(**{**vars(request), "static": ()})
+    asked = replace(request, static=())
     kept = [ops.prepare(w, asked, inputs=inputs, bias=bias)]
     while len(kept) * kept[0].nbytes < _COLD and len(kept) < 32:
         kept.append(ops.prepare(w, asked, inputs=inputs, bias=bias))
