@@ -45,10 +45,23 @@ def widen(x):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b with fp32 sums of 16-bit or fp8 operands, int32 sums of int8."""
-    if INTERPRETED and a.dtype != tl.int8:
-        return tl.dot(widen(a), widen(b), acc)
-    return tl.dot(a, b, acc)
+    """acc + a @ b: fp32 sums of exact products, int32 sums of int8."""
+    if a.dtype == tl.int8:
+        total = tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif INTERPRETED or a.dtype == tl.float32:
+        total = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, acc)
+    return total
+
+
+@triton.jit
+def store(pointer, value, mask):
+    """A number, rounded once, or the low byte of a code, to a plane of any type."""
+    if value.dtype == tl.float32:
+        tl.store(pointer, narrow(value, pointer.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -66,6 +79,30 @@ def e8m0_value(code):
     word = code.to(tl.int32) & 0xFF
     bits = tl.where(word == 0, 0x00400000, word << 23)  # 2^-127 is a subnormal
     return tl.where(word == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def value_of(code, NAME: tl.constexpr):
+    """fp32 value of codes by the element's name: small floats and powers of two from bytes, others as they are."""
+    if NAME == "e2m1":
+        value = minifloat_value(code, 2, 1, 1)
+    elif NAME == "e2m3":
+        value = minifloat_value(code, 2, 3, 1)
+    elif NAME == "e3m2":
+        value = minifloat_value(code, 3, 2, 3)
+    elif NAME == "e4m3fn":
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), minifloat_value(code, 4, 3, 7))
+    elif NAME == "e4m3fnuz":
+        value = tl.where((code & 0xFF) == 0x80, float("nan"), minifloat_value(code, 4, 3, 8))
+    elif NAME == "e5m2fnuz":
+        value = tl.where((code & 0xFF) == 0x80, float("nan"), minifloat_value(code, 5, 2, 16))
+    elif NAME == "e5m2":  # the upper half of an fp16
+        value = (code.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    elif NAME == "e8m0":
+        value = e8m0_value(code)
+    else:
+        value = widen(code)
+    return value
 
 
 @triton.jit

@@ -10,9 +10,8 @@ leaves as NaN.
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import dot, narrow, widen
+from qhal_triton.bits import dot, narrow, store, widen
 from qhal_triton.quantize.kernels.blocks import clean, codes_of, extremes, peak_of, range_of, scale_of, zero_of
-from qhal_triton.quantize.kernels.grids import store
 
 
 @triton.jit

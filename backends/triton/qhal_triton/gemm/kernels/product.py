@@ -20,11 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import narrow
+from qhal_triton.bits import dot, narrow
 from qhal_triton.gemm.kernels.values import (
     code_of,
     decoded,
-    dot,
     exact,
     fp8,
     number,

@@ -1,56 +1,24 @@
-"""From codes and planes to numbers, exactly as `qhal.tensors` defines them; and the matrix instruction."""
+"""From codes and planes to numbers, exactly as `qhal.tensors` defines them; and to operands of matrix instructions."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import INTERPRETED, e8m0_value, minifloat_value, narrow
+from qhal_triton.bits import INTERPRETED, narrow, value_of
 from qhal_triton.gemm.kernels.pairs import e2m1_pairs, integer_pairs
 
 
 @triton.jit
 def number(code, KIND: tl.constexpr, table=None):
-    """fp32 value of codes: numbers of any type as they are, small floats from uint8."""
-    if KIND == "e2m1":
-        value = minifloat_value(code, 2, 1, 1)
-    elif KIND == "e2m3":
-        value = minifloat_value(code, 2, 3, 1)
-    elif KIND == "e3m2":
-        value = minifloat_value(code, 3, 2, 3)
-    elif KIND == "e4m3fn":
-        value = tl.where((code & 0x7F) == 0x7F, float("nan"), minifloat_value(code, 4, 3, 7))
-    elif KIND == "e4m3fnuz":
-        value = tl.where(code == 0x80, float("nan"), minifloat_value(code, 4, 3, 8))
-    elif KIND == "e5m2fnuz":
-        value = tl.where(code == 0x80, float("nan"), minifloat_value(code, 5, 2, 16))
-    elif KIND == "e5m2":  # the upper half of an fp16
-        value = (code.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    elif KIND == "e8m0":
-        value = e8m0_value(code)
-    elif KIND == "table":
-        value = tl.load(table + code.to(tl.int32))
-    else:
-        value = code.to(tl.float32)
-    return value
+    """fp32 value of codes, those of a table too."""
+    return tl.load(table + code.to(tl.int32)) if KIND == "table" else value_of(code, KIND)
 
 
 @triton.jit
 def plane(p, at, inside, KIND: tl.constexpr):
     """fp32 numbers of a plane of scales, zero points or offsets."""
     return number(tl.load(p + at, mask=inside, other=0), KIND)
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a @ b: fp32 sums of exact products, int32 sums of int8."""
-    if a.dtype == tl.int8:
-        total = tl.dot(a, b, acc, out_dtype=tl.int32)
-    elif INTERPRETED or a.dtype == tl.float32:
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        total = tl.dot(a, b, acc)
-    return total
 
 
 @triton.jit

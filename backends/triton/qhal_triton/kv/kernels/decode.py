@@ -9,41 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import INTERPRETED, e8m0_value, minifloat_value, narrow, widen
+from qhal_triton.bits import INTERPRETED, narrow, value_of
 
 
 @triton.jit
 def numbers(code, ELEMENT: tl.constexpr):
     """fp32 value of codes (bytes, or the integers 0 to 15 of a nibble) and of wide floats."""
-    if ELEMENT == "fp32":
-        value = code
-    elif ELEMENT == "bf16" or ELEMENT == "fp16":
-        value = widen(code)
-    elif ELEMENT == "e8m0":
-        value = e8m0_value(code)
-    elif ELEMENT == "e2m1":
-        value = minifloat_value(code, 2, 1, 1)
-    elif ELEMENT == "e5m2":
-        value = (code.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    elif ELEMENT == "e4m3fn":
-        word = code.to(tl.int32) & 0xFF
-        value = tl.where((word & 0x7F) == 0x7F, float("nan"), minifloat_value(word, 4, 3, 7))
-    elif ELEMENT == "e4m3fnuz":
-        word = code.to(tl.int32) & 0xFF
-        value = tl.where(word == 0x80, float("nan"), minifloat_value(word, 4, 3, 8))
-    elif ELEMENT == "e5m2fnuz":
-        word = code.to(tl.int32) & 0xFF
-        value = tl.where(word == 0x80, float("nan"), minifloat_value(word, 5, 2, 16))
-    elif ELEMENT == "int8":  # the bits of 2^23 + n are those of 2^23 and of n: no slow conversion
+    if ELEMENT == "int8":  # the bits of 2^23 + n are those of 2^23 and of n: no slow conversion
         word = ((code.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000
         value = word.to(tl.float32, bitcast=True) - 8388736.0
     elif ELEMENT == "int4":
         word = ((code.to(tl.int32) & 0xF) ^ 0x8) | 0x4B000000
         value = word.to(tl.float32, bitcast=True) - 8388616.0
-    else:
-        tl.static_assert(ELEMENT == "uint8" or ELEMENT == "uint4", "an element that rows are made of")
+    elif ELEMENT == "uint8" or ELEMENT == "uint4":
         word = (code.to(tl.int32) & 0xFF) | 0x4B000000
         value = word.to(tl.float32, bitcast=True) - 8388608.0
+    else:
+        value = value_of(code, ELEMENT)
     return value
 
 

@@ -5,18 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import narrow, widen
+from qhal_triton.bits import store, widen
 from qhal_triton.kv.kernels.decode import numbers
 from qhal_triton.quantize.kernels.blocks import clean, codes_of, extremes, peak_of, range_of, scale_of, zero_of
-
-
-@triton.jit
-def put(pointer, value, mask):
-    """A number, or the low byte of a code, to a plane of any type."""
-    if value.dtype == tl.float32:
-        tl.store(pointer, narrow(value, pointer.dtype.element_ty), mask=mask)
-    else:
-        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -59,7 +50,7 @@ def write_rows(
     PACKED: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
     to = codes + (page * c_page + place * c_slot + head * c_head)[:, None]
     if F is None:
-        put(to + cols[None, :], widen(v), inside)
+        store(to + cols[None, :], widen(v), inside)
     else:
         v = clean(v, F)
         s_at = page * s_page + place * s_slot + head * s_head
@@ -83,11 +74,11 @@ def write_rows(
             plane, s = scale_of(peak_of(lo, hi, F), above, F)
             groups = tl.arange(0, GROUPS)
             here = ok[:, None] & (groups * EACH < D)[None, :]
-            put(scale + s_at[:, None] + groups[None, :], tl.reshape(plane, (ROWS, GROUPS)), here)
+            store(scale + s_at[:, None] + groups[None, :], tl.reshape(plane, (ROWS, GROUPS)), here)
             z = lo
             if R.zero != "":
                 zeros, z = zero_of(lo, s, F)
-                put(zero + z_at[:, None] + groups[None, :], tl.reshape(zeros, (ROWS, GROUPS)), here)
+                store(zero + z_at[:, None] + groups[None, :], tl.reshape(zeros, (ROWS, GROUPS)), here)
             code = codes_of(blocks, s[:, None], z[:, None], lo[:, None], hi[:, None], F)
             code = tl.reshape(code, (ROWS, COLS))
         if PACKED:
@@ -95,9 +86,9 @@ def write_rows(
             there = ok[:, None] & (half < (D + 1) // 2)[None, :]
             if D % 2 == 1:
                 code = tl.where((cols < D)[None, :], code, 0)
-            put(to + half[None, :], pack(code, ROWS, COLS), there)
+            store(to + half[None, :], pack(code, ROWS, COLS), there)
         else:
-            put(to + cols[None, :], code, inside)
+            store(to + cols[None, :], code, inside)
 
 
 # Every specialization is a kernel to compile: only what moves the most bytes is left to it.

@@ -10,7 +10,7 @@ A part of a constant is named (`LEVEL: tl.constexpr = F.level`) where it is hand
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import INTERPRETED, integer_code, minifloat_code, minifloat_value, narrow, widen
+from qhal_triton.bits import INTERPRETED, e8m0_value, integer_code, minifloat_code, narrow, value_of, widen
 
 INF = tl.constexpr(float("inf"))
 MANY = tl.constexpr(1024)
@@ -138,13 +138,6 @@ def exponent_code(peak, F: tl.constexpr):
 
 
 @triton.jit
-def _power(code):
-    """fp32 value of an e8m0 code, int32."""
-    bits = tl.where(code == 0, 0x00400000, code << 23)
-    return tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def scale_of(peak, outer, F: tl.constexpr):
     """(plane, number) of every block: the number that elements are divided by, and what its plane stores.
 
@@ -154,7 +147,7 @@ def scale_of(peak, outer, F: tl.constexpr):
     LEVEL: tl.constexpr = F.level
     if F.e8m0 != "":
         plane = exponent_code(peak, F)
-        number = _power(plane)
+        number = e8m0_value(plane)
     elif F.outer is None:
         number = wide_scale(peak, LEVEL)
         plane = number
@@ -164,7 +157,8 @@ def scale_of(peak, outer, F: tl.constexpr):
         outer += tl.zeros_like(wanted)
         ratio = wanted * outer if F.outer.divides else tl.div_rn(wanted, outer)
         plane = element_code(tl.where(peak == 0, 0.0, ratio), CODE, False)
-        inner = mini_value(plane, CODE)
+        NAME: tl.constexpr = F.level.code.name
+        inner = value_of(plane, NAME)
         number = tl.div_rn(inner, outer) if F.outer.divides else inner * outer
     return plane, number
 
@@ -258,19 +252,3 @@ def element_code(q, C: tl.constexpr, NATIVE: tl.constexpr):
         if C.nan == 0x80:  # these have one zero, and NaN where others have its negative
             code = tl.where((code == 0x80) & (q == q), 0, code)
     return code
-
-
-@triton.jit
-def mini_value(code, C: tl.constexpr):
-    """fp32 value of a code of a small float, int32."""
-    value = minifloat_value(code, C.e, C.m, C.bias)
-    if C.nan == 0x80:
-        value = tl.where(code == 0x80, float("nan"), value)
-    elif C.nan != 0:
-        size = code & 0x7F
-        if C.name == "e5m2":  # its exponent of 16 is infinity: the value above is 65536
-            value = tl.where(size == 0x7C, value * 2.0**112, value)
-            value = tl.where(size > 0x7C, float("nan"), value)
-        else:
-            value = tl.where(size > C.largest, float("nan"), value)
-    return value

@@ -7,7 +7,7 @@ blocks (a tensor's extremes) comes in parts of `PARTS` programs, down parts firs
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import narrow, widen
+from qhal_triton.bits import store, widen
 from qhal_triton.quantize.kernels.blocks import (
     clean,
     codes_of,
@@ -18,15 +18,6 @@ from qhal_triton.quantize.kernels.blocks import (
     wide_scale,
     zero_of,
 )
-
-
-@triton.jit
-def store(pointer, value, mask):
-    """A number or a code to a plane of any type."""
-    if value.dtype == tl.float32:
-        tl.store(pointer, narrow(value, pointer.dtype.element_ty), mask=mask)
-    else:
-        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
