@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from qhal_triton import attention, kv
 from qhal_triton.attention import TritonBatch
 from qhal_triton.attention.config import candidates, config
 from qhal_triton.attention.paths import arithmetic
+from qhal_triton.timing import microseconds
 
 SHAPES = ((1, 32768), (16, 8192), (128, 2048))
 LATENT = ((1, 32768), (32, 4096), (128, 4096))
@@ -40,29 +39,6 @@ FORMATS = ("bf16", "e4m3fn.tensor*fp32", "e4m3fn.row*fp32", "int8.row*fp32", "in
            "e2m1.g16*(e4m3fn.tensor*fp32)")  # fmt: skip
 LATENTS = ("bf16", "e4m3fn.tensor*fp32", "int8.row*fp32")
 TOKENS = (1, 64, 1024, 16384)
-
-
-def timed(calls: list[Callable[[], Any]], replays: int = 20) -> float:
-    """us per call: every call once in one graph, the graph's median time divided by their number."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-        side.synchronize()
-        with torch.cuda.graph(graph, stream=side):
-            kept = [call() for call in calls]
-    torch.cuda.current_stream().wait_stream(side)
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1000 / len(calls))
-    del kept
-    return statistics.median(times)
 
 
 def request_of(text: str, *, mla: bool = False, phase: Any = "decode") -> AttentionRequest:
@@ -135,14 +111,14 @@ def decode(ops: Any, request: AttentionRequest, batch: int, length: int, c: Any 
     first = filled(ops, request, order.numel())
     bytes_ = sum(p.numel() * p.element_size() for p in first.planes.values())
     caches = [first, *(filled(ops, request, order.numel()) for _ in range((256 << 20) // bytes_))]
-    us = timed([partial(attention.run, made, q, cache, None, None, None) for cache in caches])
+    us = microseconds([partial(attention.run, made, q, cache, None, None, None) for cache in caches])
     return us, bytes_ / us / 1e3
 
 
 def library(device: torch.device, batch: int, length: int) -> float:
     made = [torch.randn(2, batch, 8, length, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
     q = torch.randn(batch, 32, 1, 128, device=device, dtype=torch.bfloat16)
-    return timed([lambda t=t: scaled_dot_product_attention(q, t[0], t[1], enable_gqa=True) for t in made])
+    return microseconds([lambda t=t: scaled_dot_product_attention(q, t[0], t[1], enable_gqa=True) for t in made])
 
 
 def writes(ops: Any, text: str, tokens: int) -> tuple[float, float]:
@@ -151,7 +127,7 @@ def writes(ops: Any, text: str, tokens: int) -> tuple[float, float]:
     caches = [filled(ops, request, -(-tokens // 16)) for _ in range(copies)]
     given = [rows(request.kv, tokens, ops.device) for _ in range(copies)]
     slots = torch.randperm(tokens, device=ops.device)
-    us = timed(
+    us = microseconds(
         [partial(kv.run, *x, cache, slots, ops.device, ops._target) for x, cache in zip(given, caches, strict=True)]
     )
     moved = sum(t.numel() * 2 for t in given[0]) + tokens * 2 * 8 * 128 * request.kv.k.bits / 8

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton_gemm import timed
 
 from qhal.codebooks import CodebookSegment, CodebookTensor
 from qhal.formats import Format
@@ -28,6 +27,7 @@ from qhal.requests import GemmRequest, VQRequest
 from qhal.rotations import hadamard_for
 from qhal.selection import select
 from qhal.specs import Operand
+from qhal_triton.timing import microseconds
 
 K = 8192
 ROWS = (1, 16, 256, 8192)
@@ -69,21 +69,21 @@ def by_torch(x: torch.Tensor) -> torch.Tensor:
 def by_matrix(xs: list[torch.Tensor], n: int) -> float:
     """torch's product with the dense matrix, us."""
     h = hadamard_for(n).matrix(n).to(xs[0].device, torch.bfloat16)
-    return timed([lambda x=x: x @ h for x in xs])
+    return microseconds([lambda x=x: x @ h for x in xs])
 
 
 def quantize(ops: Any) -> Iterator[Row]:
     """Every format at every number of rows."""
     for m in ROWS:
         xs = inputs(m, K, ops.device)
-        yield row(f"copy [{m}, {K}]", timed([lambda x=x: x.clone() for x in xs]), 4 * m * K)
+        yield row(f"copy [{m}, {K}]", microseconds([lambda x=x: x.clone() for x in xs]), 4 * m * K)
         for name in FORMATS:
             f = Format.parse(name)
-            us = timed([lambda x=x, f=f: ops.quantize(x, f) for x in xs])
-            peer = partial(timed, [partial(by_torch, xs[0])]) if name == FORMATS[0] else None
+            us = microseconds([lambda x=x, f=f: ops.quantize(x, f) for x in xs])
+            peer = partial(microseconds, [partial(by_torch, xs[0])]) if name == FORMATS[0] else None
             yield row(f"{name} [{m}, {K}]", us, 3 * m * K, peer)
         static = Operand(Format.parse("e4m3fn.tensor*fp32"), torch.ones(1, device=ops.device))
-        us = timed([lambda x=x, o=static: ops.quantize(x, o) for x in xs])
+        us = microseconds([lambda x=x, o=static: ops.quantize(x, o) for x in xs])
         yield row(f"e4m3fn.tensor*fp32 given [{m}, {K}]", us, 3 * m * K)
 
 
@@ -93,13 +93,13 @@ def hadamard(ops: Any) -> Iterator[Row]:
         chain, xs = [hadamard_for(n)], inputs(FEATURES // n, n, ops.device)
         size = xs[0].numel()
 
-        us = timed([lambda x=x, c=chain: ops.hadamard(x, c) for x in xs])
+        us = microseconds([lambda x=x, c=chain: ops.hadamard(x, c) for x in xs])
         yield row(f"hadamard {n}", us, 4 * size, partial(by_matrix, xs, n) if n <= 1024 else None)
         if n in (128, 4096, 8192):
             to = Operand(Format.parse("e4m3fn.row*fp32"))
-            us = timed([lambda x=x, c=chain, o=to: ops.hadamard(x, c, quantize=o) for x in xs])
+            us = microseconds([lambda x=x, c=chain, o=to: ops.hadamard(x, c, quantize=o) for x in xs])
             yield row(f"hadamard {n} to {to.format}", us, 3 * size)
-            us = timed([lambda x=xs[0][:1], c=chain: ops.hadamard(x, c)])
+            us = microseconds([lambda x=xs[0][:1], c=chain: ops.hadamard(x, c)])
             yield row(f"hadamard {n}, one row", us, 4 * n)
 
 
@@ -111,12 +111,12 @@ def vq(ops: Any) -> Iterator[Row]:
         tables = tuple(torch.randn(entries, 1, 8, generator=g).half() if entries else "e8p12" for _ in range(books))
         w = CodebookTensor((K, K), (CodebookSegment(codes, tables),), torch.ones(K))
         made = [ops.prepare(w, VQRequest(w=w.format, n=K, k=K, out=torch.bfloat16)) for _ in range(3)]
-        us = timed([lambda p=p: ops.vq_decode(p) for p in made])
+        us = microseconds([lambda p=p: ops.vq_decode(p) for p in made])
         yield row(f"vq_decode {name}", us, K * K * (2 + books / 2))
         products = [ops.prepare(w, GemmRequest(w=w.format, n=K, k=K, x=(Format("bf16"),))) for _ in range(8)]
         for m in (1, 8, 256):
             x = torch.randn(m, K, device=ops.device, dtype=torch.bfloat16)
-            us = timed([lambda p=p, x=x: ops.gemm(x, p) for p in products])
+            us = microseconds([lambda p=p, x=x: ops.gemm(x, p) for p in products])
             yield row(f"gemm {name}, {m} rows", us, K * K * books / 2)
 
 

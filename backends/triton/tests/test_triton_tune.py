@@ -53,7 +53,7 @@ def test_the_usual_tile_is_the_first_candidate() -> None:
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_another_tile_gives_the_product_within_its_rounding(w: str) -> None:
     r = request_of(w, k=4096, out=torch.float32)  # codes times x are exact in fp32, so are scales: only sums round
-    q = random_weight(r.w, r.n, r.k, DEVICE, torch.Generator(device=DEVICE).manual_seed(1))  # type: ignore[arg-type]
+    q = random_weight(r.w, (r.n, r.k), torch.Generator(device=DEVICE).manual_seed(1))  # type: ignore[arg-type]
     x = torch.randn(5, r.k, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
     made = plan(r, CHIP)
     assert made is not None

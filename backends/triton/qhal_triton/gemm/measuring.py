@@ -5,9 +5,9 @@ Width and parts are measured first, warps and stages then for the best of these:
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from qhal.tensors import QTensor
 from qhal_triton.gemm.config import Config, candidates, problem
 from qhal_triton.gemm.launch import Bound, finished, spec_of
 from qhal_triton.gemm.paths import DENSE_FROM, plan
+from qhal_triton.timing import microseconds
 from qhal_triton.tuning import Entry, measure
 
 ROWS = (1, 16, 32, 64, 128)
@@ -41,7 +42,7 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
         reason = "nothing is chosen by measuring here: no shared kernel with a choice of tiles takes it"
         raise UnsupportedError(Support("unsupported", reason), str(request))
     generator = torch.Generator(device=ops.device).manual_seed(0)
-    w = random_weight(request.w, request.n, request.k, ops.device, generator, index=request.group_index)
+    w = random_weight(request.w, (request.n, request.k), generator, index=request.group_index)
     inputs = [] if all(f.plain for f in request.x) else [Operand(f) for f in request.x]
     bias = torch.zeros(request.n, device=ops.device) if request.bias else None
     asked = replace(request, static=())
@@ -59,12 +60,11 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
     return found
 
 
-def random_weight(
-    f: Format, n: int, k: int, device: torch.device, generator: torch.Generator, *, index: bool = False
-) -> QTensor:
-    """[n, k] of random codes with scales near one: a value that no kernel's time depends on."""
+def random_weight(f: Format, shape: tuple[int, ...], generator: torch.Generator, *, index: bool = False) -> QTensor:
+    """[..., N, K] of random codes with scales near one, on the generator's device: values decide no kernel's time."""
     assert f.block is not None
-    grid = f.block.grid(n, k)
+    device, lead, k = generator.device, shape[:-2], shape[-1]
+    grid = (*lead, *f.block.grid(*shape[-2:]))
 
     def plane(p: Format | None) -> Tensor | QTensor | None:
         if p is None:
@@ -72,11 +72,11 @@ def random_weight(
         if p.plain:
             return _codes(p, grid, device, generator, near_one=True)
         inner = _codes(p, grid, device, generator, near_one=True)
-        outer = torch.ones(p.block.grid(*grid) if p.block else (1, 1), device=device)
+        outer = torch.ones((*lead, *p.block.grid(*grid[-2:])) if p.block else (1, 1), device=device)
         return QTensor(p, inner, outer.to(element(p.scale.element if p.scale else "fp32").storage))
 
     order = torch.arange(k, device=device, dtype=torch.int32) // max(f.block.cols, 1) if index else None
-    codes = _codes(f, (n, k), device, generator)
+    codes = _codes(f, shape, device, generator)
     return QTensor(f, codes, plane(f.scale), plane(f.zero), plane(f.offset), group_index=order)
 
 
@@ -106,23 +106,12 @@ def _measured(ops: Any, bound: list[Bound], f: Format, m: int) -> Entry:
     def time(c: Config) -> float:
         y = torch.empty(c.parts, m, request.n, dtype=torch.float32 if c.parts > 1 else dtype, device=weight.device)
 
-        def once() -> None:
-            for one in bound:
-                one.launch(spec, q, y, c, None)
-                if c.parts > 1:
-                    finished(y, m, request.n, dtype)
+        def call(one: Bound) -> None:
+            one.launch(spec, q, y, c, None)
+            if c.parts > 1:
+                finished(y, m, request.n, dtype)
 
-        replay = ops.capture(once)
-        replay()
-        times: list[float] = []
-        for _ in range(_REPEATS):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            replay()
-            stop.record()
-            stop.synchronize()
-            times.append(float(start.elapsed_time(stop)))
-        return float(statistics.median(times)) * 1e3 / len(bound)
+        return microseconds([partial(call, one) for one in bound], _REPEATS)
 
     steps = -(-request.k // spec.span)
     some = candidates(spec, m, request.n, steps, ops._target)
