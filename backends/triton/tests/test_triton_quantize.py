@@ -177,6 +177,25 @@ def test_rows_that_no_program_holds(name: str, monkeypatch: pytest.MonkeyPatch) 
     check(x, Operand(Format.parse(name)))
 
 
+WIDTHS = ("e4m3fn.row*fp32", "int8.g32*bf16", "int8-int8.tensor*fp32@domain=minmax", "e4m3fn.tensor*fp32")
+
+
+@pytest.mark.parametrize("name", [*WIDTHS, "e2m1.g16*(e4m3fn.tensor*fp32)"])
+@pytest.mark.parametrize("k", [1, 7, 17, 33, 101])
+def test_widths_that_nothing_divides(name: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last columns of every kernel: rows one after the other and apart, whole and in chunks."""
+    o = Operand(Format.parse(name))
+    wide = numbers(11, 5, 112, torch.bfloat16, 3, 0)
+    wide[:, k - 1] = 64.0 * torch.arange(1, 6)  # the last column decides every scale
+    x = wide[:, :k]
+    check(x.contiguous(), o)
+    check(x, o)
+    if ".g" not in name:  # groups are never cut into chunks
+        monkeypatch.setattr(launch, "LONGEST", 16)
+        monkeypatch.setattr(launch, "CHUNK", 16)
+        check(x, o)
+
+
 @pytest.mark.parametrize(
     "name", ["e4m3fn.row*fp32", "int8.g32*bf16", "e4m3fn.4x32*fp32", "e2m1.g16*(e4m3fn.tensor*fp32)"]
 )
