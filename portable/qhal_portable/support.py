@@ -92,7 +92,7 @@ def _full(request: Request, copies: tuple[torch.dtype, ...]) -> Support:
     inner = request.gemm if isinstance(request, GroupedRequest) else request
     layouts, invariant, numerics = ("canonical",), True, NumericsClass.EXACT
     if isinstance(inner, GemmRequest):
-        layouts, invariant = (_layout(inner),), inner.batch_invariant
+        layouts, invariant = (layout(inner),), inner.batch_invariant
         copy = copy_class(inner, copies) if isinstance(request, GemmRequest) else None
         numerics = NumericsClass.EXACT if copy is None else copy[1]
         executes = _gemm_words(inner, copy is not None)
@@ -150,7 +150,8 @@ def _comm_class(r: CommRequest) -> NumericsClass:
     return NumericsClass.FP32_ACC if r.codec.accumulate == "fp32" else NumericsClass.REDUCED_ACC
 
 
-def _layout(r: GemmRequest) -> str:
+def layout(r: GemmRequest) -> str:
+    """How the portable operations keep the weight of a request."""
     narrow = isinstance(r.w, Format) and element(r.w.element).bits <= 4 and r.k % 2 == 0
     return "nibble" if narrow else "canonical"
 

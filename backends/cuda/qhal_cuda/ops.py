@@ -20,7 +20,6 @@ from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.codebooks import CodebookTensor
 from qhal.prepared import Prepared
 from qhal.requests import (
-    Arithmetic,
     AttentionRequest,
     GemmRequest,
     GroupedRequest,
@@ -127,22 +126,8 @@ class CudaOps(GpuOps):
         return flashinfer.choose(request, self._capability)
 
     def _product(self, request: GemmRequest) -> Support:
-        laid = self._humming(request)
-        if laid is not None:
-            return laid.answer(request)
-        path = self._library(request)
-        if path is None:
-            return super().supports(request)
-        arithmetic = Arithmetic.of(request)
-        assert arithmetic is not None
-        return replace(
-            support(request, self._copies, graphs=True),
-            arithmetic=replace(arithmetic, accumulate=path.accumulate),
-            executes=path.executes,
-            numerics=path.numerics,
-            graph=True,
-            batch_invariant=False,
-        )
+        path = self._humming(request) or self._library(request)
+        return super().supports(request) if path is None else path.answer(request)
 
     def _bind(self, w: PreparedWeight) -> Run:
         assert isinstance(w.request, GemmRequest)
@@ -156,9 +141,9 @@ class CudaOps(GpuOps):
         path = humming.choose(request, self._capability)
         return path if path is not None and (request.m[0] >= _MANY or self._path(request) is None) else None
 
-    def _library(self, request: GemmRequest) -> products.Path | None:
+    def _library(self, request: GemmRequest) -> Path | None:
         """torch's product for this request; None where a shared kernel reads the quantized weight, or none fits."""
         if not support(request, self._copies, graphs=True):
             return None
         path = products.choose(request, self._capability)
-        return None if path is not None and path.kind == "16 bits" and self._path(request) is not None else path
+        return None if path is not None and path.kernel == "16 bits" and self._path(request) is not None else path

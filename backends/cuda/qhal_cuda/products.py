@@ -16,8 +16,6 @@ Anything else is the portable product in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,23 +31,14 @@ from qhal_cuda.kernels import COLUMNS, ROWS, finish_kernel
 from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
+from qhal_portable.support import layout
+from qhal_triton.paths import Path
 
-Kind = Literal["16 bits", "int8", "fp8"]
 HALVES = (torch.bfloat16, torch.float16)
 _FP8 = (8, 9)
 """Compute capability from which there are matrix instructions for fp8."""
 _ROWS, _ALIGNED = 17, 16
 """What `_int_mm` and `_scaled_mm` ask: more rows than 16, columns in multiples of 16."""
-
-
-@dataclass(frozen=True)
-class Path:
-    """A way through the hardware. executes: for people, with the function's name."""
-
-    kind: Kind
-    numerics: NumericsClass
-    executes: str
-    accumulate: str = "fp32"
 
 
 def choose(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
@@ -66,7 +55,7 @@ def _sixteen(r: GemmRequest) -> Path | None:
         return None
     name = r.x[0].element
     words = f"weight decoded to {name} in every call, torch.mm in {name} with fp32 sums and result, one rounding"
-    return Path("16 bits", NumericsClass.DEQUANT_16, words)
+    return Path(kernel="16 bits", executes=words, numerics=NumericsClass.DEQUANT_16, layouts=(layout(r),))
 
 
 def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
@@ -77,10 +66,10 @@ def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
         return None
     if names == {"int8"} and r.k <= 1 << 16:  # 2^16 * 2^14 sums to 2^30: no int32 overflows
         words = "W8A8: torch._int_mm, exact int32 sums, scales and bias in fp32, one rounding"
-        return Path("int8", NumericsClass.FP32_ACC, words, "int32")
+        return Path(kernel="int8", executes=words, numerics=NumericsClass.FP32_ACC, accumulate="int32")
     if names == {"e4m3fn"} and capability >= _FP8:
         words = "W8A8: torch._scaled_mm with scales of 1, no fast accumulation, scales and bias in fp32, one rounding"
-        return Path("fp8", NumericsClass.REDUCED_ACC, words)
+        return Path(kernel="fp8", executes=words, numerics=NumericsClass.REDUCED_ACC)
     return None
 
 
@@ -95,7 +84,7 @@ def bind(p: PreparedWeight, path: Path) -> Run:
     """The product of one weight along its path: the body of `gemm`."""
     request = p.request
     assert isinstance(request, GemmRequest)
-    product = _plain(p, request) if path.kind == "16 bits" else _scaled(p, request, path.kind)
+    product = _plain(p, request) if path.kernel == "16 bits" else _scaled(p, request, path.kernel)
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
         sums, scales, dtype = product(x, index)
@@ -147,7 +136,7 @@ def decoded(p: PreparedWeight, dtype: torch.dtype) -> Tensor:
     return w.dequantize(dtype) if isinstance(w, QTensor | CodebookTensor) else w.to(dtype)
 
 
-def _scaled(p: PreparedWeight, request: GemmRequest, kind: Kind) -> _Product:
+def _scaled(p: PreparedWeight, request: GemmRequest, kind: str) -> _Product:
     w = storage.canonical(p.stored)
     assert isinstance(w, QTensor) and isinstance(w.scale, Tensor)
     codes, scale = w.codes, w.scale  # the tensors themselves: a captured graph reads what a refit writes there

@@ -42,7 +42,7 @@ def paths() -> Iterator[tuple[str, Case]]:
         if isinstance(request, GemmRequest):
             path = products.choose(request, (9, 0))
             if path is not None:
-                yield path.kind, case
+                yield path.kernel, case
 
 
 def tiles(case: Case) -> int:
@@ -88,7 +88,7 @@ def request_of(w: str, x: str, **more: object) -> GemmRequest:
 )
 def test_the_path_of_a_request(request_: GemmRequest, capability: tuple[int, int], kind: str | None) -> None:
     path = products.choose(request_, capability)
-    assert (path.kind if path else None) == kind
+    assert (path.kernel if path else None) == kind
     ops = CudaOps(f"sm_{capability[0]}{capability[1]}", "meta")
     answer = ops.supports(request_)
     assert answer

@@ -7,7 +7,6 @@ take is theirs; everything else is the portable operation on the GPU: exact, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from qhal.codebooks import CodebookTensor
 from qhal.prepared import Prepared
-from qhal.requests import Arithmetic, GemmRequest, GroupedRequest, HadamardRequest, Request, Support, VQRequest
+from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Request, Support, VQRequest
 from qhal.rotations import Rotation
 from qhal.specs import Operand
 from qhal.tensors import QTensor
@@ -48,17 +47,8 @@ class RocmOps(GpuOps):
         path = self._library(request)
         if path is None:
             return super().supports(request)
-        arithmetic = Arithmetic.of(request)
-        assert arithmetic is not None
-        return replace(
-            support(request, self._copies, graphs=True),
-            arithmetic=replace(arithmetic, accumulate="int32" if path.element == "int8" else "fp32"),
-            executes=path.executes,
-            numerics=path.numerics,
-            graph=False,  # whether the library allocates or tunes in a first call is not known without a GPU
-            deterministic=True,
-            batch_invariant=False,
-        )
+        assert isinstance(request, GemmRequest)
+        return path.answer(request)
 
     def prepare(
         self,

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from qhal.elements import WIDE
 from qhal.formats import Format
-from qhal.requests import GemmRequest, NumericsClass, minimum_class
+from qhal.requests import GemmRequest, NumericsClass, Support, minimum_class
 from qhal.tensors import QTensor
 from qhal_portable import gemm
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
+from qhal_portable.support import layout
 from qhal_rocm import fnuz
 from qhal_rocm.aiter_calls import BLOCKS, MXFP4, ROWS, Call
+from qhal_triton import paths
 from qhal_triton.target import Target
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -50,6 +52,19 @@ class Path:
             f"{self.element} x {self.element}: {self.call.module.partition('.')[0]}.{self.call.name}, {sums}{flavour}, "
             "one rounding to bf16 or fp16; fp32 results by the portable product"
         )
+
+    def answer(self, request: GemmRequest) -> Support:
+        """The answer to a request that takes this call."""
+        sums = "int32" if self.element == "int8" else "fp32"
+        graph = False  # whether the library allocates or tunes in a first call is not known without a GPU
+        return paths.Path(
+            kernel=self.call.name,
+            executes=self.executes,
+            numerics=self.numerics,
+            accumulate=sums,
+            graph=graph,
+            layouts=(layout(request),),
+        ).answer(request)
 
 
 def choose(r: GemmRequest, target: Target, usable: frozenset[str]) -> Path | None:
