@@ -6,6 +6,7 @@ A family is a folder with `choose(request, target) -> Path | None`. This file on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from qhal.caches import AttentionBatch, KVCache, Limits
 from qhal.formats import Format
 from qhal.groups import Groups
 from qhal.interface import Tuned
+from qhal.named_tables import revision
 from qhal.prepared import Prepared
 from qhal.requests import (
     AttentionRequest,
@@ -177,8 +179,16 @@ class TritonOps(PortableOps):
         return super()._bind(w) if path is None else gemm.bind(path, self, w)
 
     def _path(self, request: Request) -> Path | None:
-        """The kernel for a request that is executable at all; None: the portable operation."""
-        if not support(request, self._copies, graphs=True):
+        """The kernel for a request that is executable at all; None: the portable operation. Every call asks this."""
+        try:
+            hash(request)
+        except TypeError:  # the portable answer says what is wrong with it
             return None
-        choose = _CHOOSE.get(type(request))
-        return None if choose is None else choose(request, self._target)
+        return _path(request, self._target, self._copies, revision())
+
+
+@lru_cache(maxsize=65536)
+def _path(request: Request, target: Target, copies: tuple[torch.dtype, ...], tables: int) -> Path | None:
+    """The choice while the named tables are at that revision."""
+    choose = _CHOOSE.get(type(request))
+    return None if choose is None or not support(request, copies, graphs=True) else choose(request, target)
