@@ -198,6 +198,19 @@ def test_ids_are_sorted_again_when_they_change() -> None:
     assert isinstance(y, torch.Tensor) and isinstance(fresh, torch.Tensor) and torch.equal(y, fresh)
 
 
+def test_ids_of_inference_mode_are_sorted_in_every_call() -> None:
+    request = request_of("int4.g32*bf16", "bf16", "indexed", top_k=2)
+    with torch.inference_mode():
+        groups = Indexed(IDS.to(DEVICE).clone())
+        prepared = OPS.prepare(experts("int4.g32*bf16").to(DEVICE), request, bias=torch.zeros(EXPERTS, N))
+        x = rows(6).to(DEVICE)
+        first = OPS.grouped_gemm(x, prepared, groups)
+        groups.ids.copy_(IDS.flip(0))
+        second = OPS.grouped_gemm(x, prepared, groups)
+        again = OPS.grouped_gemm(x, prepared, Indexed(IDS.flip(0).to(DEVICE)))
+    assert torch.equal(second, again) and not torch.equal(first, second)  # type: ignore[arg-type]
+
+
 def test_sizes_that_do_not_fit_are_one_error() -> None:
     w, bias = experts("int4.g32*bf16").to(DEVICE), torch.zeros(EXPERTS, N)
     x = rows(6).to(DEVICE)

@@ -12,8 +12,6 @@ from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal_triton.gemm.launch import Rows
 from qhal_triton.grouped.kernels.order import order
 
-FORMS: dict[type, str] = {Offsets: "offsets", Masked: "masked", Indexed: "indexed"}
-
 
 def rows_of(groups: Groups, shape: tuple[int, ...], experts: int) -> Rows:
     """The rows of x [T, K] (masked: [E, M, K]) by expert; BatchError or FormatError for sizes that do not fit.
@@ -54,21 +52,22 @@ def _indexed(groups: Indexed, shape: tuple[int, ...], experts: int) -> Rows:
 
 
 def _sorted(groups: Indexed, experts: int) -> tuple[Tensor, Tensor]:
-    """(starts [experts + 1], pairs sorted by expert). Kept with the groups, but for calls that a graph records.
+    """(starts [experts + 1], pairs sorted by expert), kept with the groups where that can be known to be still right.
 
-    A replay must sort the numbers that the ids have then.
+    A replay of a graph must sort the numbers that the ids have then, and a tensor of inference mode has no version that
+    would tell of a change.
     """
     ids = groups.ids
-    recording = ids.is_cuda and torch.cuda.is_current_stream_capturing()
-    key = f"sorted {experts} {ids._version} {ids.data_ptr()}"
-    if not recording and key in groups.cache:
+    lasting = not ids.is_inference() and not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+    key = f"sorted {experts} {ids._version} {ids.data_ptr()}" if lasting else ""
+    if lasting and key in groups.cache:
         found: tuple[Tensor, Tensor] = groups.cache[key]
         return found
     flat = ids.reshape(-1)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
     pairs = torch.empty(flat.numel(), dtype=torch.int32, device=ids.device)
     order[(experts + 1,)](flat, starts, pairs, flat.numel(), experts, BLOCK=1024, num_warps=4)
-    if not recording:
+    if lasting:
         groups.cache[key] = (starts, pairs)
     return starts, pairs
 
