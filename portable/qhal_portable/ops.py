@@ -87,7 +87,8 @@ class PortableOps(QuantOps):
             self._require(QuantizeRequest(x=torch.float32, format=o.format, static=o.static))
         if into is not None:
             made = self._weight(into)
-            prepared.refit(made, w, request, inputs=inputs, operand=operand, bias=bias)
+            rounded = self._rounded(request)
+            prepared.refit(made, w, request, inputs=inputs, operand=operand, bias=bias, rounded=rounded)
         else:
             copy = gemm.copy_class(request, self._copies) if isinstance(request, GemmRequest) else None
             made = prepared.build_weight(
@@ -100,6 +101,7 @@ class PortableOps(QuantOps):
                 operand=operand,
                 bias=bias,
                 layout=self._layout(request),
+                rounded=self._rounded(request),
             )
         if isinstance(request, GemmRequest):
             made.run = self._bind(made)
@@ -208,6 +210,10 @@ class PortableOps(QuantOps):
     def _layout(self, request: Request) -> str:
         """What `storage.keep` is asked for."""
         return storage.NIBBLE
+
+    def _rounded(self, request: Request) -> torch.dtype | None:
+        """What products of this request round the whole weight to."""
+        return None
 
     def _rotate(self, x: Tensor, chain: Sequence[Rotation]) -> Tensor:
         """What `hadamard` applies."""

@@ -51,7 +51,7 @@ class PreparedWeight(Prepared):
     @property
     def device(self) -> torch.device:
         """Where it lives, and where what it is multiplied with must live."""
-        return next(iter(planes(self.stored).values())).device
+        return _device(self.stored)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor it keeps, by name."""
@@ -90,13 +90,19 @@ def build_weight(
     operand: Operand | None,
     bias: Tensor | None,
     layout: str = NIBBLE,
+    rounded: torch.dtype | None = None,
 ) -> PreparedWeight:
-    """Check everything against the request, then keep it. copy_dtype: of the decoded copy, None for no copy."""
+    """Check everything against the request, then keep it.
+
+    copy_dtype  of the decoded copy, None for no copy
+    rounded     what products round the whole weight to, None: they do not; FormatError for a weight that overflows it
+    """
     device = owner.device
     check(w, request, inputs, operand, bias, device)
     stored = keep(w, device, layout)
     operand = None if operand is None else _keep_operand(operand, device)
     multiplied = stored if operand is None else round_to_operand(stored, operand, layout)
+    _check_rounded(multiplied, request, rounded)
     copy = None
     if copy_dtype is not None:
         same = isinstance(stored, Tensor) and stored.dtype == copy_dtype
@@ -124,6 +130,7 @@ def refit(
     inputs: Sequence[Operand],
     operand: Operand | None,
     bias: Tensor | None,
+    rounded: torch.dtype | None = None,
 ) -> PreparedWeight:
     """New values at the old addresses. Everything is checked before the first byte is written."""
     if into.request != request:
@@ -136,6 +143,7 @@ def refit(
     if operand is not None:
         multiplied = round_to_operand(fresh, _keep_operand(operand, device), into.layout)
         updates += _pairs(planes(into.multiplied), planes(multiplied), "operand")
+    _check_rounded(multiplied, request, rounded)
     if into.copy is not None and into.copy is not into.stored:
         updates.append((into.copy, decode_into(multiplied, torch.empty_like(into.copy))))
     if len(inputs) != len(into.inputs):
@@ -149,6 +157,17 @@ def refit(
     for old_tensor, new_tensor in updates:
         old_tensor.copy_(new_tensor)
     return into
+
+
+def _check_rounded(
+    multiplied: Stored, request: GemmRequest | GroupedRequest | VQRequest, rounded: torch.dtype | None
+) -> None:
+    if rounded == torch.float16 and isinstance(request, GemmRequest):  # the other floats hold every weight
+        decode_into(multiplied, torch.empty(request.n, request.k, dtype=rounded, device=_device(multiplied)))
+
+
+def _device(w: Stored) -> torch.device:
+    return next(iter(planes(w).values())).device
 
 
 def build_rotation(

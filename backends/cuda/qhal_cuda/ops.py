@@ -129,6 +129,10 @@ class CudaOps(GpuOps):
         path = self._humming(request) or self._library(request)
         return super().supports(request) if path is None else path.answer(request)
 
+    def _rounded(self, request: Request) -> torch.dtype | None:
+        path = self._library(request) if isinstance(request, GemmRequest) else None
+        return super()._rounded(request) if path is None else path.rounded
+
     def _bind(self, w: PreparedWeight) -> Run:
         assert isinstance(w.request, GemmRequest)
         path = self._library(w.request)

@@ -55,7 +55,13 @@ def _sixteen(r: GemmRequest) -> Path | None:
         return None
     name = r.x[0].element
     words = f"weight decoded to {name} in every call, torch.mm in {name} with fp32 sums and result, one rounding"
-    return Path(kernel="16 bits", executes=words, numerics=NumericsClass.DEQUANT_16, layouts=(layout(r),))
+    return Path(
+        kernel="16 bits",
+        executes=words,
+        numerics=NumericsClass.DEQUANT_16,
+        layouts=(layout(r),),
+        rounded=element(name).storage,
+    )
 
 
 def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
@@ -117,8 +123,6 @@ _Product = Callable[["Tensor | QTensor", int], "tuple[Tensor, tuple[Tensor, Tens
 
 def _plain(p: PreparedWeight, request: GemmRequest) -> _Product:
     kind = element(request.x[0].element).storage
-    if kind == torch.float16:  # it says so if a weight does not fit
-        storage.decode_into(p.multiplied, torch.empty(request.n, request.k, dtype=kind, device=p.device))
 
     def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
         q, dtype = quantized(x, request, p, index)

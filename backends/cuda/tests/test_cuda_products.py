@@ -112,6 +112,15 @@ def test_a_weight_that_half_cannot_hold_is_refused_when_it_is_prepared() -> None
         Emulated("sm_90", "cpu").prepare(w, request)
 
 
+def test_a_refit_that_half_cannot_hold_is_refused_before_anything_is_written() -> None:
+    ops, request = Emulated("sm_90", "cpu"), GemmRequest(w=Format("fp32"), n=16, k=16, x=(Format("fp16"),))
+    old = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = ops.prepare(old, request)
+    with pytest.raises(qhal.FormatError, match="overflows fp16"):
+        ops.prepare(torch.full((16, 16), 1e6), request, into=prepared)
+    assert torch.equal(ops.restore(prepared), old)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("w", ["int8.row*bf16", "e4m3fn.row*fp16", "int8.row*fp32"])
 def test_what_a_graph_holds_reads_a_refit(w: str) -> None:
     """A captured product keeps tensors: after prepare(into=) it must meet the new scales, of 16 bits too."""

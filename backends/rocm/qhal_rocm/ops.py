@@ -69,6 +69,9 @@ class RocmOps(GpuOps):
     def _layout(self, request: Request) -> str:
         return "nibble" if self._library(request) is not None else super()._layout(request)
 
+    def _rounded(self, request: Request) -> torch.dtype | None:
+        return None if self._library(request) is not None else super()._rounded(request)
+
     def _bind(self, w: PreparedWeight) -> Run:
         path = self._library(w.request)
         return super()._bind(w) if path is None else products.bind(w, path)

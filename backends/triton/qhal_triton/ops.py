@@ -159,6 +159,10 @@ class TritonOps(PortableOps):
         path = self._path(request)
         return super()._layout(request) if path is None else path.layouts[0]
 
+    def _rounded(self, request: Request) -> torch.dtype | None:
+        path = self._path(request)
+        return None if path is None else path.rounded
+
     def tune(self, request: Request, *, seen: Callable[[str], None] | None = None) -> Sequence[Tuned]:
         """Tiles of products, written to the table of this device (`tuning.py`)."""
         path = self._path(request) if isinstance(request, GemmRequest) else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from qhal.requests import Arithmetic, NumericsClass, Request, Support
 
 
@@ -18,6 +20,7 @@ class Path:
     graph       it can stand in a captured graph: no host read, no allocation outside of torch's
     invariant   a row's bits do not depend on the other rows
     layouts     of what `prepare` keeps
+    rounded     what products round the whole weight to: one that overflows it is refused when it is prepared
     """
 
     kernel: str
@@ -27,6 +30,7 @@ class Path:
     graph: bool = True
     invariant: bool = False
     layouts: tuple[str, ...] = ("canonical",)
+    rounded: torch.dtype | None = None
 
     def answer(self, request: Request) -> Support:
         """The full answer to a request that takes this path."""

@@ -237,6 +237,12 @@ def test_a_weight_that_half_cannot_hold_is_refused_when_many_rows_are_announced(
     w = QTensor(f, torch.full((48, 256), 100, dtype=torch.int8), torch.full((48, 1), 1e4))
     with pytest.raises(qhal.FormatError, match="overflows fp16"):
         OPS.prepare(w.to(DEVICE), request_of(ROW, "fp16", m=(1, 4096)))
+    small = QTensor(f, w.codes, torch.ones(48, 1)).to(DEVICE)
+    prepared = OPS.prepare(small, request_of(ROW, "fp16", m=(1, 4096)))
+    with pytest.raises(qhal.FormatError, match="overflows fp16"):
+        OPS.prepare(w.to(DEVICE), request_of(ROW, "fp16", m=(1, 4096)), into=prepared)
+    kept = OPS.restore(prepared)
+    assert isinstance(kept, QTensor) and torch.equal(kept.scale, small.scale)  # type: ignore[arg-type]
     few = OPS.prepare(w.to(DEVICE), request_of(ROW, "fp16", out=torch.float32))
     y = OPS.gemm(torch.ones(1, 256, dtype=torch.float16, device=DEVICE), few)
     assert torch.equal(y.cpu(), torch.full((1, 48), 256e6))

@@ -14,7 +14,6 @@ from qhal.elements import element
 from qhal.errors import FormatError
 from qhal.requests import GemmRequest, GroupedRequest
 from qhal.tensors import QTensor
-from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_triton.gemm.config import Config, candidates, config, problem
@@ -197,9 +196,7 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
     made = plan(request, ops._target)
     assert made is not None
     bound = Bound(p, request, made, ops._target, ops._table)
-    wide = element(request.x[0].element).storage if made.dense else None
-    if wide == torch.float16:  # it says so if a weight does not fit
-        storage.decode_into(p.multiplied, torch.empty(request.n, request.k, dtype=wide, device=p.device))
+    wide = path.rounded
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
         q, dtype = quantized(x, request, p, index, by=ops.quantize)

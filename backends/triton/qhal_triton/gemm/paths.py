@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
+from qhal.elements import element
 from qhal.flavours import FNUZ
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
@@ -81,6 +82,7 @@ def path(request: GemmRequest, made: Plan) -> Path:
         accumulate="int32" if whole and not any(s.w.group or s.x.group for s in made.specs) else "fp32",
         invariant=request.batch_invariant,
         layouts=(made.layout,),
+        rounded=element(request.x[0].element).storage if made.dense else None,
     )
 
 

@@ -13,7 +13,6 @@ from qhal.elements import element
 from qhal.errors import FormatError
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal.tensors import QTensor
-from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_triton.paths import Path
@@ -44,6 +43,7 @@ def choose_gemm(request: GemmRequest, target: Target) -> Path | None:
         kernel=KERNEL,
         executes=f"Triton: {few}the weight decoded to {name} in every call, torch.mm in {name} with fp32 sums",
         numerics=NumericsClass.DEQUANT_16,
+        rounded=element(name).storage,
     )
 
 
@@ -61,8 +61,6 @@ def bind(p: PreparedWeight) -> Run | None:
     if not isinstance(w, CodebookTensor) or not readable(w):
         return None
     kind = element(request.x[0].element).storage
-    if kind == torch.float16:  # it says so if a weight does not fit
-        storage.decode_into(w, torch.empty(w.shape, dtype=kind, device=w.device))
     gathers = _gathers(w.format)
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
