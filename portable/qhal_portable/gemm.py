@@ -6,7 +6,7 @@ float64, the result is rounded once. Copy: `torch.nn.functional.linear` in the d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -116,18 +116,35 @@ def quantized(
     None for `qhal.encoding`.
     """
     inputs, device = p.inputs, p.device
+    dtype = arriving(x, request, inputs, device, index, axes=axes)
+    if isinstance(x, QTensor) or not inputs:
+        return x, dtype
+    return (quantize(x, inputs[index], device) if by is None else by(x, inputs[index])), dtype
+
+
+def arriving(
+    x: Tensor | QTensor,
+    request: GemmRequest,
+    inputs: Sequence[Operand],
+    device: torch.device,
+    index: int,
+    *,
+    axes: int = 2,
+) -> torch.dtype:
+    """The dtype of the result; FormatError, in one line, for everything about x that does not fit.
+
+    inputs: how a plain x is quantized, by index; axes: 2, or 3 for [E, M, K].
+    """
     if not isinstance(x, QTensor):
         dtype = accept(x, request, device, axes=axes)
-        if not inputs:
-            if quantized_inputs(request):
-                raise FormatError(
-                    f"x is plain {x.dtype}, but the weight was prepared for {request.x[0]} without saying how to "
-                    "quantize; pass inputs= to prepare, or quantize x first"
-                )
-            return x, dtype
-        if not 0 <= index < len(inputs):
+        if not inputs and quantized_inputs(request):
+            raise FormatError(
+                f"x is plain {x.dtype}, but the weight was prepared for {request.x[0]} without saying how to "
+                "quantize; pass inputs= to prepare, or quantize x first"
+            )
+        if inputs and not 0 <= index < len(inputs):
             raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
-        return (quantize(x, inputs[index], device) if by is None else by(x, inputs[index])), dtype
+        return dtype
     if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
         known = ", ".join(str(f) for f in request.x)
         raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
@@ -135,7 +152,7 @@ def quantized(
         raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
     if x.codes.dim() != axes or x.shape[-1] != request.k:
         raise FormatError(f"x is {x.shape}, must be {_shape(axes, request.k)}")
-    return x, request.out
+    return request.out
 
 
 def accept(x: Tensor, request: GemmRequest, device: torch.device, *, axes: int = 2) -> torch.dtype:

@@ -17,7 +17,7 @@ from qhal.tensors import QTensor
 from qhal_npu import calls, layouts
 from qhal_npu.quantizing import HALF_TYPES, Quantizer, choose, mx_codes, quantize, static_codes
 from qhal_npu.weights import NpuWeight
-from qhal_portable.gemm import accept, write
+from qhal_portable.gemm import arriving, write
 from qhal_portable.prepared import Run
 
 Product = Callable[["Tensor | QTensor", int, torch.dtype], Tensor]
@@ -49,30 +49,12 @@ def product(p: NpuWeight, arch: str) -> Product:
 
 
 def _dtype(x: Tensor | QTensor, p: NpuWeight, r: GemmRequest, index: int) -> torch.dtype:
-    """The dtype of the result; FormatError, in one line, for everything about x that does not fit."""
-    if isinstance(x, QTensor):
-        if x.format.storage not in {f.storage for f in r.x} or x.layout != "canonical":
-            known = ", ".join(str(f) for f in r.x)
-            raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
-        if r.out is None:
-            raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
-        if len(x.shape) != 2 or x.shape[-1] != r.k:
-            raise FormatError(f"x is {x.shape}, must be [T, {r.k}]")
-        return r.out
-    dtype = accept(x, r, p.place)
-    if r.x[0].plain:
-        if p.copy is not None and x.dtype != p.copy.dtype:
+    """The dtype of the result; FormatError for an x that does not fit, or is of another type than the kept weight."""
+    dtype = arriving(x, r, p.inputs, p.place, index)
+    if isinstance(x, Tensor) and r.x[0].plain:
+        held = p.kernel["scale"] if p.copy is None else p.copy
+        if x.dtype != held.dtype:
             raise FormatError(f"x arrives as {x.dtype}, the weight was prepared for {r}")
-        if p.copy is None and x.dtype != p.kernel["scale"].dtype:
-            raise FormatError(f"x arrives as {x.dtype}, the weight was prepared for {r}")
-        return dtype
-    if not p.inputs:
-        raise FormatError(
-            f"x is plain {x.dtype}, but the weight was prepared for {r.x[0]} without saying how to quantize; pass "
-            "inputs= to prepare, or quantize x first"
-        )
-    if not 0 <= index < len(p.inputs):
-        raise FormatError(f"input={index}: the weight was prepared with {len(p.inputs)} inputs")
     return dtype
 
 
