@@ -29,9 +29,14 @@ _numbers = itertools.count(1)
 _things: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
+def new_handle() -> int:
+    """A number that nothing else in this process has."""
+    return next(_numbers)
+
+
 def handle(thing: Any) -> int:
-    """A number for `thing`, unique in this process; operators find it for as long as somebody keeps it."""
-    number = next(_numbers)
+    """A new handle of `thing`; operators find it for as long as somebody keeps it."""
+    number = new_handle()
     _things[number] = thing
     return number
 

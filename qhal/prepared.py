@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,8 +18,6 @@ from qhal.specs import Operand
 
 if TYPE_CHECKING:
     from qhal.interface import QuantOps
-
-_handles = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -42,7 +39,7 @@ class Prepared:
     support: Support
     inputs: Sequence[Operand] = ()
     input_layout: str = "canonical"
-    handle: int = field(default_factory=lambda: next(_handles))
+    handle: int = field(default_factory=compiling.new_handle)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor it keeps, by name: for memory accounts and address checks. Backends override."""
