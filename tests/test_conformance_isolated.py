@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from qhal_conformance.isolated import CRASHES, CUT, Session
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import FailKind, Outcome, Status, Worst
 from qhal_conformance.runner import Record, run_case
-from qhal_conformance.worker_process import Lost, Silent
+from qhal_conformance.worker_process import CLOSED, Lost, Silent
 
 __all__ = ["site"]
 
@@ -91,6 +92,18 @@ def test_one_line_and_the_next_case_runs(
     assert line in outcome.reason and "\n" not in outcome.reason
     assert spoiled.inputs_sha == after.inputs_sha and spoiled.case == CASE
     assert after.outcome.status == Status.PASS, after.outcome
+
+
+def test_a_pipe_that_closes_before_the_worker_waits_for_it_is_closed_all_the_same() -> None:
+    ours, theirs = socket.socketpair()
+    number = theirs.fileno()
+    code = (
+        "import os, threading, time; from qhal_conformance.worker import _Pipe; start = threading.Thread.start\n"
+        f"threading.Thread.start = lambda thread: (os.close({number}), start(thread))\n"
+        f"_Pipe({number}); time.sleep(60)"
+    )
+    with ours, theirs:
+        assert subprocess.run([sys.executable, "-c", code], pass_fds=[number], timeout=60).returncode == CLOSED
 
 
 def test_what_is_printed_becomes_notes(site: Path, session: Session) -> None:

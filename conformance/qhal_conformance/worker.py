@@ -100,7 +100,14 @@ class _Pipe:
             while True:
                 self._asked.put(messages.decode(self._connection.recv_bytes()))
         except (EOFError, OSError, ValueError):
-            os._exit(0)
+            # the session has gone, and nobody reads this code; or the backend closed the pipe before this thread waited
+            os._exit(0 if self._is_open() else CLOSED)
+
+    def _is_open(self) -> bool:
+        try:
+            return os.fstat(self._connection.fileno()).st_ino == self._socket
+        except OSError:
+            return False
 
     def receive(self) -> dict[str, Any]:
         """The next message."""
@@ -110,9 +117,9 @@ class _Pipe:
         """Answer; a copy of this process that the backend forked and let run on ends here, unheard."""
         if os.getpid() != self._process:
             os._exit(0)
+        if not self._is_open():
+            os._exit(CLOSED)  # or its number was taken by a file of the backend's
         try:
-            if os.fstat(self._connection.fileno()).st_ino != self._socket:
-                os._exit(CLOSED)  # closed, and its number taken by a file of the backend's
             self._connection.send_bytes(messages.encode(answer))
         except OSError:
             os._exit(CLOSED)
