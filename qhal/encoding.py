@@ -44,7 +44,7 @@ def encode(
 ) -> QTensor:
     """Quantize a float tensor [..., N, K] (activations [T, K]: rows are tokens) to `to`; exact by its rule.
 
-    scale, zero  static: fix the outermost level, numbers (not codes), one or one per block in the grid's order
+    scale, zero  static: fix the outermost level, numbers (not codes), one or one per block in its grid's order
     clip         (low, high) fractions of the range that are kept, see Rule.clip
     """
     if x.dim() < 2 or not x.is_floating_point():
@@ -61,13 +61,12 @@ def encode(
         numbers["mean"] = _number(offset, to.offset)
     lo, hi = _range(x, to, clip, numbers)
     peak = _peak(lo, hi, rule)
-    fixed = None if scale is None else _static(scale, to, peak, fill=to.scale.plain)
-    divisor = 1.0 if fixed is not None and to.scale.plain else _divisor(to)  # a static scale asks for no largest code
-    plane = _scale_plane(peak, divisor, to, rule, fixed)
+    divisor = 1.0 if scale is not None and to.scale.plain else _divisor(to)  # a static scale asks for no largest code
+    plane = _scale_plane(peak, divisor, to, rule, scale)
     number = numbers["scale"] = _number(plane, to.scale)
     zeros: Tensor | None = None
     if to.zero is not None:
-        zeros = _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak, fill=True))
+        zeros = _zero_plane(to, lo, number, None if zero is None else _static(zero, to, peak))
         numbers["zero"] = _number(zeros, to.zero)
     if to.offset is not None and offset is None:
         offset = _offset_plane(to, lo, number)
@@ -166,7 +165,7 @@ def _scale_plane(
     if fmt.plain:
         e = element(fmt.element)
         if static is not None:
-            return to_plane(static, e)
+            return to_plane(_static(static, to, peak), e)
         if to.op == "/":
             return _reciprocal_plane(peak, divisor, to, rule, unit)
         if e.kind == "exponent":
@@ -301,12 +300,11 @@ def _peak(lo: Tensor, hi: Tensor, rule: Rule) -> Tensor:
     return torch.maximum(hi, 0.0 - lo)  # not -lo: the negative of +0 is another zero
 
 
-def _static(value: Tensor, to: Format, grid: Tensor, *, fill: bool) -> Tensor:
-    """A static value in the shape of its plane; one value fills it, or stays one (outer levels)."""
+def _static(value: Tensor, to: Format, grid: Tensor) -> Tensor:
+    """A static value in the shape of its plane: one fills it."""
     value = value if value.is_floating_point() else value.float()
     if value.numel() == 1:
-        one = value.reshape([1] * grid.dim())
-        return one.expand(grid.shape) if fill else one
+        return value.reshape([1] * grid.dim()).expand(grid.shape)
     if value.numel() != grid.shape[-2:].numel():
         raise FormatError(f"{to}: a static scale of {value.numel()} values does not fill a grid of {tuple(grid.shape)}")
     return value.reshape(*[1] * (grid.dim() - 2), *grid.shape[-2:]).expand(grid.shape)

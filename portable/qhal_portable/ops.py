@@ -102,6 +102,7 @@ class PortableOps(QuantOps):
                 bias=bias,
                 layout=self._layout(request),
                 rounded=self._rounded(request),
+                made=self._made(request),
             )
         if isinstance(request, GemmRequest):
             made.run = self._bind(made)
@@ -214,6 +215,10 @@ class PortableOps(QuantOps):
     def _rounded(self, request: Request) -> torch.dtype | None:
         """What products of this request round the whole weight to."""
         return None
+
+    def _made(self, request: Request) -> tuple[str, ...]:
+        """Planes of the weight that products of this request read decoded."""
+        return ()
 
     def _rotate(self, x: Tensor, chain: Sequence[Rotation]) -> Tensor:
         """What `hadamard` applies."""

@@ -6,7 +6,7 @@ Every tensor is copied to the device of the operations: weights may arrive there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class PreparedWeight(Prepared):
 
     stored      the canonical weight in the compact layout: what `restore` gives back
     multiplied  the value that products use: `stored`, or `stored` rounded to the operand's format
+    made        planes of `multiplied` that are quantized themselves, decoded to float32, by name ("scale", "offset")
     copy        `multiplied` decoded to the dtype of the activations; None where products are exact
     bias        float32 [N] or [E, N]
     bias_copy   the bias in the dtype of `copy`
@@ -42,6 +43,7 @@ class PreparedWeight(Prepared):
 
     stored: Stored
     multiplied: Stored
+    made: dict[str, Tensor] = field(default_factory=dict)
     copy: Tensor | None = None
     bias: Tensor | None = None
     bias_copy: Tensor | None = None
@@ -58,6 +60,7 @@ class PreparedWeight(Prepared):
         found = {f"weight.{name}": t for name, t in planes(self.stored).items()}
         if self.multiplied is not self.stored:
             found.update({f"operand.{name}": t for name, t in planes(self.multiplied).items()})
+        found.update({f"made.{name}": t for name, t in self.made.items()})
         for name in ("copy", "bias", "bias_copy"):
             t = getattr(self, name)
             if t is not None and t is not self.stored:
@@ -91,10 +94,12 @@ def build_weight(
     bias: Tensor | None,
     layout: str = NIBBLE,
     rounded: torch.dtype | None = None,
+    made: Sequence[str] = (),
 ) -> PreparedWeight:
     """Check everything against the request, then keep it.
 
     copy_dtype  of the decoded copy, None for no copy
+    made        planes that are kept decoded too
     rounded     what products round the whole weight to, None: they do not; FormatError for a weight that overflows it
     """
     device = owner.device
@@ -115,6 +120,7 @@ def build_weight(
         inputs=tuple(_keep_operand(o, device) for o in inputs),
         stored=stored,
         multiplied=multiplied,
+        made=_decoded(multiplied, made),
         copy=copy if isinstance(copy, Tensor) else None,
         bias=own,
         bias_copy=None if own is None or copy_dtype is None else own.to(copy_dtype, copy=True),
@@ -144,6 +150,7 @@ def refit(
         multiplied = round_to_operand(fresh, _keep_operand(operand, device), into.layout)
         updates += _pairs(planes(into.multiplied), planes(multiplied), "operand")
     _check_rounded(multiplied, request, rounded)
+    updates += _pairs(into.made, _decoded(multiplied, tuple(into.made)), "made")
     if into.copy is not None and into.copy is not into.stored:
         updates.append((into.copy, decode_into(multiplied, torch.empty_like(into.copy))))
     if len(inputs) != len(into.inputs):
@@ -157,6 +164,12 @@ def refit(
     for old_tensor, new_tensor in updates:
         old_tensor.copy_(new_tensor)
     return into
+
+
+def _decoded(w: Stored, names: Sequence[str]) -> dict[str, Tensor]:
+    found = {name: getattr(w, name) for name in names}
+    assert all(isinstance(plane, QTensor) for plane in found.values())
+    return {name: plane.dequantize() for name, plane in found.items()}
 
 
 def _check_rounded(

@@ -163,6 +163,10 @@ class TritonOps(PortableOps):
         path = self._path(request)
         return None if path is None else path.rounded
 
+    def _made(self, request: Request) -> tuple[str, ...]:
+        path = self._path(request)
+        return () if path is None else path.made
+
     def tune(self, request: Request, *, seen: Callable[[str], None] | None = None) -> Sequence[Tuned]:
         """Tiles of products, written to the table of this device (`tuning.py`)."""
         path = self._path(request) if isinstance(request, GemmRequest) else None

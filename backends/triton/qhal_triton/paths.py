@@ -20,6 +20,7 @@ class Path:
     graph       it can stand in a captured graph: no host read, no allocation outside of torch's
     invariant   a row's bits do not depend on the other rows
     layouts     of what `prepare` keeps
+    made        planes of the weight that are kept decoded to fp32 too (`PreparedWeight.made`)
     rounded     what products round the whole weight to: one that overflows it is refused when it is prepared
     """
 
@@ -31,6 +32,7 @@ class Path:
     invariant: bool = False
     layouts: tuple[str, ...] = ("canonical",)
     rounded: torch.dtype | None = None
+    made: tuple[str, ...] = ()
 
     def answer(self, request: Request) -> Support:
         """The full answer to a request that takes this path."""

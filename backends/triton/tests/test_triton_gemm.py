@@ -44,6 +44,12 @@ def test_a_case_of_the_suite(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     assert record.outcome.status is Status.PASS, record.outcome.reason
 
 
+MADE_PLANES = {
+    "nf4.flat64*(lut8.flat256*fp32+fp32)": {"made.scale"},
+    "uint4.g32*(uint6.g8*fp16)-(uint6.g8*fp16)": {"made.scale", "made.offset"},
+}
+"""Planes that no kernel reads as they are: kept decoded too."""
+
 TAKEN = [
     ("int4.g32*bf16", "bf16", 256, "word32", NumericsClass.FP32_ACC),
     ("int4.g128*fp16", "fp16", 384, "word16", NumericsClass.FP32_ACC),
@@ -73,11 +79,25 @@ TAKEN = [
     ("e2m3.g32*e8m0", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
     ("e2m1.g16*(e4m3fn.tensor*fp32)", "bf16", 256, "word16", NumericsClass.FP32_ACC),
     ("e2m1.g16*(e4m3fn.row*fp32)", "bf16", 256, "word16", NumericsClass.FP32_ACC),
+    ("e2m1.g16*(e4m3fn.tensor/fp32)", "bf16", 256, "word16", NumericsClass.FP32_ACC),
+    ("int8.row*(fp32.tensor/fp32)", "fp16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("uint4.g32*(uint6.g8*fp16)-(uint6.g8*fp16)", "bf16", 512, "word32", NumericsClass.DEQUANT_16),
+    ("int6.g16*(int8.g16*fp16)", "bf16", 512, "canonical", NumericsClass.FP32_ACC),
+    ("nf4.flat64*(lut8.flat256*fp32+fp32)", "bf16", 256, "word32", NumericsClass.DEQUANT_16),
+    ("e4m3fn.row*bf16%2:4", "bf16", 256, "canonical", NumericsClass.FP32_ACC),
+    ("e2m1.g32*(e8m0.g16*fp32)", "bf16", 512, "word32", NumericsClass.FP32_ACC),
+    ("e2m1.g32*(e8m0.g16*fp32)", "e2m1.g32*(e8m0.g16*fp32)", 1024, "word32", NumericsClass.FP32_ACC),
+    ("fp32", "fp32", 97, "canonical", NumericsClass.FP32_ACC),
+    ("bf16", "fp32", 64, "canonical", NumericsClass.FP32_ACC),
     ("nf4.g64*fp32", "bf16", 256, "word32", NumericsClass.DEQUANT_16),
     ("nf4.flat64*fp32", "bf16", 256, "word32", NumericsClass.DEQUANT_16),
     (ROW, ROW, 97, "canonical", NumericsClass.FP32_ACC),
     (ROW, "int8.tensor*fp32", 256, "canonical", NumericsClass.FP32_ACC),
     (ROW, "int8-int8.row*fp32", 97, "canonical", NumericsClass.FP32_ACC),
+    (ROW, "int8-fp32.row*fp32", 97, "canonical", NumericsClass.FP32_ACC),
+    ("uint4-uint4.g32*fp16", "uint8-fp32.row*fp32", 96, "canonical", NumericsClass.FP32_ACC),
+    ("int8.row*(fp32.tensor/fp32)", "int8-fp32.row*fp32", 97, "canonical", NumericsClass.FP32_ACC),
+    ("e2m1.g16*(e4m3fn.tensor/fp32)", "e2m1.g16*(e4m3fn.tensor/fp32)", 256, "word16", NumericsClass.FP32_ACC),
     ("uint8-uint8.row*fp32", "uint8-uint8.row*fp32", 97, "canonical", NumericsClass.FP32_ACC),
     ("uint4-uint4.g32*fp16", "uint8-uint8.row*fp32", 96, "canonical", NumericsClass.FP32_ACC),
     ("int4.g32*bf16", ROW, 256, "word32", NumericsClass.FP32_ACC),
@@ -185,7 +205,34 @@ def test_rows_do_not_depend_on_their_number_if_that_is_asked() -> None:
     assert torch.equal(OPS.gemm(x[:1], prepared), whole[:1]) and torch.equal(OPS.gemm(x[20:69], prepared), whole[20:69])
 
 
-@pytest.mark.parametrize("w", ["int4.g32*bf16", "uint4-uint4.g32*fp16", "int8.row*fp32"])
+@pytest.mark.parametrize("w", [ROW, "uint8-uint8.row*fp32", "int4.g32*bf16"])
+@pytest.mark.parametrize("zero", [-3.0, 2.5, 127.49999, -200.25, 70000.125])
+def test_zero_points_of_x_need_not_be_whole_numbers(w: str, zero: float) -> None:
+    """Within fp32 sums of the product of decoded operands, however far the zero point is from every code."""
+    x = Format.parse("int8-fp32.tensor*fp32")
+    request = replace(request_of(w, n=33), x=(x,), static=(True,), out=torch.float32)
+    assert "exact int32 sums" in OPS.supports(request).executes
+    weight = datasets.weight("t", "w", request.w, 33, 256, "normal")  # type: ignore[arg-type]
+    operand = Operand(x, torch.tensor([0.03]), torch.tensor([zero]))
+    prepared = OPS.prepare(weight.to(DEVICE), request, inputs=(operand,))
+    rows = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.03 * max(min(zero, 128.0), -128.0)
+    q = OPS.quantize(rows.bfloat16().to(DEVICE), operand).to("cpu").dequantize().double()
+    value = weight.dequantize().double()
+    far = (OPS.gemm(rows.bfloat16().to(DEVICE), prepared).cpu().double() - q @ value.T).abs()
+    assert bool((far <= (2 * 256**0.5 + 4) * 2.0**-24 * (q.abs() @ value.T.abs())).all())
+
+
+def test_a_zero_point_that_is_no_number_stays_one() -> None:
+    x = Format.parse("int8-fp32.row*fp32")
+    request = request_of(ROW, str(x), out=torch.float32)
+    prepared = OPS.prepare(datasets.weight("t", "w", request.w, 48, 256, "normal").to(DEVICE), request)  # type: ignore[arg-type]
+    zero = torch.tensor([[torch.nan], [1.0]], device=DEVICE)
+    q = QTensor(x, torch.ones(2, 256, dtype=torch.int8, device=DEVICE), torch.ones(2, 1, device=DEVICE), zero)
+    y = OPS.gemm(q, prepared)
+    assert bool(y[0].isnan().all()) and not y[1].any()
+
+
+@pytest.mark.parametrize("w", ["int4.g32*bf16", "uint4-uint4.g32*fp16", "int8.row*fp32", *MADE_PLANES])
 def test_a_refit_changes_what_a_graph_reads(w: str) -> None:
     request = request_of(w, bias=True)
     old, new = (datasets.weight("t", name, request.w, 48, 256, "normal").to(DEVICE) for name in ("old", "new"))  # type: ignore[arg-type]
@@ -195,6 +242,8 @@ def test_a_refit_changes_what_a_graph_reads(w: str) -> None:
     fresh = OPS.prepare(new, request, bias=torch.ones(48))
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     assert torch.equal(held(x, 0, None), OPS.gemm(x, fresh))
+    assert prepared.tensors().keys() == fresh.tensors().keys()
+    assert {name for name in fresh.tensors() if name.startswith("made.")} == MADE_PLANES.get(w, set())
     back = OPS.restore(prepared)
     assert isinstance(back, QTensor) and back.equal(new)
 

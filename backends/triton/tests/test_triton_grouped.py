@@ -142,11 +142,19 @@ def test_activations(activation: Activation) -> None:
     both(request, rows(9), Offsets(torch.tensor([0, 3, 3, 7, 8, 9], dtype=torch.int32)))
 
 
+NVFP4 = "e2m1.g16*(e4m3fn.tensor*fp32)"
+
+
 @pytest.mark.parametrize("form", ["offsets", "masked", "indexed"])
-def test_a_static_scale_for_each_expert(form: Any) -> None:
-    f = Format.parse("int8.tensor*fp32")
+@pytest.mark.parametrize(
+    ("w", "x"),
+    [(ROW, "int8.tensor*fp32"), (NVFP4, NVFP4), (NVFP4.replace("*fp32", "/fp32"), NVFP4.replace("*fp32", "/fp32"))],
+)
+def test_a_static_scale_for_each_expert(w: str, x: str, form: Any) -> None:
+    f = Format.parse(x)
     scale = torch.linspace(0.01, 0.05, EXPERTS).reshape(-1, 1)
-    request = request_of(ROW, str(f), form, static=(True,), top_k=2)
+    scale = 2.0 / scale if "/" in x else scale
+    request = request_of(w, x, form, static=(True,), top_k=2)
     inputs = (Operand(f, scale, per_expert=True),)
     if form == "masked":
         both(request, rows(15).reshape(5, 3, K), Masked(torch.tensor([3, 0, 1, 2, 2], dtype=torch.int32)), inputs)

@@ -24,7 +24,8 @@ from qhal_triton.tuning import Entry, Table, load
 CHIP = Target(kind="cuda", arch="sm_90", warp=32, shared=227 << 10, fp8=frozenset({"e4m3fn", "e5m2"}))
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 BF16 = Format("bf16")
-WEIGHTS = ("int4.g32*bf16", "uint4-uint4.g32*fp16", "e2m1.g16*(e4m3fn.tensor*fp32)", "e4m3fn.row*fp32")
+WEIGHTS = ("int4.g32*bf16", "uint4-uint4.g32*fp16", "e2m1.g16*(e4m3fn.tensor*fp32)", "e4m3fn.row*fp32",
+           "int6.g16*(int8.g16*fp16)")  # fmt: skip
 
 
 class Ops(TritonOps):

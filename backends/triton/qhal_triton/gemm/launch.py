@@ -67,7 +67,7 @@ class Bound:
         self.tiles: dict[tuple[Spec, int], Config] = {}
         self.specs = {f.storage: s for f, s in zip(gemm.x, made.specs, strict=True)}
         self.experts = p.request.experts if isinstance(p.request, GroupedRequest) else 0
-        self.planes = planes(p.multiplied, made.specs[0], gemm.k)
+        self.planes = planes(p.multiplied, p.made, made.specs[0], gemm.k)
 
     def partial(
         self,
@@ -142,7 +142,7 @@ class Bound:
         grid = (-(-r.n // b), -(-r.k // s.span))
         dense[grid](
             t["w"], y, t["sw"], t["ow"], t["zw"], t["fw"], t["table"], t["index"], r.n, r.k, *t["strides"][:8],
-            WKIND=s.w.kind, SW=s.w.scale, OW=s.w.outer, ZW=s.w.zero, FW=s.w.offset,
+            WKIND=s.w.kind, SW=s.w.scale, OW=s.w.outer, OVERW=s.w.over, ZW=s.w.zero, FW=s.w.offset,
             GW=0 if s.indexed else s.w.group, RW=s.w.rows, CHUNK=s.chunk, PARTS=s.parts, APART=s.apart,
             INDEXED=s.indexed, BN=b,
             enable_fp_fusion=False,
@@ -165,10 +165,12 @@ def product_constants(
         "MODE": s.mode,
         "SX": s.x.scale,
         "OX": s.x.outer,
+        "OVERX": s.x.over,
         "ZX": s.x.zero,
         "GX": s.x.group,
         "SW": s.w.scale,
         "OW": s.w.outer,
+        "OVERW": s.w.over,
         "ZW": s.w.zero,
         "FW": s.w.offset,
         "GW": 0 if s.indexed else s.w.group,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhal.elements import element
+from qhal.elements import element, values
 from qhal.errors import UnsupportedError
 from qhal.formats import Format
 from qhal.requests import GemmRequest, Support
@@ -63,21 +63,28 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
 def random_weight(f: Format, shape: tuple[int, ...], generator: torch.Generator, *, index: bool = False) -> QTensor:
     """[..., N, K] of random codes with scales near one, on the generator's device: values decide no kernel's time."""
     assert f.block is not None
-    device, lead, k = generator.device, shape[:-2], shape[-1]
-    grid = (*lead, *f.block.grid(*shape[-2:]))
+    device, k = generator.device, shape[-1]
+    order = torch.arange(k, device=device, dtype=torch.int32) // max(f.block.cols, 1) if index else None
+    return replace(_random(f, shape, device, generator), group_index=order)
+
+
+def _random(
+    f: Format, shape: tuple[int, ...], device: torch.device, generator: torch.Generator, near_one: bool = False
+) -> QTensor:
+    """near_one: it is a plane of scales itself."""
+    assert f.block is not None
+    grid = (*shape[:-2], *f.block.grid(*shape[-2:]))
 
     def plane(p: Format | None) -> Tensor | QTensor | None:
         if p is None:
             return None
-        if p.plain:
-            return _codes(p, grid, device, generator, near_one=True)
-        inner = _codes(p, grid, device, generator, near_one=True)
-        outer = torch.ones((*lead, *p.block.grid(*grid[-2:])) if p.block else (1, 1), device=device)
-        return QTensor(p, inner, outer.to(element(p.scale.element if p.scale else "fp32").storage))
+        return _codes(p, grid, device, generator, True) if p.plain else _random(p, grid, device, generator, True)
 
-    order = torch.arange(k, device=device, dtype=torch.int32) // max(f.block.cols, 1) if index else None
-    codes = _codes(f, shape, device, generator)
-    return QTensor(f, codes, plane(f.scale), plane(f.zero), plane(f.offset), group_index=order)
+    codes = _codes(f, shape, device, generator, near_one)
+    e = element(f.element)
+    own = e.kind == "lut" and values(f.element) is None
+    table = torch.linspace(0.5, 1, 1 << e.bits, device=device) if own else None
+    return QTensor(f, codes, plane(f.scale), plane(f.zero), plane(f.offset), table=table)
 
 
 def _codes(

@@ -67,8 +67,8 @@ class Plan:
 def choose(request: GemmRequest, target: Target) -> Path | None:
     """The kernel that takes the request; None: no kernel does."""
     made = plan(request, target)
-    if made is None or (made.specs[0].w.kind == WIDE_KIND and request.operand is None):
-        return None  # a product of two plain floats is a library's
+    if made is None or (made.specs[0].w.kind == WIDE_KIND and made.specs[0].type != "fp32" and not request.operand):
+        return None  # a product of 16-bit floats is a library's; libraries may round fp32 to fewer bits
     return path(request, made)
 
 
@@ -83,6 +83,7 @@ def path(request: GemmRequest, made: Plan) -> Path:
         invariant=request.batch_invariant,
         layouts=(made.layout,),
         rounded=element(request.x[0].element).storage if made.dense else None,
+        made=made.specs[0].w.made,
     )
 
 
@@ -134,10 +135,18 @@ def _spec(
     if kind:
         rounds = early or (w.kind == WIDE_KIND and names[0] != kind)
         numerics = NumericsClass.DEQUANT_16 if rounds and kind != "fp32" else numerics
-    elif not x.exact or w.kind == WIDE_KIND:
+    elif not (x.exact or x.shifted) or w.kind == WIDE_KIND:
         return None
-    elif not early and w.integer and x.integer and k <= (1 << 15 if _zeros(w, x) else 1 << 16) and _wide(w, x):
+    elif (
+        not early
+        and w.integer
+        and (x.integer or x.shifted)
+        and k <= (1 << 15 if _zeros(w, x) else 1 << 16)
+        and _wide(w, x)
+    ):
         kind = "int8"
+    elif x.shifted:
+        return None
     elif not early and _eight(w, x, foreign) <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
         kind, numerics = "fp8", NumericsClass.REDUCED_ACC
     else:
@@ -213,4 +222,6 @@ def _word(s: Spec) -> str:
     }
     read = ", bytes read as fnuz" * s.foreign
     product = sums.get(s.type, f"exact products of {s.type}")
-    return f"W{s.w.bits}A{s.x.bits}: Triton, {product}{read}, {where[s.mode]}, fp32"
+    made = f", {' and '.join(f'{name}s' for name in s.w.made)} decoded to fp32 when prepared" if s.w.made else ""
+    made += ", scales of x decoded to fp32" * bool(s.x.made)
+    return f"W{s.w.bits}A{s.x.bits}: Triton, {product}{read}, {where[s.mode]}, fp32{made}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from qhal_triton.gemm.paths import Spec
 from qhal_triton.gemm.sides import WIDE_KIND
 
 
-def planes(w: Stored, spec: Spec, k: int) -> dict[str, Any]:
-    """Of a kept weight: "w" (words of codes), its planes, and "strides".
+def planes(w: Stored, made: Mapping[str, Tensor], spec: Spec, k: int) -> dict[str, Any]:
+    """Of a kept weight and its decoded planes: "w" (words of codes), its planes, and "strides".
 
     strides: in rows and columns of codes (rows only), scale, zero, offset, outer scale (rows only), then of experts.
     """
@@ -25,42 +26,54 @@ def planes(w: Stored, spec: Spec, k: int) -> dict[str, Any]:
     else:
         assert isinstance(w, QTensor)
         codes = w.codes.view(torch.int32) if spec.parts == 8 else w.codes
-        inner = w.scale.codes if isinstance(w.scale, QTensor) else w.scale
-        outer = w.scale.scale if isinstance(w.scale, QTensor) else None
-        found = {"sw": inner, "zw": w.zero, "fw": w.offset, "ow": outer, "index": w.group_index, "table": w.table}
+        scale = made.get("scale", w.scale)
+        inner = scale.codes if isinstance(scale, QTensor) else scale
+        outer = scale.scale if isinstance(scale, QTensor) else None
+        offset = made.get("offset", w.offset)
+        found = {"sw": inner, "zw": w.zero, "fw": offset, "ow": outer, "index": w.group_index, "table": w.table}
     if s.kind == "table" and found["table"] is None:
         table = values("nf4")
         assert table is not None
         found["table"] = table.to(codes.device)
-    made: dict[str, Any] = {name: found.get(name) for name in ("sw", "zw", "fw", "ow", "index", "table")}
+    given: dict[str, Any] = {name: found.get(name) for name in ("sw", "zw", "fw", "ow", "index", "table")}
     steps = [codes.stride(-2)]
     for name in ("sw", "zw", "fw"):
-        steps += (k // s.group, 1) if s.flat and _full(made[name]) else steps_of(made[name])
-    steps.append(steps_of(made["ow"])[0])
-    experts = [codes, *(made[name] for name in ("sw", "zw", "fw", "ow"))]
+        steps += (k // s.group, 1) if s.flat and _full(given[name]) else steps_of(given[name])
+    steps.append(steps_of(given["ow"])[0])
+    experts = [codes, *(given[name] for name in ("sw", "zw", "fw", "ow"))]
     steps += [0 if t is None or t.dim() < 3 or t.shape[0] == 1 else t.stride(0) for t in experts]
-    made |= {name: raw(made[name]) for name in ("sw", "zw", "fw")}
-    return {**made, "w": raw(codes), "strides": steps}
+    given |= {name: raw(given[name]) for name in ("sw", "zw", "fw")}
+    return {**given, "w": raw(codes), "strides": steps}
 
 
 def activation(q: Tensor | QTensor, spec: Spec) -> tuple[Tensor, dict[str, Any]]:
-    """Codes [rows, K] of x and its planes: scale, outer scale and zero point, with strides in rows and columns."""
+    """Codes [rows, K] of x and its planes: scale, zero point and outer scale, with strides in rows and columns.
+
+    Of the outer scale in rows only.
+    """
     if isinstance(q, Tensor):
         codes, scale, outer, zero = q.detach(), None, None, None
     else:
         assert not isinstance(q.zero, QTensor)
         codes, zero = q.codes, q.zero
-        scale = q.scale.codes if isinstance(q.scale, QTensor) else q.scale
-        outer = q.scale.scale if isinstance(q.scale, QTensor) else None
+        given = q.scale.dequantize() if "scale" in spec.x.made and isinstance(q.scale, QTensor) else q.scale
+        scale = given.codes if isinstance(given, QTensor) else given
+        above = given.scale if isinstance(given, QTensor) else None
+        assert not isinstance(above, QTensor)
+        outer = above
     codes = codes.reshape(-1, codes.shape[-1])
     if spec.x.kind == WIDE_KIND:
         codes = codes.to(element(spec.type).storage)
-    scale, zero = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (scale, zero))
-    strides = [*steps_of(scale), *steps_of(zero)]
+    scale, zero, outer = _rows(scale), _rows(zero), _rows(outer)
+    strides = [*steps_of(scale), *steps_of(zero), steps_of(outer)[0]]
     made = {"sx": raw(scale), "ox": outer, "zx": raw(zero), "strides": strides}
     bare = codes if spec.x.kind == WIDE_KIND else raw(codes)
     assert bare is not None
     return bare, made
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(-1, t.shape[-1])
 
 
 def raw(t: Tensor | None) -> Tensor | None:

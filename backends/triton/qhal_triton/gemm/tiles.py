@@ -34,7 +34,11 @@ PAIRS = (
     ("e3m2.g32*e8m0", "bf16"),
     ("e2m1.g16*(e4m3fn.tensor*fp32)", "bf16"),
     ("nf4.g64*fp32", "bf16"),
+    ("e2m1.g16*(e4m3fn.tensor/fp32)", "bf16"),
+    ("nf4.flat64*(lut8.flat256*fp32+fp32)", "bf16"),
+    ("uint4.g32*(uint6.g8*fp16)-(uint6.g8*fp16)", "bf16"),
     ("int8.row*fp32", "int8.row*fp32"),
+    ("int8.row*(fp32.tensor/fp32)", "int8-fp32.tensor*fp32"),
     ("uint8-uint8.row*fp32", "uint8-uint8.row*fp32"),
     ("int4.g128*bf16", "int8.row*fp32"),
     ("e4m3fn.row*fp32", "e4m3fn.row*fp32"),
@@ -44,6 +48,8 @@ PAIRS = (
     ("e2m1.g32*e8m0", "e4m3fn.g32*e8m0"),
     ("e2m1.g32*e8m0", "e2m1.g32*e8m0"),
     ("e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*(e4m3fn.tensor*fp32)"),
+    ("e2m1.g16*(e4m3fn.tensor/fp32)", "e2m1.g16*(e4m3fn.tensor/fp32)"),
+    ("fp32", "fp32"),
 )
 """Weight and activation of every branch of the kernel."""
 _N, _K = 4096, 4096
@@ -79,8 +85,8 @@ def product_tile(request: GemmRequest, spec: Spec, c: Config, target: Target, na
         "w": _WORDS.get(spec.parts) or _pointer(w.element),
         "y": "*fp32",
         "bias": "*fp32" if request.bias else None,
-        **_planes("x", x),
-        **_planes("w", w),
+        **_planes("x", x, spec.x.made),
+        **_planes("w", w, spec.w.made),
         "table": "*fp32" if spec.w.kind == "table" else None,
         "index": "*i32" if spec.indexed else None,
         "order": "*i32" if form == "indexed" else None,
@@ -112,11 +118,11 @@ def _dense_tile(request: GemmRequest, s: Spec, target: Target, name: str) -> Til
     given = {
         "w": _WORDS.get(s.parts) or _pointer(w.element),
         "y": f"*{s.type}",
-        **_planes("w", w),
+        **_planes("w", w, s.w.made),
         "table": "*fp32" if s.w.kind == "table" else None,
         "index": "*i32" if s.indexed else None,
     }
-    names = ("WKIND", "SW", "OW", "ZW", "FW", "GW", "RW", "CHUNK", "PARTS", "APART", "INDEXED")
+    names = ("WKIND", "SW", "OW", "OVERW", "ZW", "FW", "GW", "RW", "CHUNK", "PARTS", "APART", "INDEXED")
     every = product_constants(s, request, Config(16, 32, 1, 4, 2), target, form="", top=1, experts=0)
     return _tile(name, dense, given, {**{n: every[n] for n in names}, "BN": 32}, 4, 2, False, matrix=False)
 
@@ -146,16 +152,16 @@ def _tile(
     )
 
 
-def _planes(side: str, f: Format) -> dict[str, str | None]:
-    """Pointers to the planes of x or w: scale, outer scale, zero point, and w's offset."""
-    scale = f.scale
+def _planes(side: str, f: Format, made: tuple[str, ...] = ()) -> dict[str, str | None]:
+    """Pointers to the planes of x or w: scale, outer scale, zero point, and w's offset; made: these are fp32."""
+    scale, offset = (Format("fp32") if n in made else p for n, p in (("scale", f.scale), ("offset", f.offset)))
     outer = None if scale is None or scale.scale is None else scale.scale
     found = {
         f"s{side}": None if scale is None else _pointer(scale.element),
         f"o{side}": None if outer is None else _pointer(outer.element),
         f"z{side}": None if f.zero is None else _pointer(f.zero.element),
     }
-    return found if side == "x" else {**found, "fw": None if f.offset is None else _pointer(f.offset.element)}
+    return found if side == "x" else {**found, "fw": None if offset is None else _pointer(offset.element)}
 
 
 def _pointer(name: str) -> str:

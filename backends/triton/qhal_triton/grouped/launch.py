@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhal.blocks import Block
 from qhal.encoding import encode
 from qhal.errors import FormatError
 from qhal.groups import Groups, Indexed, Masked, Offsets
@@ -19,7 +18,7 @@ from qhal_portable.gemm import accept, quantized
 from qhal_portable.grouped import width
 from qhal_portable.prepared import PreparedWeight
 from qhal_triton.gemm.launch import Bound, Rows, finished, given, spec_of
-from qhal_triton.grouped.paths import plan
+from qhal_triton.grouped.paths import by_rows, plan
 from qhal_triton.grouped.rows import rows_of
 from qhal_triton.paths import Path
 
@@ -114,9 +113,8 @@ def _by_expert(x: Tensor, o: Operand, groups: Groups, experts: int) -> QTensor:
         of = torch.searchsorted(groups.offsets[1:].long(), places, right=True).clamp(max=experts - 1)
     else:
         of = groups.ids.reshape(-1).long().clamp(0, experts - 1)
-    each = replace(o.format, block=Block("row"))
     scale, zero = (None if t is None else t[of].reshape(-1) for t in (o.scale, o.zero))
-    q = encode(x.reshape(-1, x.shape[-1]), each, scale=scale, zero=zero, clip=o.clip)
+    q = encode(x.reshape(-1, x.shape[-1]), by_rows(o.format), scale=scale, zero=zero, clip=o.clip)
     return replace(q, format=o.format, layout="a scale per row")
 
 

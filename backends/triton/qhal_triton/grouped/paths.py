@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qhal.blocks import Block
+from qhal.formats import Format
 from qhal.requests import GroupedRequest
 from qhal_triton.gemm import paths as gemm
 from qhal_triton.gemm.paths import Plan
@@ -27,6 +29,18 @@ def plan(request: GroupedRequest, target: Target) -> Plan | None:
     if made is None or request.gemm.group_index:
         return None
     given = [f for f, fixed in zip(request.gemm.x, request.gemm.static, strict=False) if fixed]
-    if any(f.block is None or f.block.kind != "tensor" for f in given):
+    if any(outermost(f).block != Block("tensor") for f in given):
         return None  # each expert may have its own
     return replace(made, dense=False, numerics=max(s.numerics for s in made.specs))
+
+
+def outermost(f: Format) -> Format:
+    """The level of a format whose scales are plain numbers: those that a static scale fixes."""
+    return f if f.scale is None or f.scale.plain else outermost(f.scale)
+
+
+def by_rows(f: Format) -> Format:
+    """The format with one number of the outermost level for every row."""
+    if f.scale is None or f.scale.plain:
+        return replace(f, block=Block("row"))
+    return replace(f, scale=by_rows(f.scale))

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 
 from qhal_triton.bits import narrow
-from qhal_triton.gemm.kernels.values import code_of, decoded, plane
+from qhal_triton.gemm.kernels.values import code_of, decoded, plane, under
 
 
 @triton.jit
 def dense(
     w, y, sw, ow, zw, fw, table, index, n, k, w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
-    WKIND: tl.constexpr, SW: tl.constexpr, OW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr, GW: tl.constexpr,
-    RW: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr,
+    WKIND: tl.constexpr, SW: tl.constexpr, OW: tl.constexpr, OVERW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr,
+    GW: tl.constexpr, RW: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr,
     INDEXED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """y [n, k] from the codes of one step in BN rows; the arguments are those of `product`."""
@@ -39,10 +39,9 @@ def dense(
         s, z, f = 1.0, 0.0, 0.0
         if SW != "":
             s = plane(sw, r * sw_row + g * sw_col, w_in, SW)
-            if OW != "" and INDEXED:
-                s = s * plane(ow, rn * ow_row, rn_in, OW)[:, None]
-            elif OW != "":
-                s = s * plane(ow, rn * ow_row, rn_in, OW)
+            if OW != "":
+                outer = tl.where(rn_in, plane(ow, rn * ow_row, rn_in, OW), 1.0)
+                s = under(s, outer[:, None] if INDEXED else outer, OW, OVERW)
         if ZW != "":
             z = plane(zw, r * zw_row + g * zw_col, w_in, ZW)
         if FW != "":

@@ -12,6 +12,7 @@ share words, APART columns from each other; no two columns of UNIT neighbours ha
 Numerics. Products of codes, less their zero points, with a 16-bit x or with each other are exact (int8, bf16, fp16) and
 summed in fp32 by the matrix instruction, in int32 for int8: class fp32-acc; fp8 instructions sum with fewer bits within
 a step, fp32 between steps: reduced-acc; "early" rounds the weight to 16 bits: dequant-16 (to fp32: fp32-acc).
+Zero points of x that are no whole numbers take part as the nearest one, and with what that lacks in fp32.
 Scales multiply sums: a sum of codes times x that leaves fp32 before its scale is Inf. Parts of K are added in order.
 """
 
@@ -28,6 +29,7 @@ from qhal_triton.gemm.kernels.values import (
     fp8,
     number,
     plane,
+    under,
     whole_activation,
     whole_weight,
 )
@@ -37,13 +39,14 @@ from qhal_triton.gemm.kernels.values import (
 def product(
     x, w, y, bias, sx, ox, zx, sw, ow, zw, fw, table, index, order, starts,
     m, n, k, experts, steps, per_part, spread,
-    x_row, sx_row, sx_col, zx_row, zx_col,
+    x_row, sx_row, sx_col, zx_row, zx_col, ox_row,
     w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
     w_exp, sw_exp, zw_exp, fw_exp, ow_exp, b_exp, y_row, y_part,
     TYPE: tl.constexpr, NATIVE: tl.constexpr, FOREIGN: tl.constexpr, PTX: tl.constexpr,
     XKIND: tl.constexpr, WKIND: tl.constexpr, MODE: tl.constexpr,
-    SX: tl.constexpr, OX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
-    SW: tl.constexpr, OW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr, GW: tl.constexpr, RW: tl.constexpr,
+    SX: tl.constexpr, OX: tl.constexpr, OVERX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
+    SW: tl.constexpr, OW: tl.constexpr, OVERW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr,
+    GW: tl.constexpr, RW: tl.constexpr,
     WSHIFT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr, UNIT: tl.constexpr,
     BIAS: tl.constexpr, INDEXED: tl.constexpr,
     FORM: tl.constexpr, TOP: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
@@ -55,8 +58,9 @@ def product(
     NATIVE     fp8 codes are, as they are stored; every step's sum is added in fp32, which its instructions do not do
     FOREIGN    they are of OCP's flavour, and the instruction reads the one where they are half as large
     PTX        NVIDIA's instructions may be written out
-    SX OX ZX   kind of x's scales, of their outer scale, of its zero points; GX columns share one, 0: all of a row
-    SW OW ZW FW  the same of w, and its offset's sign; RW rows share one. WSHIFT is added to w's int8 zero points
+    SX OX ZX   kind of x's scales, of their outer scale (OVERX: it divides them), of its zero points; GX columns share
+               one, 0: all of a row
+    SW OW OVERW ZW FW  the same of w, and its offset's sign; RW rows share one. WSHIFT is added to w's int8 zero points
     FORM       "": no experts; offsets, masked, indexed: rows come from `starts` (and `order`)
     """
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -107,10 +111,12 @@ def product(
     total = tl.zeros((BN, BM), tl.int32 if INTS else tl.float32)
     outer = tl.full((BN,), 1.0, tl.float32)
     if OW != "":
-        outer = plane(ow, rn * ow_row, rn_in, OW)
-    outer_x = 1.0
+        outer = tl.where(rn_in, plane(ow, rn * ow_row, rn_in, OW), 1.0)
+    outer_x = tl.full((BM,), 1.0, tl.float32)
     if OX != "":
-        outer_x = tl.load(ox).to(tl.float32)
+        outer_x = tl.where(live, plane(ox, source * ox_row, live, OX), 1.0)
+    rest = tl.zeros((BM,), tl.float32)
+    lost = tl.zeros((BN,), tl.int32)
     cols = tl.arange(0, CHUNK)
     w_at = w + rn.to(tl.int64)[:, None] * w_row + cols[None, :]
     for step in range(first, last):
@@ -137,8 +143,7 @@ def product(
             if INDEXED:
                 at_w = (rn // RW)[:, None] * sw_row + tl.load(index + columns, mask=valid, other=0)[None, :] * sw_col
                 s = plane(sw, at_w, rn_in[:, None] & valid[None, :], SW)
-                if OW != "":
-                    s = s * outer[:, None]
+                s = under(s, outer[:, None], OW, OVERW)
                 if ZW != "":
                     at_z = (rn // RW)[:, None] * zw_row + tl.load(index + columns, mask=valid, other=0)[
                         None, :
@@ -152,8 +157,7 @@ def product(
             elif part_of * CHUNK % UNIT == 0:
                 if SW != "" and MODE == "early":
                     s = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
-                    if OW != "":
-                        s = s * outer
+                    s = under(s, outer, OW, OVERW)
                 if ZW != "":
                     z = plane(zw, (rn // RW) * zw_row + g * zw_col, rn_in, ZW)
                 if FW != "":
@@ -162,15 +166,18 @@ def product(
                 z_x = plane(zx, source * zx_row + gx * zx_col, live, ZX)
             if FRESH and part_of * CHUNK % UNIT == 0:
                 add = tl.zeros((BN, BM), tl.int32 if WHOLE else tl.float32)
+                lost = tl.zeros((BN,), tl.int32)
             if WHOLE:
                 w8, w_zero = whole_weight(word, z, valid, WKIND, part_of, PARTS, ZW, WSHIFT)
-                x8, x_zero = whole_activation(xt, z_x, valid, XKIND)
+                x8, x_zero, rest = whole_activation(xt, z_x, valid, XKIND)
                 ints = dot(w8, x8, tl.zeros((BN, BM), tl.int32))
                 if (ZW != "" and PARTS == 1) or WSHIFT != 0:
                     ints -= w_zero[:, None] * tl.sum(x8.to(tl.int32), 0)[None, :]
                 if ZX != "" or XKIND == "uint":
-                    ints -= x_zero[None, :] * tl.sum(w8.to(tl.int32), 1)[:, None]
-                    ints += tl.sum(valid.to(tl.int32), 0) * w_zero[:, None] * x_zero[None, :]
+                    of_row = tl.sum(w8.to(tl.int32), 1) - tl.sum(valid.to(tl.int32), 0) * w_zero
+                    ints -= x_zero[None, :] * of_row[:, None]
+                    if ZX == "wide":
+                        lost += of_row
                 if FRESH:
                     add += ints
                 else:
@@ -196,29 +203,29 @@ def product(
                     total = dot(wv, xv, total)
             if FRESH and (part_of + 1) * CHUNK % UNIT == 0:
                 scaled = add.to(tl.float32)
+                if ZX == "wide":
+                    scaled -= lost.to(tl.float32)[:, None] * rest[None, :]
                 if FOREIGN:
                     scaled = scaled * 4.0
                 if not WLATE:
                     s_w = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
-                    if OW != "":
-                        s_w = s_w * outer
+                    s_w = under(s_w, outer, OW, OVERW)
                     scaled = scaled * s_w[:, None]
                 if not XLATE:
                     s_x = plane(sx, source * sx_row + gx * sx_col, live, SX)
-                    if OX != "":
-                        s_x = s_x * outer_x
+                    s_x = under(s_x, outer_x, OX, OVERX)
                     scaled = scaled * s_x[None, :]
                 total += scaled
     result = total.to(tl.float32)
+    if ZX == "wide" and not FRESH:
+        result -= lost.to(tl.float32)[:, None] * rest[None, :]
     if MODE == "late" and SW != "":
         s = plane(sw, (rn // RW) * sw_row, rn_in, SW)
-        if OW != "":
-            s = s * outer
+        s = under(s, outer, OW, OVERW)
         result = result * s[:, None]
     if XLATE and SX != "":
         s_x = plane(sx, source * sx_row, live, SX)
-        if OX != "":
-            s_x = s_x * outer_x
+        s_x = under(s_x, outer_x, OX, OVERX)
         result = result * s_x[None, :]
     if BIAS:
         once = rn_in & (tl.zeros((BN,), tl.int32) + part == 0)

@@ -22,6 +22,18 @@ def plane(p, at, inside, KIND: tl.constexpr):
 
 
 @triton.jit
+def under(s, outer, KIND: tl.constexpr, OVER: tl.constexpr):
+    """Scales times the numbers above them, or divided by these; KIND "": there are none."""
+    if KIND == "":
+        value = s
+    elif OVER:
+        value = tl.div_rn(s, outer)
+    else:
+        value = s * outer
+    return value
+
+
+@triton.jit
 def fp8(code, KIND: tl.constexpr, FOREIGN: tl.constexpr):
     """uint8 codes as the matrix instruction takes them; FOREIGN: half their value, in the flavour without -0 (fnuz)."""
     if FOREIGN:  # the same byte, but for -0, and for what is no number: 0x80 is NaN there
@@ -102,14 +114,19 @@ def whole_weight(
 
 @triton.jit
 def whole_activation(code, z, valid, KIND: tl.constexpr):
-    """Codes of x as int8, those without a sign moved by 128, and the zero point of every row, moved alike."""
-    zero = z.to(tl.int32)
+    """Codes of x as int8, those without a sign moved by 128, and the zero point of every row, moved alike.
+
+    And what a zero point is more than a whole number, or than MOST: the rest of it is exact in fp32.
+    """
+    MOST: tl.constexpr = 256.0  # sums of codes less such zero points stay in int32
+    near = tl.minimum(tl.maximum(tl.floor(z + 0.5), -MOST), MOST)
+    zero = near.to(tl.int32)
     if KIND == "uint":
         x8 = tl.where(valid[:, None], (code ^ 128).to(tl.int8, bitcast=True), 0)
         zero -= 128
     else:
         x8 = code
-    return x8, zero
+    return x8, zero, z - near
 
 
 @triton.jit
