@@ -45,7 +45,8 @@ def test_what_the_kernel_takes() -> None:
         assert launch.choose(request([Hadamard(order)], order), HOPPER) is not None
     for n in (1536, 5120, 6144, 7168, 11008, 12288, 13824, 14336):
         assert launch.choose(request([hadamard_for(n)], n), HOPPER) is not None
-    assert launch.choose(request([Hadamard(64)], 64, torch.float32), HOPPER) is None
+    assert launch.rotated(request([Hadamard(64)], 64, torch.float32), HOPPER) is None
+    assert all(launch.choose(r, HOPPER) is not None for c in CASES if (r := OPERATIONS["hadamard"].request(c)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])

@@ -18,8 +18,10 @@ from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_portable.gemm import write as write_plain
 from qhal_portable.quantize import write as write_planes
+from qhal_triton.hadamard import mixing
 from qhal_triton.hadamard.config import Chip, Plan, plan
-from qhal_triton.hadamard.kernels import rotate_kernel
+from qhal_triton.hadamard.kernels.rotate import rotate_kernel
+from qhal_triton.hadamard.mixing import MixPath
 from qhal_triton.paths import Path
 from qhal_triton.quantize import Recipe, empty, matrix, recipe, takes
 from qhal_triton.target import Target
@@ -37,8 +39,13 @@ class RotationPath(Path):
     block: int = 0
 
 
-def choose(request: HadamardRequest, target: Target) -> RotationPath | None:
-    """The kernel that takes the request: one Hadamard transform, with a diagonal before or after it."""
+def choose(request: HadamardRequest, target: Target) -> RotationPath | MixPath | None:
+    """The kernel that takes the request: the one pass of `rotated`, else factor by factor."""
+    return rotated(request, target) or mixing.choose(request)
+
+
+def rotated(request: HadamardRequest, target: Target) -> RotationPath | None:
+    """The path of one Hadamard transform of 16-bit features, with a diagonal before or after it."""
     names = tuple(kind[0] for kind in request.kinds)
     if names not in _SHAPES or request.x not in (torch.bfloat16, torch.float16):
         return None
@@ -93,16 +100,24 @@ def run(
     path: Path, ops: Any, x: Tensor, chain: Sequence[Rotation], to: Operand | None, for_: Any, out: Any
 ) -> Tensor | QTensor:
     """The chain applied, and quantized if asked."""
-    assert isinstance(path, RotationPath)
+    assert isinstance(path, RotationPath | MixPath)
     x = x.detach()
     if to is None:
         direct = isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
         y = out if direct and matrix(_rows(out)) is not None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _launch(path.plan, x, chain, y, None)
+        _apply(path, x, chain, y)
         return y if y is out else write_plain(y, out)
-    if path.recipe is None or to.static or to.zero is not None or to.clipped or to.per_expert or x.dim() < 2:
+    if (
+        isinstance(path, MixPath)
+        or path.recipe is None
+        or to.static
+        or to.zero is not None
+        or to.clipped
+        or to.per_expert
+        or x.dim() < 2
+    ):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _launch(path.plan, x, chain, y, None)
+        _apply(path, x, chain, y)
         quantized: QTensor = ops.quantize(y, to, for_=for_, out=out)
         return quantized
     if for_ is not None:
@@ -111,6 +126,15 @@ def run(
     target = out if out is not None and takes(out, made) else made
     _launch(path.plan, x, chain, target, path)
     return target if out is None or target is out else write_planes(made, out)
+
+
+def _apply(path: RotationPath | MixPath, x: Tensor, chain: Sequence[Rotation], y: Tensor) -> None:
+    if isinstance(path, RotationPath):
+        _launch(path.plan, x, chain, y, None)
+        return
+    source, target = matrix(_rows(x)), matrix(_rows(y))
+    assert source is not None and target is not None
+    mixing.apply(path, source, chain, target)
 
 
 def _launch(p: Plan, x: Tensor, chain: Sequence[Rotation], y: Tensor | QTensor, fused: RotationPath | None) -> None:

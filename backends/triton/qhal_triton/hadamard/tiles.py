@@ -1,4 +1,4 @@
-"""What compile checks ask for: every cut of a transform, alone and with a quantization in the same pass."""
+"""What compile checks ask for: every cut of a transform, alone and with a quantization; factors by themselves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from qhal.formats import Format
 from qhal.requests import HadamardRequest
 from qhal_triton.hadamard.config import MANY
-from qhal_triton.hadamard.kernels import rotate_kernel
-from qhal_triton.hadamard.launch import choose, constants
+from qhal_triton.hadamard.kernels.mix import left_kernel, right_kernel, scale_kernel
+from qhal_triton.hadamard.kernels.rotate import rotate_kernel
+from qhal_triton.hadamard.launch import constants, rotated
+from qhal_triton.hadamard.mixing import LEFT, RIGHT, SCALED, WARPS
 from qhal_triton.target import Target
 from qhal_triton.tiles import Tile
 
@@ -30,7 +32,7 @@ def tiles(target: Target) -> Iterator[Tile]:
             for to in QUANTIZED:
                 f = None if to is None else Format.parse(to)
                 request = HadamardRequest(kinds=chain, n=order, x=torch.bfloat16, quantize=f)
-                path = choose(request, target)
+                path = rotated(request, target)
                 if path is None or (f is not None and path.recipe is None):
                     continue
                 fixed: dict[str, Any] = constants(path.plan, len(chain) > 1, False, path if f is not None else None)
@@ -51,3 +53,12 @@ def tiles(target: Target) -> Iterator[Tile]:
                     spills=0 if path.plan.rows * path.plan.columns <= MANY else 1024,
                     variant=order not in STANDING or (len(chain) > 1 and f is not None),
                 )
+    floats = {"x": "*bf16", "y": "*bf16", "table": "*fp32", "before": "*fp32", "after": "*fp32", "factor": "fp32"}
+    for kernel, tile in ((right_kernel, RIGHT), (left_kernel, LEFT)):
+        fixed = {**tile, "BEFORE": True, "AFTER": True}
+        signature = {name: floats.get(name, "i32") for name in kernel.arg_names if name not in fixed}
+        options = {"num_warps": WARPS, "enable_fp_fusion": False}
+        name = f"hadamard.{kernel.fn.__name__.removesuffix('_kernel')}[fp32]"
+        yield Tile(name=name, fn=kernel, signature=signature, constants=fixed, options=options)
+    plain = {"x": "*bf16", "y": "*bf16", "values": "*fp32", "n": "i32", "stride": "i32", "ystride": "i32"}
+    yield Tile(name="hadamard.scale", fn=scale_kernel, signature=plain, constants={"BLOCK": SCALED}, options={})
