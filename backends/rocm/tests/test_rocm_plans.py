@@ -34,6 +34,11 @@ CASES = {case: folder for root in ROOTS for case, folder in PLANS.checkpoints(ro
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_table_of_the_page_is_what_would_run(case: str) -> None:
+    assert PLANS.row(case, CASES[case]) in (HERE.parents[1] / "docs" / "rocm.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", PLANS.ARCHS)
 def test_every_checkpoint_is_planned(case: str, arch: str) -> None:
     plan = PLANS.planned(CASES[case], arch)
