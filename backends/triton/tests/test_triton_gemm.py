@@ -179,6 +179,16 @@ def test_what_no_kernel_takes_is_portable(request_: GemmRequest) -> None:
     assert "Triton" not in OPS.supports(request_).executes
 
 
+@pytest.mark.parametrize(("w", "x"), [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("bf16", "fp16")])
+def test_plain_products_where_no_library_leaves_its_sums_in_fp32(w: str, x: str) -> None:
+    request = request_of(w, x, n=33, bias=True)
+    answer = Emulated(CDNA).supports(request)
+    assert "Triton" in answer.executes and "Triton" not in Emulated(HOPPER).supports(request).executes
+    assert answer.numerics == (NumericsClass.FP32_ACC if w == x else NumericsClass.DEQUANT_16)
+    y, expected = product_and_reference(Emulated(CDNA), request, 5)
+    assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
 def test_an_instruction_of_coarser_sums_is_not_taken_where_it_is_not_allowed() -> None:
     strict = plan(request_of(FP8, FP8, numerics=NumericsClass.FP32_ACC), HOPPER)
     assert strict is not None and [s.type for s in strict.specs] == ["bf16"]

@@ -67,8 +67,10 @@ class Plan:
 def choose(request: GemmRequest, target: Target) -> Path | None:
     """The kernel that takes the request; None: no kernel does."""
     made = plan(request, target)
-    if made is None or (made.specs[0].w.kind == WIDE_KIND and made.specs[0].type != "fp32" and not request.operand):
-        return None  # a product of 16-bit floats is a library's; libraries may round fp32 to fewer bits
+    if made is None:
+        return None
+    if made.specs[0].w.kind == WIDE_KIND and target.kind == "cuda" and made.specs[0].type != "fp32":
+        return None  # torch multiplies 16-bit floats there and leaves the sums in fp32; fp32 it may round to fewer bits
     return path(request, made)
 
 
@@ -214,6 +216,9 @@ def _words(made: Plan) -> str:
 
 
 def _word(s: Spec) -> str:
+    if s.w.kind == WIDE_KIND and s.x.kind == WIDE_KIND:
+        rounded = ", the weight rounded to it" * (s.numerics == NumericsClass.DEQUANT_16)
+        return f"W{s.w.bits}A{s.x.bits}: Triton, exact products of {s.type}{rounded}, fp32"
     sums = {"int8": "exact int32 sums", "fp8": "fp8 matrix instructions promoted every 128 columns"}
     where = {
         "early": f"weights decoded in fp32 and rounded to {s.type}",

@@ -50,6 +50,7 @@ PAIRS = (
     ("e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*(e4m3fn.tensor*fp32)"),
     ("e2m1.g16*(e4m3fn.tensor/fp32)", "e2m1.g16*(e4m3fn.tensor/fp32)"),
     ("fp32", "fp32"),
+    ("bf16", "bf16"),
 )
 """Weight and activation of every branch of the kernel."""
 _N, _K = 4096, 4096
