@@ -94,6 +94,7 @@ docs-update: dev
 # levels L0 (layouts), L1 (compiles) and L2 (interpreted) of the AMD backend; build/conformance/rocm/report.json has all
 conformance-rocm: dev
 	$(BIN)/python backends/rocm/levels.py --out build/conformance/rocm
+	$(BIN)/python backends/rocm/matrix.py build/conformance/rocm --page docs/rocm.md --check
 
 # L1: every kernel and format for NVIDIA's chips, with the newest Triton and with the oldest that is supported; and the calls
 # of optional libraries, held against their text

@@ -129,6 +129,7 @@ def cases_of(arch: str, out: Path) -> None:
         "counts": dict(Counter(entry["status"] for entry in entries)),
         "bad": bad,
         "by": by_kernel(entries, arch),
+        "cases": {entry["id"]: entry["status"] for entry in entries},
     }
     (out / f"{arch}.json").write_text(json.dumps(summary, indent=1) + "\n")
 
