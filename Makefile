@@ -49,7 +49,7 @@ format: dev
 	$(BIN)/ruff format $(SOURCES)
 
 conformance: dev
-	OMP_NUM_THREADS=1 $(BIN)/qhal conformance run --backend cpu_reference --level 0 --out build/conformance
+	OMP_NUM_THREADS=1 $(BIN)/qhal conformance run --backend cpu_reference --level 0 --jobs $(PYTEST_WORKERS) --out build/conformance
 
 # torch_npu is in no other environment: with it installed a plain `import torch` fails where CANN is absent
 NPU_WHEEL := backends/npu/requirements-conformance.txt

@@ -70,7 +70,7 @@ def compiles(out: Path, archs: Sequence[str], jobs: int) -> dict[str, Any]:
     return {"ok": code == 0, "triton": found["triton"], "cells": len(found["cells"]), "archs": list(archs), "bad": bad}
 
 
-def interpreted(out: Path, arch: str) -> dict[str, Any]:
+def interpreted(out: Path, arch: str, jobs: int) -> dict[str, Any]:
     """L2 of one chip: the whole suite."""
     folder, key = out / arch, sources()
     report, kept = folder / "report.json", folder / "summary.json"
@@ -79,6 +79,7 @@ def interpreted(out: Path, arch: str) -> dict[str, Any]:
     kept.unlink(missing_ok=True)
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "qhal_cli.entry", "conformance", "run", "--backend", "rocm", "--level", "0"]
+    command += ["--jobs", str(jobs)]
     environment = {"TRITON_INTERPRET": "1", "QHAL_ROCM_INTERPRET": arch, "OMP_NUM_THREADS": "1"}
     code = _run([*command, "--timeout", TIMEOUT, "--out", str(folder)], out / f"{arch}.log", environment)
     if not report.is_file():
@@ -185,7 +186,7 @@ def main() -> int:
         return 0
     start = time.monotonic()
     with ThreadPoolExecutor(given.jobs) as pool:
-        parts = {WHOLE: pool.submit(interpreted, out, WHOLE)}
+        parts = {WHOLE: pool.submit(interpreted, out, WHOLE, given.jobs)}
         parts |= {arch: pool.submit(otherwise, out, arch) for arch in OTHERS}
         levels: dict[str, Any] = {"L0 layout": layouts(out)}
         levels["L1 compiles"] = compiles(out, given.compile, max(1, given.jobs - 1))

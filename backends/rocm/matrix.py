@@ -2,9 +2,10 @@
 
     python backends/rocm/matrix.py build/conformance/rocm --page docs/rocm.md [--check]
 
-A row is an operation with a format, as the suite asks them at level 0; a cell says who takes its cases on that chip, and
+A row is an operation with a format, as the suite asks them at level 0. A cell says who takes its cases there, and
 the levels of evidence: L1 if every tile of the kernel's family compiled for the chip, L2 if every case passed
-interpreted. What gfx950 chooses as gfx942 does was interpreted once. Exit code 1: the page says something else (--check).
+interpreted. What gfx950 chooses as gfx942 does was interpreted once. Exit code 1: the page says something else
+(--check).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue

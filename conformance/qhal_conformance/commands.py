@@ -18,7 +18,7 @@ from rich.table import Table
 
 from qhal.errors import QhalError
 from qhal.interface import QuantOps
-from qhal_conformance import describe, isolated, rendering, report, report_commands, table
+from qhal_conformance import describe, rendering, report, report_commands, table, workers
 from qhal_conformance import support as claims
 from qhal_conformance.cases import Case
 from qhal_conformance.covering import named
@@ -50,12 +50,20 @@ def run(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="for debuggers: no process of its own, no timeout, output where it is")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", min=1, max=64, help="processes that share the cases; each loads the backend and compiles"
+        ),
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Run the cases of a level and judge the backend, in a process that it may crash, hang or fill.
 
     Example: `qhal conformance run --backend cpu_reference --level 0 --out results`
     """
+    if in_process and jobs > 1:
+        raise usage(f"--in-process is one process, --jobs {jobs} asks for more; leave one of them out")
     cases = chosen(level, only)
     console = Console(stderr=as_json)
     start = time.perf_counter()
@@ -64,7 +72,7 @@ def run(
         def seen(record: Record) -> None:
             advance(f"{backend} {record.case.operation}")
 
-        about, records = _ran(backend, cases, timeout, in_process, seen)
+        about, records = _ran(backend, cases, timeout, jobs, in_process, seen)
     found = report.build(about, backend, records, level, only, time.perf_counter() - start)
     if out is not None:
         try:
@@ -82,23 +90,21 @@ def run(
 
 
 def _ran(
-    backend: str, cases: list[Case], timeout: float | None, in_process: bool, seen: Callable[[Record], None]
+    backend: str,
+    cases: list[Case],
+    timeout: float | None,
+    jobs: int,
+    in_process: bool,
+    seen: Callable[[Record], None],
 ) -> tuple[QuantOps | dict[str, Any], list[Record]]:
     """What the report says of the backend, and the records of its cases."""
     if in_process:
         ops = selected(backend)
         return ops, run_cases(ops, cases, seen)
-    records = []
     try:
-        session = isolated.Session(backend, timeout=timeout)
+        return workers.run_cases(backend, cases, timeout=timeout, jobs=jobs, seen=seen)
     except QhalError as error:
         raise usage(str(error)) from None
-    with session:
-        about = session.about | {"support": session.claims(cases)}
-        for case in cases:
-            records.append(session.run(case))
-            seen(records[-1])
-    return about, records
 
 
 @app.command("list")

@@ -13,7 +13,7 @@ import base64
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -40,26 +40,6 @@ CUT = "the time is over"
 
 class NotLoadedError(BackendError):
     """The process in which a backend was to be loaded ended, or said nothing in time."""
-
-
-def run_cases(
-    spec: str,
-    cases: Iterable[Case],
-    *,
-    timeout: float | None = None,
-    seen: Callable[[Record], None] = lambda record: None,
-) -> list[Record]:
-    """Run cases in order on the backend that `qhal.select(spec)` finds; `seen` is called after each.
-
-    timeout: seconds per case, None: by its level (`TIMEOUTS`). BackendError if the backend cannot be loaded.
-    """
-    records = []
-    with Session(spec, timeout=timeout) as session:
-        for case in cases:
-            record = session.run(case)
-            records.append(record)
-            seen(record)
-    return records
 
 
 class Session:
