@@ -97,6 +97,7 @@ WRITTEN = {
     "modelopt/nvfp4_awq_lite": "modelopt",
     "modelopt/nvfp4_kv_nvfp4": "modelopt",
     "modelopt/w4a8_awq_beta": "modelopt",
+    "modelslim/command_mixed": "",
     "modelslim/older_writer": "",
     "modelslim/older_writer_packed": "",
     "modelslim/w4a4_dynamic": "",
