@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import golden_cases
 import pytest
 import torch
 
@@ -97,6 +99,17 @@ def test_a_worker_measures_in_its_own_process(folder: Path) -> None:
         assert "".join(piece["text"] for piece in pieces) == made["text"]
         with pytest.raises(EngineError, match="need 1000 tokens"):
             worker.perplexity(text, windows=10, length=100)
+
+
+def test_a_worker_loads_what_config_json_does_not_lead_to(tmp_path: Path) -> None:
+    """ModelSlim says in a file of its own how weights are quantized, and names its weight files otherwise."""
+    shutil.copytree(golden_cases.path("modelslim/command_mixed") / "checkpoint", tmp_path / "slim")
+    write_tokenizer(tmp_path / "slim")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 4)
+    with Worker(tmp_path / "slim", backend="cpu_reference", threads=1) as worker:
+        worker.load()
+        assert worker.perplexity(text, windows=2, length=16)["perplexity"] > 1
 
 
 def test_a_workers_error_is_the_childs_error(tmp_path: Path, folder: Path) -> None:

@@ -164,9 +164,11 @@ class _Session:
             torch.set_num_threads(settings["threads"])
         arguments: dict[str, Any] = {"dtype": settings["dtype"]}
         if settings["backend"] is not None:
+            from qhal_engines import loading
             from qhal_engines.transformers import install
 
             install(settings["backend"], settings["policy"])
+            arguments |= loading.arguments(settings["folder"])
         config = transformers.AutoConfig.from_pretrained(settings["folder"])
         if settings["backend"] is None and settings["options"]:
             method = config.quantization_config["quant_method"]
