@@ -53,11 +53,12 @@ conformance: dev
 
 # torch_npu is in no other environment: with it installed a plain `import torch` fails where CANN is absent
 NPU_WHEEL := backends/npu/requirements-conformance.txt
-$(NPU_VENV)/.installed: $(NPU_WHEEL) pyproject.toml backends/npu/pyproject.toml backends/npu/emulation/pyproject.toml
+$(NPU_VENV)/.installed: $(NPU_WHEEL) pyproject.toml backends/cpu_reference/pyproject.toml backends/npu/pyproject.toml \
+  backends/npu/emulation/pyproject.toml
 	$(PYTHON) -m venv $(NPU_VENV)
 	$(NPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NPU_WHEEL)
 	$(NPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  -e . -e backends/npu -e backends/npu/emulation
+	  -e . -e backends/cpu_reference -e backends/npu -e backends/npu/emulation
 	@touch $@
 
 conformance-npu: $(NPU_VENV)/.installed

@@ -30,12 +30,13 @@ from qhal.specs import LinearSpec
 
 BESIDE = {"output_per_token": False, "output_device": None, "output_decode": True, "output_clip_once": False}
 """Whether an output is that of decoding; None: of the static input, whichever step has it."""
-_GAMMA = {
-    NumericsClass.FP32_ACC: 2.0**-16,
+_OPERANDS = {
+    NumericsClass.EXACT: 0.0,
+    NumericsClass.FP32_ACC: 0.0,
     NumericsClass.REDUCED_ACC: 1.25 * 2.0**-12,
-    NumericsClass.DEQUANT_16: 2.0**-9 + 2.0**-16,
+    NumericsClass.DEQUANT_16: 2.0**-9,
 }
-"""What a class may lose of S, in the worst case and for K up to 65536 / 256."""
+"""What a class may lose of S besides its fp32 sums: in aligned sums, or as operands become bf16."""
 
 
 def run() -> list[dict[str, Any]]:
@@ -84,27 +85,32 @@ def _layer(row: dict[str, Any], spec: LinearSpec, f: LinearFormat, ops: QuantOps
             decode = BESIDE.get(name, False)
             decode = spec.decode_input is not None if decode is None else decode
             y = layer(x.to(dtype), decode=decode).double()
-            exact, size = _product(spec, x.to(dtype), decode)
+            exact, size = product(spec, x.to(dtype), decode)
             if column == "fp32":
                 want = expected[f"{f.name}.{name}"].double()
                 if support.rule is not None:
                     row["rule"] = max(row["rule"], float((y - want).abs().max() / want.abs().max()))
                     continue
-                bound = size * (f.k + 8) * 2.0**-24 + want.abs() * 2.0**-24
+                room = size * (f.k + 8) * 2.0**-24 + want.abs() * 2.0**-24
             elif support.rule is not None:
                 continue
             else:
-                assert support.numerics is not None
-                want = exact
-                bound = size * _GAMMA[support.numerics] + want.abs() * 2.0**-8
-            worst = float(((y - want).abs() / bound.clamp_min(1e-30)).max())
+                want, room = exact, bound(support.numerics, exact, size, f.k, dtype)
+            worst = float(((y - want).abs() / room.clamp_min(1e-30)).max())
             found = row[column]
             found["outputs"] += 1
             found["within"] += worst <= 1
             found["worst"] = round(max(found["worst"], worst), 3)
 
 
-def _product(spec: LinearSpec, x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
+def bound(numerics: NumericsClass | None, exact: Tensor, size: Tensor, k: int, out: torch.dtype) -> Tensor:
+    """How far a result in `out` may be from the exact one: what its class may lose of S = `size`, one rounding."""
+    assert numerics is not None
+    room = size * (_OPERANDS[numerics] + (k + 8) * 2.0**-24)
+    return room + (exact.abs() + room) * torch.finfo(out).eps / 2
+
+
+def product(spec: LinearSpec, x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
     """float64 y of the codes of x, and the sum of the terms' magnitudes."""
     operand = spec.decode_input if decode else spec.input
     turned = x

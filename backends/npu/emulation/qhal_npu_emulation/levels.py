@@ -4,7 +4,7 @@ L0 layout     int4 words against the wheel's own packer, sizes of FRACTAL_NZ sto
 L1 schema     every call of the backend against the wheel's schemas, and these against the dumped ones
 L1 meta       every call against the wheel's Meta kernel: shapes and types
 L1 host       every path through the wheel's host code to an aclnn entry point, per generation and version of CANN
-L2 emulated   conformance level 0 and more kinds of products, per generation
+L2 emulated   conformance level 0, more kinds of products, and a whole model by ModelSlim's command, per generation
 L3 device     nothing here: only a device gives it
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from qhal_npu_emulation import ARCHS
+from qhal_npu_emulation import ARCHS, model
 from qhal_npu_emulation.host import RUNS
 
 NONE = "not run: only a device gives it"
@@ -28,7 +28,7 @@ def report(parts: dict[str, Any]) -> dict[str, Any]:
         "torch": version("torch"),
         "torch_npu": version("torch_npu"),
         "stand-ins": parts["stand-ins"],
-        "levels": [*_bytes(hosts), *_calls(suites), *_host(hosts), *_emulated(suites)],
+        "levels": [*_bytes(hosts), *_calls(suites), *_host(hosts), *_emulated(suites), *_models(parts["model"])],
         "profiles": {s["arch"]: {name: p["verdict"] for name, p in s["profiles"].items()} for s in suites},
         "required": {
             s["arch"]: {name: [p["passed"], p["required"]] for name, p in s["profiles"].items()} for s in suites
@@ -40,6 +40,7 @@ def report(parts: dict[str, Any]) -> dict[str, Any]:
         ],
         "wrong": wrong,
         "modelslim": parts["golden"],
+        "model": parts["model"],
         "failed": [f"{s['arch']}: {line}" for s in suites for line in s["failed"]],
         "L3 device": NONE,
     }
@@ -61,6 +62,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         outputs = sum(r[column]["outputs"] for r in found["modelslim"])
         within = sum(r[column]["within"] for r in found["modelslim"])
         rows.append(f"ModelSlim    {column} activations: {within} of {outputs} outputs within their bound")
+    rows += [f"ModelSlim    {row['case']}, {model.line(row)}" for row in found["model"]]
     rows += [f"failed: {line}" for line in found["failed"]]
     rows += [f"failed: {p['arch']} {p['name']}: {p['fault']}" for p in found["paths"] if p["fault"]]
     return [*rows, f"{found['verdict']} in {found['seconds']} s, torch_npu {found['torch_npu']}"]
@@ -118,3 +120,11 @@ def _emulated(suites: list[dict[str, Any]]) -> list[dict[str, Any]]:
         more = s["more"]
         rows.append(_line("L2 emulated", f"{s['arch']}, more kinds", more["passed"], more["cases"], "cases"))
     return rows
+
+
+def _models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    what = "layers of a whole model by ModelSlim's command within their class of what they met"
+    return [
+        _line("L2 emulated", f"{r['arch']}, {r['case']}", r["products"]["within"], r["products"]["outputs"], what)
+        for r in rows
+    ]
