@@ -4,6 +4,7 @@
 # make test-browser   the conformance page in headless Chromium, at phone and desktop width
 # make conformance-rocm   what is known of AMD GPUs without one      make cuda-offline   kernels compiled for NVIDIA GPUs
 # make conformance-npu    the NPU backend against the torch_npu wheel, without an NPU; an environment of its own
+# make modelslim-demo     the demo model quantized by ModelSlim's own command, and run on the emulated NPU
 # make compile-full   every kernel for every chip, and the tables of docs/kernels.md and docs/rocm.md
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,14 +12,15 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 NPU_VENV ?= .venv-npu
+SLIM_VENV ?= .venv-modelslim
 DISTRIBUTIONS := -e . -e backends/cpu_reference -e backends/triton -e backends/cuda -e backends/rocm -e backends/npu
 SOURCES := qhal portable schemes conformance engines cli backends tests benchmarks examples docs
 PYTEST_WORKERS ?= 2
 
 .PHONY: help dev chromium demo kv-quality test test-browser lint format conformance docs docs-update docs-picture bench clean \
-  conformance-rocm conformance-npu cuda-offline compile-full
+  conformance-rocm conformance-npu cuda-offline compile-full modelslim-demo
 help:
-	@head -7 Makefile | sed 's/^# //'
+	@head -8 Makefile | sed 's/^# //'
 
 dev: $(VENV)/.installed
 # one command line for all of ours: none of them is fetched from the index
@@ -64,6 +66,16 @@ $(NPU_VENV)/.installed: $(NPU_WHEEL) pyproject.toml backends/cpu_reference/pypro
 conformance-npu: $(NPU_VENV)/.installed
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 $(NPU_VENV)/bin/python -m qhal_npu_emulation levels
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m qhal_npu_emulation tables --check
+
+# ModelSlim has an environment of its own: qhal reads its files and needs nothing of it
+SLIM := examples/modelslim/requirements.txt
+$(SLIM_VENV)/.installed: $(SLIM)
+	$(PYTHON) -m venv $(SLIM_VENV)
+	$(SLIM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(SLIM)
+	@touch $@
+
+modelslim-demo: dev $(NPU_VENV)/.installed $(SLIM_VENV)/.installed
+	$(BIN)/python examples/modelslim/modelslim.py --tool $(SLIM_VENV) --emulation $(NPU_VENV)
 
 test: lint docs conformance
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)

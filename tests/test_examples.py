@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-DOWNLOADS = {"demo", "kv_quality"}
-"""Folders that need the network; `make demo` and `make kv-quality` run them, other tests their parts."""
+DOWNLOADS = {"demo", "kv_quality", "modelslim"}
+"""Folders that need the network; `make demo`, `kv-quality` and `modelslim-demo` run them, other tests their parts."""
 FOUND = sorted(
     p for p in EXAMPLES.iterdir() if (p.suffix == ".py" or p.is_dir()) and p.name not in {"__pycache__", *DOWNLOADS}
 )
