@@ -122,7 +122,8 @@ def _weight(r: GemmRequest) -> QTensor | Tensor | None:
     zeros = torch.zeros(r.n, r.k)
     if r.w.plain:
         return encode(zeros, r.w).codes
-    w = encode(zeros, r.w)
+    known = r.w if r.w.offset is None else replace(r.w, rule=replace(r.w.rule, domain="minmax"))
+    w = replace(encode(zeros, known), format=r.w)
     if not r.group_index or r.w.block is None:
         return w
     return replace(w, group_index=(torch.arange(r.k) // r.w.block.cols).to(torch.int32))

@@ -16,6 +16,11 @@ import triton
 
 _AMD = re.compile(r"^\s*(v_s?mfma\w*|v_s?wmma\w*|v_swmmac\w*)", re.MULTILINE)
 _PTX = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
+_SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*?\b(0x[0-9a-f]+)")
+_LOCAL = re.compile(r"\b(?:STL|LDL)\b")
+_ASIDE = 32
+"""Bytes of a thread, eight registers, that a program may put aside outside its loops."""
 _SKIPPED = frozenset({"sync", "aligned", "row", "col", "cta_group::1", "cta_group::2", "satfinite"})
 _KINDS = (  # first match wins: the more special name contains the more general one
     ("mx", re.compile(r"mfma_scale|block_scale|kind::mx")),
@@ -39,15 +44,33 @@ def amd(text: str) -> tuple[int, int, Counter[str]]:
 
 
 def nvidia(ptx: str, cubin: bytes) -> tuple[int, int, Counter[str]]:
-    """(registers, bytes of stack, matrix instructions); a kernel without calls has a stack for spills only."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """(registers, bytes spilled, matrix instructions); a kernel's stack is for spills.
+
+    Up to 32 bytes that no loop touches are not counted: a program stores and loads them once, its steps never. Such are
+    values put aside while it loops, and the place to return to from a division's rare case.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack = re.search(r"REG:(\d+)", done.stdout), re.search(r"STACK:(\d+)", done.stdout)
-    assert registers and stack, done.stdout
-    return int(registers[1]), int(stack[1]), Counter(_short(name) for name in _PTX.findall(ptx))
+        used = _dumped("--dump-resource-usage", file.name)
+        registers, stack = re.search(r"REG:(\d+)", used), re.search(r"STACK:(\d+)", used)
+        assert registers and stack, used
+        spilled = int(stack[1])
+        if 0 < spilled <= _ASIDE and not looped(_dumped("-sass", file.name)):
+            spilled = 0
+    return int(registers[1]), spilled, Counter(_short(name) for name in _PTX.findall(ptx))
+
+
+def _dumped(what: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
+
+
+def looped(sass: str) -> bool:
+    """Whether a loop (what lies between a branch and its earlier target) touches the stack."""
+    code = [(int(at, 16), words) for at, words in _SASS.findall(sass)]
+    loops = [(int(to[1], 16), at) for at, words in code if (to := _BRANCH.search(words))]
+    return any(first <= at <= last for at, words in code if _LOCAL.search(words) for first, last in loops)
 
 
 def kinds(instructions: Counter[str]) -> set[str]:

@@ -19,6 +19,9 @@ from qhal_triton import machine_code
 from qhal_triton.target import Target
 from qhal_triton.tiles import Tile
 
+_COLUMNS = 512
+"""Of tensor memory, which the matrix instructions of sm_100 add into."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
@@ -60,6 +63,7 @@ def compiled(tile: Tile, target: Target) -> Compiled:
     try:
         made = binary(tile, target)
         asm, shared = made.asm, int(made.metadata.shared)
+        columns = int(getattr(made.metadata, "tmem_size", None) or 0)
         if target.kind == "hip":
             (registers, spills, found), code = machine_code.amd(asm["amdgcn"]), asm["hsaco"]
         else:
@@ -79,7 +83,7 @@ def compiled(tile: Tile, target: Target) -> Compiled:
         size=len(code),
         hash=made.hash,
         seconds=round(time.monotonic() - start, 2),
-        problems=tuple(_problems(tile, target, spills, shared, machine_code.kinds(found))),
+        problems=tuple(_problems(tile, target, spills, shared, columns, machine_code.kinds(found))),
     )
 
 
@@ -110,9 +114,12 @@ def gpu(target: Target) -> GPUTarget:
     return GPUTarget(target.kind, arch, target.warp)
 
 
-def _problems(tile: Tile, target: Target, spills: int, shared: int, kinds: set[str]) -> Iterator[str]:
+def _problems(tile: Tile, target: Target, spills: int, shared: int, columns: int, kinds: set[str]) -> Iterator[str]:
     if shared > target.shared:
         yield f"needs {shared} bytes of shared memory, {target.arch} has {target.shared}"
+    if columns > _COLUMNS:  # the compiler says nothing: it makes a kernel that traps
+        yield f"needs {columns} columns of tensor memory, a multiprocessor has {_COLUMNS}"
+        return
     if spills > tile.spills:
         yield f"spills {spills}, {tile.spills} allowed"
     if tile.matrix and not kinds:

@@ -20,7 +20,7 @@ class Tile:
     name       unique: "gemm.words[int4.g128*bf16 x bf16]"
     fn         the `triton.jit` function
     signature  argument name to Triton's type: "*bf16", "*u8", "i32", "fp32"; constexpr arguments are left out. Pointers
-               are taken as multiples of 16 bytes, "*bf16:1" as of nothing; "i32:16" is a multiple of 16
+               are taken as multiples of 16 bytes, "*bf16:1" as of nothing; "i32:16" is a multiple of 16. See `sized`
     constants  the constexpr arguments
     options    num_warps, num_stages, enable_fp_fusion
     matrix     whether it must use matrix instructions
@@ -39,6 +39,17 @@ class Tile:
     native: Literal["", "16", "int8", "fp8", "mx"] = ""
     spills: int = 0
     variant: bool = False
+
+
+def sized(values: Mapping[str, int | None]) -> tuple[dict[str, str], dict[str, int]]:
+    """(signature, constants) of sizes and strides as a launch with these values specializes them.
+
+    None: any value. Triton compiles 1 as a constant, and a multiple of 16 (0 too) as one: rows whose stride is such a
+    multiple are read 16 bytes at a time, others element by element, which is another kernel.
+    """
+    constants = {name: 1 for name, value in values.items() if value == 1}
+    known = {name: "i32" if value is None or value % 16 else "i32:16" for name, value in values.items()}
+    return {name: kind for name, kind in known.items() if name not in constants}, constants
 
 
 def tiles(target: Target) -> Iterator[Tile]:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qhal_triton import compile as check
-from qhal_triton import machine_code
+from qhal_triton import machine_code, offline
+from qhal_triton.tiles import Tile, sized
 
 HERE = Path(__file__).parent
 
@@ -52,6 +54,48 @@ def test_what_holds_is_exit_code_0(tmp_path: Path) -> None:
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     done = run("--arch", "gfx1250", cache=tmp_path)
     assert done.returncode == 2 and "no backend compiles for 'gfx1250'; known: " in done.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_tiles_are_specialized_as_launches_are(tmp_path: Path, arch: str) -> None:
+    """Sizes and strides that are 1 or multiples of 16: else another kernel is compiled than the one that runs."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "specialized_calls.py"), arch, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["count"] >= 40 and found["different"] == {}
+
+
+def test_tensor_memory_that_is_not_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler makes a kernel that traps, with nothing in it that could fail."""
+    metadata = SimpleNamespace(shared=1024, tmem_size=576)
+    made = SimpleNamespace(asm={"ptx": "trap;", "cubin": b""}, metadata=metadata, hash="")
+    monkeypatch.setattr(offline, "binary", lambda tile, target: made)
+    monkeypatch.setattr(machine_code, "nvidia", lambda ptx, cubin: (4, 0, Counter[str]()))
+    tile = Tile(name="t", fn=None, signature={}, constants={}, matrix=True)
+    found = offline.compiled(tile, check.target_of("sm_100"))
+    assert found.problems == ("needs 576 columns of tensor memory, a multiprocessor has 512",)
+
+
+@pytest.mark.parametrize(
+    ("inside", "code"),
+    [
+        (False, "STL [R1], R2|IADD3 R2, R2, 0x1, RZ|@P0 BRA 0x10|LDL.LU R2, [R1]|BRA 0x40"),
+        (True, "MOV R1, R2|STL [R1], R2|@!P0 BRA.U UP0, 0x10|LDL.LU R2, [R1]|EXIT"),
+        (False, "STL [R1], R2|CALL.REL.NOINC 0x40|EXIT|NOP|LDL.LU R2, [R1]"),
+    ],
+)
+def test_what_loops_put_aside(inside: bool, code: str) -> None:
+    lines = [f"        /*{16 * i:04x}*/                   {words} ;" for i, words in enumerate(code.split("|"))]
+    assert machine_code.looped("\n".join(lines)) is inside
+
+
+def test_sizes_are_specialized() -> None:
+    assert sized({"one": 1, "row": 4096, "none": 0, "odd": 24, "any": None}) == (
+        {"row": "i32:16", "none": "i32:16", "odd": "i32", "any": "i32"},
+        {"one": 1},
+    )
 
 
 def test_tiles_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

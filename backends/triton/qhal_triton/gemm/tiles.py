@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from qhal.elements import element
 from qhal.formats import Format
 from qhal.requests import GemmRequest
@@ -15,9 +17,10 @@ from qhal_triton.gemm.kernels.finish import finish
 from qhal_triton.gemm.kernels.product import product
 from qhal_triton.gemm.launch import product_constants
 from qhal_triton.gemm.paths import Spec, plan
-from qhal_triton.gemm.sides import WIDE_KIND
+from qhal_triton.gemm.planes import steps_of
+from qhal_triton.gemm.sides import WIDE_KIND, Side
 from qhal_triton.target import Target
-from qhal_triton.tiles import Tile
+from qhal_triton.tiles import Tile, sized
 
 PAIRS = (
     ("int4.g128*bf16", "bf16"),
@@ -53,7 +56,7 @@ PAIRS = (
     ("bf16", "bf16"),
 )
 """Weight and activation of every branch of the kernel."""
-_N, _K = 4096, 4096
+_N, _K, _EXPERTS = 4096, 4096, 8
 _WORDS = {2: "*u8", 8: "*i32"}
 """Pointers to words of so many codes."""
 
@@ -93,9 +96,14 @@ def product_tile(request: GemmRequest, spec: Spec, c: Config, target: Target, na
         "order": "*i32" if form == "indexed" else None,
         "starts": "*i32" if form else None,
     }
-    constants = product_constants(spec, request, c, target, form=form, top=1, experts=8 if form else 0)
+    experts = _EXPERTS if form else 0
+    constants = product_constants(spec, request, c, target, form=form, top=1, experts=experts)
     native = {"int8": "int8", "fp8": "fp8", "bf16": "16", "fp16": "16"}.get(spec.type, "")
-    made = _tile(name, product, given, constants, c.warps, c.stages, spec.mode != "early", native=native)
+    sizes = {"n": _N, "k": _K, "experts": experts, "x_row": _K, "w_row": _K // spec.parts, "y_row": _N, "y_part": _N}
+    sizes |= _strides("x", x, spec.x) | _strides("w", w, spec.w, experts)
+    sizes |= {"w_exp": experts * _K, "b_exp": experts * _N} | ({} if form == "masked" else {"spread": 1})
+    matrix = target.kind == "hip" or spec.type != "fp32"  # NVIDIA's have none for fp32 operands
+    made = _tile(name, product, given, constants, sizes, c.warps, c.stages, spec.mode != "early", matrix, native)
     both = target.kind == "hip" and spec.x.kind != WIDE_KIND and spec.type == "bf16"
     return replace(made, spills=12 if both else 0)  # AMD's compiler puts some aside where both are decoded in registers
 
@@ -110,7 +118,8 @@ def finish_tile(name: str, constants: dict[str, Any]) -> Tile:
         "ids": "*i32" if weighted else None,
         **dict.fromkeys(("alpha", "limit", "shift"), "fp32"),
     }
-    return _tile(name, finish, given, constants, 4, 2, True, matrix=False)
+    sizes = {"n": _N, "width": _N, "y_row": _N, "part_stride": _N}
+    return _tile(name, finish, given, constants, sizes, 4, 2, True, matrix=False)
 
 
 def _dense_tile(request: GemmRequest, s: Spec, target: Target, name: str) -> Tile:
@@ -125,7 +134,8 @@ def _dense_tile(request: GemmRequest, s: Spec, target: Target, name: str) -> Til
     }
     names = ("WKIND", "SW", "OW", "OVERW", "ZW", "FW", "GW", "RW", "CHUNK", "PARTS", "APART", "INDEXED")
     every = product_constants(s, request, Config(16, 32, 1, 4, 2), target, form="", top=1, experts=0)
-    return _tile(name, dense, given, {**{n: every[n] for n in names}, "BN": 32}, 4, 2, False, matrix=False)
+    sizes = {"n": _N, "k": _K, "w_row": _K // s.parts, **_strides("w", w, s.w)}
+    return _tile(name, dense, given, {**{n: every[n] for n in names}, "BN": 32}, sizes, 4, 2, False, matrix=False)
 
 
 def plan_specs(request: GemmRequest, spec: Spec) -> list[bool]:
@@ -134,23 +144,39 @@ def plan_specs(request: GemmRequest, spec: Spec) -> list[bool]:
 
 
 def _tile(
-    name: str, fn: Any, given: dict[str, str | None], constants: dict[str, Any], warps: int, stages: int, fuse: bool,
-    matrix: bool = True, native: Any = "",
+    name: str, fn: Any, given: dict[str, str | None], constants: dict[str, Any], sizes: dict[str, int], warps: int,
+    stages: int, fuse: bool, matrix: bool = True, native: Any = "",
 ) -> Tile:  # fmt: skip
-    """Arguments that are not named are whole numbers; those that are None do not exist."""
+    """Arguments that are not named are whole numbers of any value; those that are None do not exist."""
     absent = {n: None for n, t in given.items() if t is None}
     known = {n: t for n, t in given.items() if t is not None}
-    signature = {n: known.get(n, "i32") for n in fn.arg_names if n not in constants and n not in absent}
+    whole, ones = sized({n: sizes.get(n) for n in fn.arg_names if n not in {*constants, *given}})
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fuse}
     return Tile(
         name=name,
         fn=fn,
-        signature=signature,
-        constants={**constants, **absent},
+        signature=known | whole,
+        constants={**constants, **absent, **ones},
         options=options,
         matrix=matrix,
         native=native,
     )
+
+
+def _strides(side: str, f: Format, s: Side, experts: int = 0) -> dict[str, int]:
+    """Strides of the planes of x or w [_N, _K], as `planes` gives them: in rows, columns and experts."""
+    inner = None if f.block is None else f.block.grid(_N, _K)
+    outer = f.scale.scale.block if s.outer and f.scale is not None and f.scale.scale is not None else None
+    grids = {"s": inner if s.scale else None, "z": inner if s.zero else None, "f": inner if s.offset else None}
+    grids["o"] = outer.grid(_N, _K) if outer is not None else None
+    found: dict[str, int] = {}
+    for name, grid in grids.items():
+        rows, columns = (0, 0) if grid is None else steps_of(torch.empty(grid, device="meta"))
+        if s.flat and grid is not None and name != "o":
+            rows, columns = _K // s.group, 1
+        found |= {f"{name}{side}_row": rows, f"{name}{side}_col": columns}
+        found[f"{name}{side}_exp"] = 0 if grid is None or not experts else grid[0] * grid[1]
+    return found
 
 
 def _planes(side: str, f: Format, made: tuple[str, ...] = ()) -> dict[str, str | None]:

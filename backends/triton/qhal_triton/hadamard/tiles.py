@@ -15,7 +15,7 @@ from qhal_triton.hadamard.kernels.rotate import rotate_kernel
 from qhal_triton.hadamard.launch import constants, rotated
 from qhal_triton.hadamard.mixing import LEFT, RIGHT, SCALED, WARPS
 from qhal_triton.target import Target
-from qhal_triton.tiles import Tile
+from qhal_triton.tiles import Tile, sized
 
 ORDERS = ((64, 1, ""), (128, 1, ""), (512, 1, ""), (1024, 1, ""), (4096, 1, ""), (8192, 1, ""), (16384, 1, ""),
           (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
@@ -41,12 +41,14 @@ def tiles(target: Target) -> Iterator[Tile]:
                 signature = {"x": "*bf16", "y": "*bf16" if f is None else "*u8", "scale": scale, "zero": scale}
                 signature |= {"left": operand, "right": "*fp16" if path.plan.left else operand, "factor": "fp32"}
                 signature |= {"before": "*fp32", "after": "*fp32"}
-                whole = {name: "i32" for name in rotate_kernel.arg_names if name not in signature and name not in fixed}
+                sizes = {"across": order // path.plan.width, "stride": order, "ystride": order}
+                names = [n for n in rotate_kernel.arg_names if n not in signature and n not in fixed]
+                whole, ones = sized({n: sizes.get(n) for n in names})
                 yield Tile(
                     name=f"hadamard.rotate[{order}{' scaled' * (len(chain) > 1)} to {to or 'bf16'}]",
                     fn=rotate_kernel,
                     signature=signature | whole,
-                    constants=fixed,
+                    constants=fixed | ones,
                     options={"num_warps": path.plan.warps, "num_stages": path.plan.stages, "enable_fp_fusion": False},
                     matrix=True,
                     native="16",

@@ -13,7 +13,7 @@ from qhal_triton.quantize.config import CHUNK, PARTS, config
 from qhal_triton.quantize.kernels.grids import block_kernel, long_kernel, part_kernel, tensor_kernel
 from qhal_triton.quantize.recipe import recipe
 from qhal_triton.target import Target
-from qhal_triton.tiles import Tile
+from qhal_triton.tiles import Tile, sized
 
 FORMATS = (
     "int8.row*fp32",
@@ -35,6 +35,7 @@ FORMATS = (
     "e2m1.g16*(e4m3fn.tensor*fp32)",
     "e2m1.g16*(e4m3fn.tensor/fp32)",
 )
+_COLS = 8192
 _TYPES = {
     torch.uint8: "*u8",
     torch.int8: "*i8",
@@ -67,25 +68,27 @@ def _tiles(f: Format, x: str, static: bool, target: Target) -> Iterator[Tile]:
         "outer": _type(outer),
         "parts": "*i32",
     }
-    whole = dict.fromkeys(("rows", "cols", "stride", "across", "count", "beside"), "i32")
-    known = {**pointers, **whole, "low_kept": "fp32", "high_kept": "fp32"}
-    size = config(8192 if f.block.kind == "row" else f.block.rows * f.block.cols, 8192)
+    known = {**pointers, "low_kept": "fp32", "high_kept": "fp32"}
+    of = {"rows": None, "cols": _COLS, "stride": _COLS, "across": f.block.grid(1, _COLS)[1], "count": None}
+    size = config(_COLS if f.block.kind == "row" else f.block.rows * f.block.cols, _COLS)
     one = {"F": made, "C": CHUNK}
     whole_tensor = {**one, "PARTS": PARTS, "WIDTH": CHUNK}
     blocks = {"F": made, "C": size.elements, "NB": size.blocks, "PARTS": PARTS, "ROWS": f.block.rows}
     blocks["COLS"] = 0 if f.block.kind == "row" else f.block.cols
     kernels: list[tuple[Any, dict[str, Any], int]] = [(block_kernel, blocks, size.warps)]
     if f.block.kind == "tensor":
+        of |= {"rows": 1, "beside": None}  # a tensor without gaps is one row
         kernels = [(part_kernel, whole_tensor, 8), (tensor_kernel, whole_tensor, 8)]
     elif f.block.kind == "row":
         kernels.append((long_kernel, one, 8))
     for fn, constants, width in kernels:
         names = [name for name in fn.arg_names if name not in constants]
+        whole, ones = sized({n: of[n] for n in names if n not in known})
         yield Tile(
             name=f"quantize.{fn.__name__}[{x} to {f}{' static' if static else ''}]",
             fn=fn,
-            signature={n: known[n] for n in names},
-            constants=constants,
+            signature={n: known[n] for n in names if n in known} | whole,
+            constants=constants | ones,
             options={"num_warps": width, "enable_fp_fusion": False},
             variant=static or x != "bf16",
         )
