@@ -26,15 +26,11 @@ class Config:
 
 def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | None = None) -> Config:
     """The tile for m rows. tiles: how many tiles of rows there will be, where that isn't m / bm."""
-    large = target.kind == "cuda" and target.shared >= 128 << 10  # AMD's compiler spills hundreds of registers there
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    bm = min(bm, 32 if s.type == "fp32" else 128 if large else 64)
-    bn, warps = (128, 8) if bm >= 64 and large else (64, 4)
+    most, bn, warps, deep = _fitting(s, m, target)
+    bm = min(16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128, most)
     while bm > 16 and 2 * stage_bytes(s, bm, bn) > target.shared:
         bm //= 2
-    stages = max(2, min(3 if s.w.bits <= 4 else 4, (target.shared >> 1) // stage_bytes(s, bm, bn)))
-    if target.kind == "hip":  # deeper pipelines spill there
-        stages = 2
+    stages = max(2, min(deep, (target.shared >> 1) // stage_bytes(s, bm, bn)))
     if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
         stages = 1
     programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
@@ -42,6 +38,34 @@ def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | 
     while programs * parts < 3 * PROCESSORS and steps // (2 * parts) >= 4:
         parts *= 2
     return Config(bm, bn, parts, warps, stages)
+
+
+def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
+    """(rows at most, features, warps, stages at most) of a tile for m rows whose steps spill no register (L1).
+
+    A thread has 64 sums of a tile of 128 x 128 and 8 warps, and 64 more where those of a step are scaled before they
+    are added. That just fits where weights are decoded into the registers of wgmma; not with zero points or scales of x
+    besides, nor with the sums of four or more units of scales, which the compiler forms before it scales the first.
+    """
+    stages = 3 if s.w.bits <= 4 else 4
+    if target.kind == "hip":  # AMD's compiler spills in larger tiles and in deeper pipelines
+        return 32 if s.type == "fp32" else 64, 64, 4, 2
+    if s.type == "fp32":  # no matrix instruction: sums of 16 rows are enough for a thread
+        return 16, 64, 4, stages
+    step, units = s.mode == "step", s.span // s.unit
+    many = step and units >= 4 and s.chunk >= 32
+    shared = target.arch.startswith(("sm_90", "sm_10"))  # else instructions take both operands from registers
+    if step and units >= 4 and s.x.group:  # a thread reads the scales of its rows for every unit
+        narrow = many and not shared and s.type != "int8"
+        return 16 if narrow else 32, 64, 8 if shared and m > 16 else 4, 2
+    if many and m > 32 and not shared:
+        return 64, 32, 4, stages
+    if target.shared < 128 << 10:
+        return 64, 64, 4, stages
+    rows = 64 if many or s.x.group or s.x.zero or s.x.kind == "uint" or (step and not shared) else 128
+    if target.arch.startswith("sm_10") and step:  # 512 columns of tensor memory have room for all sums of a step
+        rows = min(rows, max(256 // units, 16))
+    return rows, *((128, 8) if min(m, rows) > 32 else (64, 4)), stages
 
 
 def stage_bytes(s: Spec, bm: int, bn: int) -> int:
