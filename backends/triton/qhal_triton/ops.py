@@ -153,7 +153,9 @@ class TritonOps(PortableOps):
         """See `vq/`."""
         weight = self._weight(w)
         path = self._path(weight.request) if isinstance(weight.request, VQRequest) else None
-        return super().vq_decode(w, rows=rows, out=out) if path is None else vq.run(path, weight, rows, out)
+        return (
+            super().vq_decode(w, rows=rows, out=out) if path is None else vq.run(path, self._target, weight, rows, out)
+        )
 
     def _layout(self, request: Request) -> str:
         path = self._path(request)
@@ -183,7 +185,7 @@ class TritonOps(PortableOps):
     def _bind(self, w: PreparedWeight) -> Run:
         path = self._path(w.request)
         if path is not None and path.kernel == vq.KERNEL:
-            return vq.bind(w) or super()._bind(w)
+            return vq.bind(w, self._target) or super()._bind(w)
         return super()._bind(w) if path is None else gemm.bind(path, self, w)
 
     def _path(self, request: Request) -> Path | None:

@@ -23,6 +23,8 @@ LARGEST = 64
 """Elements of a vector."""
 SHARE = 4096
 """Elements of a program."""
+THREADS = 256
+"""Of a program: with fewer, an element's address, scale and place take more registers than a thread has."""
 
 
 def choose(request: VQRequest, target: Target) -> Path | None:
@@ -39,7 +41,7 @@ def choose(request: VQRequest, target: Target) -> Path | None:
     )
 
 
-def run(path: Path, p: PreparedWeight, rows: slice | None, out: Tensor | None) -> Tensor:
+def run(path: Path, target: Target, p: PreparedWeight, rows: slice | None, out: Tensor | None) -> Tensor:
     """Dense rows."""
     w, request = p.stored, p.request
     assert isinstance(request, VQRequest)
@@ -54,16 +56,16 @@ def run(path: Path, p: PreparedWeight, rows: slice | None, out: Tensor | None) -
     given = out is not None and (tuple(out.shape), out.dtype, out.device) == (shape, request.out, w.device)
     direct = out is not None and given and out.stride(-1) == 1
     y = out if out is not None and direct else torch.empty(shape, dtype=request.out, device=w.device)
-    decode(w, y, first)
+    decode(w, y, target, first)
     return y if y is out else gemm.write(y, out)
 
 
-def decode(w: CodebookTensor, y: Tensor, first: int = 0) -> None:
+def decode(w: CodebookTensor, y: Tensor, target: Target, first: int = 0) -> None:
     """Rows of the weight, from the first one on, into y [rows, K] of any float type."""
     before, last = 0, first + y.shape[0]
     for segment in w.segments:
         if y.shape[0]:
-            _launch(w, segment, y, first, last, before)
+            _launch(w, segment, y, target, first, last, before)
         before += segment.codes.shape[1] * segment.vector[1]
 
 
@@ -77,7 +79,9 @@ def _floats(w: CodebookTensor) -> list[Tensor]:
     return tables + [t for t in (w.scale, w.column_scale, w.column_bias) if t is not None]
 
 
-def _launch(w: CodebookTensor, s: CodebookSegment, y: Tensor, first: int, last: int, before: int) -> None:
+def _launch(
+    w: CodebookTensor, s: CodebookSegment, y: Tensor, target: Target, first: int, last: int, before: int
+) -> None:
     a, b = s.vector
     vectors = s.codes.shape[1]
     lines = range(first // a, -(-last // a))
@@ -94,7 +98,7 @@ def _launch(w: CodebookTensor, s: CodebookSegment, y: Tensor, first: int, last: 
         plane(w.column_bias), first, last, lines.start * vectors, count, vectors, w.shape[1], before, y.stride(0),
         rows_per_scale(w), a, b, len(s.tables), divisors(s), share, padded,
         w.scale is not None, w.permutation is not None, w.column_scale is not None, w.column_bias is not None,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=THREADS // target.warp, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from qhal_portable.prepared import PreparedWeight, Run
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.vq.kernels import product_kernel
-from qhal_triton.vq.launch import BOOKS, LARGEST, book_tables, decode, divisors, readable, rows_per_scale
+from qhal_triton.vq.launch import BOOKS, LARGEST, THREADS, book_tables, decode, divisors, readable, rows_per_scale
 from qhal_triton.wide import float_product
 
 KERNEL = "vq"
@@ -54,7 +54,7 @@ def _gathers(w: CodebookFormat) -> bool:
     return len(w.segments) == 1 and a == 1 and b & (b - 1) == 0 and plain
 
 
-def bind(p: PreparedWeight) -> Run | None:
+def bind(p: PreparedWeight, target: Target) -> Run | None:
     """The product of one weight with everything bound; None where its planes have types that no kernel loads."""
     request, w = p.request, p.multiplied
     assert isinstance(request, GemmRequest)
@@ -69,9 +69,9 @@ def bind(p: PreparedWeight) -> Run | None:
         if value.dtype != kind:
             raise FormatError(f"x arrives as {value.dtype}, the weight was prepared for {request}")
         if gathers and 0 < value.shape[0] <= FEW:
-            return write(_gathered(value, w, p.bias, dtype), out)
+            return write(_gathered(value, w, p.bias, dtype, target), out)
         dense = torch.empty(w.shape, dtype=kind, device=w.device)
-        decode(w, dense)
+        decode(w, dense, target)
         y = float_product(value, dense.T)
         if p.bias is not None:
             y += p.bias
@@ -80,7 +80,7 @@ def bind(p: PreparedWeight) -> Run | None:
     return run
 
 
-def _gathered(x: Tensor, w: CodebookTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _gathered(x: Tensor, w: CodebookTensor, bias: Tensor | None, dtype: torch.dtype, target: Target) -> Tensor:
     rows, n = x.shape[0], w.shape[0]
     y = torch.empty(rows, n, dtype=dtype, device=x.device)
     s = w.segments[0]
@@ -90,6 +90,6 @@ def _gathered(x: Tensor, w: CodebookTensor, bias: Tensor | None, dtype: torch.dt
         x, s.codes.contiguous(), y, *tables, tables[0] if w.scale is None else w.scale.contiguous(),
         tables[0] if bias is None else bias, rows, n, s.codes.shape[1], w.shape[1], x.stride(0), rows_per_scale(w),
         1 << (rows - 1).bit_length(), s.vector[1], len(s.tables), divisors(s), of_program, 256 // s.vector[1],
-        w.scale is not None, bias is not None, num_warps=4, enable_fp_fusion=True,
+        w.scale is not None, bias is not None, num_warps=THREADS // target.warp, enable_fp_fusion=True,
     )  # fmt: skip
     return y
