@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qhal.caches import Limits
-from qhal.requests import AttentionRequest
+from qhal.elements import WIDE
+from qhal.requests import AttentionRequest, KVRequest
 from qhal_triton.attention.paths import Arithmetic
 from qhal_triton.target import Target
 
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
 _LEAST = 256  # keys of a part: fewer would cost more to merge than they save
+
+
+_PACKED = {"int4", "uint4", "e2m1"}
+"""Elements of which a byte holds two."""
 
 
 class Config(NamedTuple):
@@ -50,6 +55,8 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
         m = min(rows, 64 if small or two else 128)
         if target.kind == "hip" and target.warp == 32:  # a thread holds twice as much of a matrix
             shapes = [(m, 32, 8 if m > 16 else 4, 1)]
+        elif m > 16 and target.kind == "cuda" and not target.arch.startswith(("sm_90", "sm_10")):
+            shapes = [_registers(kv, m, small)]
         else:
             shapes = [(m, 32 if two else 64, 8 if m > 64 else 4, 2 if small else 3)]
         shapes += [(m, n, warps, stages) for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
@@ -57,6 +64,14 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
         together = min(share, m)
         found.append(Config(m, n, together, _splits(request, a, limits, target, m, together), warps, stages))
     return found
+
+
+def _registers(kv: KVRequest, m: int, small: bool) -> tuple[int, int, int, int]:
+    """The tile for many rows where instructions take both operands from registers, beside what is decoded."""
+    held = {kv.k.element, kv.v.element}
+    if held & _PACKED:  # even and odd features are products of their own
+        return 32, 32, 4, 2
+    return (m, 64, 8, 3) if held <= WIDE.keys() and not small else (min(m, 64), 64, 8, 2)
 
 
 def blocks(limits: Limits, c: Config) -> int:
