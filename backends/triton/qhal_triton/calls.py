@@ -1,4 +1,4 @@
-"""The calls that a request stands for, with operands of zeros: what is compiled ahead of time.
+"""The calls that a request stands for, with operands of no meaning: what is compiled ahead of time.
 
 Rows come in the buckets for which tiles differ, each once as a multiple of 16 and once not: Triton compiles both.
 """
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from qhal.caches import KVCache, Limits
-from qhal.encoding import encode
+from qhal.elements import element
 from qhal.formats import Format
 from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.requests import AttentionRequest, GemmRequest, GroupedRequest, KVRequest, QuantizeRequest, Request
 from qhal.specs import Operand
 from qhal.tensors import QTensor
+from qhal_triton.gemm.measuring import random_weight
 from qhal_triton.ops import TritonOps
 
 ROWS = (1, 2, 16, 24, 32, 48, 64, 72, 128, 136, 256, 264, 512, 1000, 1024, 2048)
@@ -117,22 +118,20 @@ def _steps(r: AttentionRequest) -> Iterator[tuple[int, int]]:
 
 
 def _weight(r: GemmRequest) -> QTensor | Tensor | None:
-    if not isinstance(r.w, Format) or r.w.element in ("lut4", "lut8"):
+    if not isinstance(r.w, Format):
         return None
-    zeros = torch.zeros(r.n, r.k)
     if r.w.plain:
-        return encode(zeros, r.w).codes
-    known = r.w if r.w.offset is None else replace(r.w, rule=replace(r.w.rule, domain="minmax"))
-    w = replace(encode(zeros, known), format=r.w)
-    if not r.group_index or r.w.block is None:
-        return w
-    return replace(w, group_index=(torch.arange(r.k) // r.w.block.cols).to(torch.int32))
+        return torch.zeros(r.n, r.k, dtype=element(r.w.element).storage)
+    return random_weight(r.w, (r.n, r.k), torch.Generator().manual_seed(0), index=r.group_index)
 
 
 def _inputs(r: GemmRequest) -> list[Operand]:
     given = (*r.static, *(False for _ in r.x))
+    one = torch.ones(1)
     return [
-        Operand(f, scale=torch.ones(1) if fixed else None) for f, fixed in zip(r.x, given, strict=False) if not f.plain
+        Operand(f, scale=one if fixed else None, zero=one if fixed and f.zero is not None else None)
+        for f, fixed in zip(r.x, given, strict=False)
+        if not f.plain
     ]
 
 

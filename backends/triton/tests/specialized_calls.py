@@ -23,7 +23,7 @@ from qhal_triton import grouped, quantize
 from qhal_triton.absent import absent
 from qhal_triton.compile import target_of
 from qhal_triton.gemm.config import config
-from qhal_triton.gemm.paths import plan
+from qhal_triton.gemm.paths import choose, plan
 from qhal_triton.gemm.tiles import PAIRS, product_tile
 from qhal_triton.offline import source
 from qhal_triton.ops import TritonOps
@@ -45,7 +45,7 @@ def cases(ops: TritonOps) -> Iterator[tuple[Request, Tile]]:
     for w, x in PAIRS:
         request = GemmRequest(w=Format.parse(w), x=(Format.parse(x),), n=N, k=K)
         made = plan(request, target)
-        if made is not None:
+        if made is not None and choose(request, target) is not None:
             c = config(made.specs[0], 128, N, K // 128, target)
             yield request, product_tile(request, made.specs[0], c, target, f"{w} x {x}")
     for form in ("offsets", "masked", "indexed"):

@@ -16,7 +16,7 @@ from qhal_triton.gemm.kernels.dense import dense
 from qhal_triton.gemm.kernels.finish import finish
 from qhal_triton.gemm.kernels.product import product
 from qhal_triton.gemm.launch import product_constants
-from qhal_triton.gemm.paths import Spec, plan
+from qhal_triton.gemm.paths import Spec, choose, plan
 from qhal_triton.gemm.planes import steps_of
 from qhal_triton.gemm.sides import WIDE_KIND, Side
 from qhal_triton.target import Target
@@ -67,7 +67,7 @@ def tiles(target: Target) -> Iterator[Tile]:
         for w, x in PAIRS[: 1 if indexed else None]:
             request = GemmRequest(w=Format.parse(w), x=(Format.parse(x),), n=_N, k=_K, group_index=indexed)
             made = plan(request, target)
-            if made is None:
+            if made is None or choose(request, target) is None:
                 continue
             for m in (1, 128):
                 c = config(made.specs[0], m, _N, _K // 128, target)

@@ -13,7 +13,8 @@ Numerics. Products of codes, less their zero points, with a 16-bit x or with eac
 summed in fp32 by the matrix instruction, in int32 for int8: class fp32-acc; fp8 instructions sum with fewer bits within
 a step, fp32 between steps: reduced-acc; "early" rounds the weight to 16 bits: dequant-16 (to fp32: fp32-acc).
 Zero points of x that are no whole numbers take part as the nearest one, and with what that lacks in fp32.
-Scales multiply sums: a sum of codes times x that leaves fp32 before its scale is Inf. Parts of K are added in order.
+Scales multiply sums: a sum of codes times x that leaves fp32 before its scale is Inf, and one that leaves it before
+what divides the scales. Parts of K are added in order.
 """
 
 from __future__ import annotations
@@ -209,16 +210,22 @@ def product(
                     scaled = scaled * 4.0
                 if not WLATE:
                     s_w = plane(sw, (rn // RW) * sw_row + g * sw_col, rn_in, SW)
-                    s_w = under(s_w, outer, OW, OVERW)
+                    if not OVERW:
+                        s_w = under(s_w, outer, OW, OVERW)
                     scaled = scaled * s_w[:, None]
                 if not XLATE:
                     s_x = plane(sx, source * sx_row + gx * sx_col, live, SX)
-                    s_x = under(s_x, outer_x, OX, OVERX)
+                    if not OVERX:
+                        s_x = under(s_x, outer_x, OX, OVERX)
                     scaled = scaled * s_x[None, :]
                 total += scaled
     result = total.to(tl.float32)
     if ZX == "wide" and not FRESH:
         result -= lost.to(tl.float32)[:, None] * rest[None, :]
+    if MODE == "step" and OVERW:  # one number for a row: its sum is divided, and no step has a division
+        result = tl.div_rn(result, outer[:, None] + tl.zeros((BN, BM), tl.float32))
+    if not XLATE and OVERX:
+        result = tl.div_rn(result, outer_x[None, :] + tl.zeros((BN, BM), tl.float32))
     if MODE == "late" and SW != "":
         s = plane(sw, (rn // RW) * sw_row, rn_in, SW)
         s = under(s, outer, OW, OVERW)
