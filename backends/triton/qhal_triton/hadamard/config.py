@@ -68,19 +68,22 @@ class Plan:
 class Chip:
     """What bounds a tile: bytes of fast memory, columns of a right factor, sums of a program that a warp has.
 
-    fused: there are registers for a quantization in the same pass.
+    fused: there are registers for a quantization in the same pass. low: rows of a left factor above which features in
+    two parts do not fit the registers; such a tile is taken where no other holds the transform.
     """
 
     shared: int
     columns: int
     sums: int
     fused: bool = True
+    low: int = 256
 
     @staticmethod
     def of(target: Target) -> Chip:
         """AMD's compiler keeps the right factor in registers, all of it for every warp."""
         if target.kind == "cuda":
-            return Chip(target.shared, 256, 1024)
+            apart = target.arch.startswith(("sm_90", "sm_10"))  # operands lie in fast memory, sums in registers
+            return Chip(target.shared, 256, 1024, low=256 if apart else 64)
         return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512, fused=False)
 
     def warps(self, rows: int, columns: int) -> int:
@@ -109,7 +112,8 @@ def plan(order: int, k: int, before: bool, chip: Chip) -> Plan | None:
     for stages in (2, 1):
         fits = [p for p in (replace(p, stages=stages) for p in found) if p.shared(before) <= chip.shared]
         if fits:
-            return min(fits, key=lambda p: p.cost)
+            low = [p for p in fits if not (p.left and before) or p.rows <= chip.low]
+            return min(low or fits, key=lambda p: p.cost)
     return None
 
 
