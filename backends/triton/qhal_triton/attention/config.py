@@ -52,7 +52,8 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
     elif widest > 128:
         shapes = [(min(rows, 32 if small else 64), 32, 4, 1 if small or two else 2)]
     else:
-        m = min(rows, 64 if small or two else 128)
+        decoded = target.arch.startswith("sm_10") and not {kv.k.element, kv.v.element} <= WIDE.keys()
+        m = min(rows, 64 if small or two or decoded else 128)
         if target.kind == "hip" and target.warp == 32:  # a thread holds twice as much of a matrix
             shapes = [(m, 32, 8 if m > 16 else 4, 1)]
         elif m > 16 and target.kind == "cuda" and not target.arch.startswith(("sm_90", "sm_10")):
