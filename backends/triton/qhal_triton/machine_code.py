@@ -16,7 +16,7 @@ import triton
 
 _AMD = re.compile(r"^\s*(v_s?mfma\w*|v_s?wmma\w*|v_swmmac\w*)", re.MULTILINE)
 _PTX = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
-_SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 _BRANCH = re.compile(r"\bBRA\b.*?\b(0x[0-9a-f]+)")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _ASIDE = 32
@@ -67,9 +67,13 @@ def _dumped(what: str, file: str) -> str:
 
 
 def looped(sass: str) -> bool:
-    """Whether a loop (what lies between a branch and its earlier target) touches the stack."""
+    """Whether a loop (what lies between a branch and its earlier target) touches the stack.
+
+    Behind the last EXIT stand the rare cases, waiting among them, which branch back to where they came from.
+    """
     code = [(int(at, 16), words) for at, words in _SASS.findall(sass)]
-    loops = [(int(to[1], 16), at) for at, words in code if (to := _BRANCH.search(words))]
+    end = max((at for at, words in code if words.endswith("EXIT")), default=1 << 62)
+    loops = [(int(to[1], 16), at) for at, words in code if at < end and (to := _BRANCH.search(words))]
     return any(first <= at <= last for at, words in code if _LOCAL.search(words) for first, last in loops)
 
 

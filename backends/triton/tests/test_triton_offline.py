@@ -83,6 +83,7 @@ def test_tensor_memory_that_is_not_there_is_found(monkeypatch: pytest.MonkeyPatc
     [
         (False, "STL [R1], R2|IADD3 R2, R2, 0x1, RZ|@P0 BRA 0x10|LDL.LU R2, [R1]|BRA 0x40"),
         (True, "MOV R1, R2|STL [R1], R2|@!P0 BRA.U UP0, 0x10|LDL.LU R2, [R1]|EXIT"),
+        (False, "STL [R1], R2|SYNCS|LDL.LU R2, [R1]|EXIT|SYNCS|BRA 0x10"),
         (False, "STL [R1], R2|CALL.REL.NOINC 0x40|EXIT|NOP|LDL.LU R2, [R1]"),
     ],
 )
