@@ -203,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(cells) - bad} of {len(cells)} cells hold, Triton {triton.__version__}, {seconds:.0f} s")
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"triton": triton.__version__, "archs": given.arch, "seconds": round(seconds, 1), "cells": cells}
+        known = {"triton": triton.__version__, "archs": given.arch, "full": given.full, "seconds": round(seconds, 1)}
+        report = {**known, "cells": cells}
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if bad else 0
 
