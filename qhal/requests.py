@@ -258,11 +258,15 @@ class Arithmetic:
         return f"{self.x} x {self.w} -> {self.accumulate}"
 
 
+_HALVES = ("bf16", "fp16")
+
+
 def minimum_class(request: Request) -> NumericsClass:
     """The loosest numerics class that still means what the format says.
 
     A request's own `numerics` wins. Otherwise: a weight-only product may round decoded weights to 16 bits (that is what
-    W4A16 means everywhere); a product of two quantized operands may use a matrix instruction's reduced accumulation,
+    W4A16 means everywhere), and attention with plain 16-bit Q and P may so round the decoded rows of a quantized cache;
+    a product of two quantized operands, and all other attention, may use a matrix instruction's reduced accumulation,
     but must not round its operands again; a collective sums in its codec's type; everything else is exact or fp32.
     """
     if isinstance(request, GroupedRequest):
@@ -273,7 +277,9 @@ def minimum_class(request: Request) -> NumericsClass:
         plain = all(f.plain and element(f.element).wide for f in request.x)
         return NumericsClass.DEQUANT_16 if plain and request.operand is None else NumericsClass.REDUCED_ACC
     if isinstance(request, AttentionRequest):
-        return NumericsClass.REDUCED_ACC
+        halves = all(f.plain and f.element in _HALVES for f in (request.q, request.p, request.q_rope or request.q))
+        held = all(f.plain and element(f.element).wide for f in (request.kv.k, request.kv.v))
+        return NumericsClass.DEQUANT_16 if halves and not held else NumericsClass.REDUCED_ACC
     if isinstance(request, QuantizeRequest | KVRequest):
         return NumericsClass.EXACT
     if isinstance(request, CommRequest) and request.codec.accumulate != "fp32":

@@ -1,6 +1,8 @@
-"""The bound of attention with quantized P: right for kernels that see keys tile by tile, wrong for undeclared ones."""
+"""The bound of attention with quantized P, or with rounded rows: right for kernels that do so, wrong for others."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +10,15 @@ import torch
 
 from qhal import Format
 from qhal.encoding import encode
-from qhal.requests import NumericsClass
-from qhal_conformance.attention_check import build
+from qhal.requests import AttentionRequest, KVRequest, NumericsClass, minimum_class
+from qhal_conformance import honest_forms
+from qhal_conformance.attention_check import build, request_of
 from qhal_conformance.attention_reference import visible
 from qhal_conformance.cases import Case
+from qhal_conformance.mla_cases import is_mla
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import FailKind
+from qhal_conformance.problem import DTYPES
 from qhal_conformance.tolerance import compare
 
 CASES = [c for c in catalogue(0) if c.operation == "attention" and any(o.startswith("p=") for o in c.options)]
@@ -72,3 +77,63 @@ def test_trees_and_operands_are_asked_at_level_zero() -> None:
     declared = {o for c in mine for o in c.options if "=" in o}
     assert declared >= {"q=int8.head*fp32", "q=int8.row*fp32", "q=e4m3fn.tensor*fp32", "p=int8.tensor*fp32"}
     assert not any(c.required for c in mine if c.has("tree") or any(o[:2] in ("q=", "p=") for o in c.options))
+
+
+HALVES = [
+    c
+    for c in catalogue(0)
+    if c.operation == "attention" and not is_mla(c) and minimum_class(request_of(c)) == NumericsClass.DEQUANT_16
+]
+
+
+def rounded(case: Case, to: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """o and lse of float32 attention over keys and values that were rounded to a type."""
+    problem = build(case)
+    k, v = (replace(r, value=torch.from_numpy(r.value).to(to).float().numpy()) for r in (problem.k, problem.v))
+    o, lse = honest_forms._attend(replace(problem, k=k, v=v), 1 << 20, False, 1, None)
+    return o.to(DTYPES[case.out]).double().numpy(), lse.double().numpy()
+
+
+@pytest.mark.parametrize("case", HALVES, ids=lambda c: c.id)
+def test_rounded_rows_are_within_their_class_and_no_stricter_one(case: Case) -> None:
+    """The log-sum-exp sees it: under fp32-acc always where scores are not 0, under reduced-acc in bf16 (below)."""
+    o, lse = rounded(case, DTYPES[build(case).request.q.element])
+    fine, strict = (build(case).expected(c, case.out) for c in (NumericsClass.DEQUANT_16, NumericsClass.FP32_ACC))
+    assert compare(o, fine.o, fine.o_bound, case.out).kind is None
+    assert compare(lse, fine.lse, fine.lse_bound, "fp32").kind is None
+    moved = case.data != "uniform" and case.subject != "e4m3fn.tensor*fp32"  # those scales are powers of two
+    assert (compare(lse, strict.lse, strict.lse_bound, "fp32").kind is not None) == moved
+
+
+def test_reduced_sums_do_not_excuse_rounded_rows() -> None:
+    seen = 0
+    for case in HALVES:
+        if case.out == "bf16" and case.data == "normal":
+            lse, bound = rounded(case, torch.bfloat16)[1], build(case).expected(NumericsClass.REDUCED_ACC, "bf16")
+            seen += compare(lse, bound.lse, bound.lse_bound, "fp32").kind is not None
+    assert seen >= 5
+
+
+@pytest.mark.parametrize("case", [c for c in HALVES if c.data == "normal" and "row" in c.subject], ids=lambda c: c.id)
+def test_fewer_bits_than_sixteen_are_outside(case: Case) -> None:
+    """Rows rounded to float8 once more: three fraction bits where bf16 has seven."""
+    fine = build(case).expected(NumericsClass.DEQUANT_16, case.out)
+    assert compare(rounded(case, torch.float8_e4m3fn)[0], fine.o, fine.o_bound, case.out).kind == FailKind.NUMERIC
+
+
+def test_which_attention_may_round_its_rows() -> None:
+    plain, int8 = Format("bf16"), Format.parse("int8.row*fp32")
+    kv = KVRequest(kind="mha", k=int8, v=int8, heads=2, k_dim=64, v_dim=64, page=16)
+    ask = AttentionRequest(kv=kv, heads=2, scale=1.0, phase="decode", q=plain, p=plain, out=torch.bfloat16)
+    assert minimum_class(ask) == NumericsClass.DEQUANT_16
+    assert minimum_class(replace(ask, kv=replace(kv, v=plain))) == NumericsClass.DEQUANT_16
+    for stricter in (
+        replace(ask, q=int8),
+        replace(ask, p=Format.parse("int8.tensor*fp32")),
+        replace(ask, q=Format("fp32")),
+        replace(ask, p=Format("fp32")),
+        replace(ask, p=Format("e4m3fn")),
+        replace(ask, q_rope=int8),
+        replace(ask, kv=replace(kv, k=plain, v=plain)),
+    ):
+        assert minimum_class(stricter) == NumericsClass.REDUCED_ACC, stricter

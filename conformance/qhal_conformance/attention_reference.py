@@ -15,6 +15,16 @@ P under a static scale: with e = exp(s - max), saturated in the reference too, i
 the codes there, the last two terms are |sum (h(e) - e) v| / sum e + 6 * 0.29 * sqrt(sum d^2 v^2) / sum e. The first is
 known from the inputs: what small weights lose together. The second is there because a kernel that subtracts a running
 maximum rounds other numbers, by no larger steps.
+
+Class dequant-16 rounds every k and v to the type of q, where one step is d(k), d(v); sums are fp32. With o' and lse' of
+the rounded ones it adds
+
+    to o    |o' - ref| + 6 * 0.29 * sqrt(sum p^2 ((scale^2 sum q^2 d(k)^2) (v - ref)^2 + d(v)^2))
+    to lse  |lse' - lse| + 6 * 0.29 * sqrt(sum p^2 scale^2 sum q^2 d(k)^2)
+
+The first is known from the inputs: what equal codes, and one key's part in many results, lose together. The second is
+what independent roundings move, to first order: a score moves o by p (v - o) and lse by p. It is there because a kernel
+may round a number on its way (code, offset, scale) and end at the other neighbour.
 """
 
 from __future__ import annotations
@@ -28,6 +38,7 @@ from qhal.formats import Format
 from qhal.requests import AttentionRequest, NumericsClass
 from qhal_conformance import elements
 from qhal_conformance.decode import decode
+from qhal_conformance.elements import round_wide
 from qhal_conformance.encode import quantize
 from qhal_conformance.generator import F32, F64
 from qhal_conformance.reference import decoding_steps
@@ -101,11 +112,61 @@ def _p_error(e: F64, v: F64, seen: npt.NDArray[np.bool_], p: Format, scale: F32)
     return np.asarray(np.abs((held - e) @ v) + 6 * 0.29 * np.sqrt(step**2 @ v**2))
 
 
+@dataclass(frozen=True)
+class _Head:
+    """One head of one sequence, float64: scores [t, L], exp(s - max), the weights p, sum of e [t, 1], o, lse [t]."""
+
+    s: F64
+    e: F64
+    p: F64
+    total: F64
+    o: F64
+    lse: F64
+
+
+def _head(q: F64, k: F64, v: F64, seen: Tree, r: AttentionRequest, sink: float | None, p_scale: F32 | None) -> _Head:
+    """q [t, D], k [L, D], v [L, Dv]."""
+    s = q @ k.T * r.scale
+    if r.softcap is not None:
+        s = r.softcap * np.tanh(s / r.softcap)
+    s = np.where(seen, s, -np.inf)
+    top = s.max(axis=1, keepdims=True)
+    if sink is not None:
+        top = np.maximum(top, sink)
+    top = np.where(np.isfinite(top), top, 0.0)
+    e = np.exp(s - top)
+    total = e.sum(axis=1, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - top)
+    if p_scale is not None:
+        e = np.minimum(e, float(p_scale[0]) * elements.largest(r.p.element))
+    p = e / np.where(total > 0, total, 1.0)
+    some: npt.NDArray[np.bool_] = np.asarray(seen.any(axis=1))
+    with np.errstate(divide="ignore"):
+        lse = np.where(some, (top + np.log(total))[:, 0], -np.inf)
+    return _Head(s, e, p, total, np.where(some[:, None], p @ v, 0.0), lse)
+
+
+def _dequantized(
+    h: _Head, q: F64, k: F64, v: F64, seen: Tree, r: AttentionRequest, sink: float | None
+) -> tuple[F64, F64]:
+    """What rounding every k and v to the type of q may change of o [t, Dv] and of lse [t]."""
+    kind = r.q.element
+    k16, v16 = (round_wide(kind, t.astype(np.float32)).astype(np.float64) for t in (k, v))
+    near = _head(q, k16, v16, seen, r, sink, None)
+    step_s = np.square(h.p) * (q**2 @ (ulp(kind, k) ** 2).T) * r.scale**2  # variance of p * s, less the 0.29
+    about = step_s @ v**2 - 2 * h.o * (step_s @ v) + h.o**2 * step_s.sum(axis=1, keepdims=True)  # of (v - o)^2
+    spread = np.maximum(about, 0.0) + h.p**2 @ ulp(kind, v) ** 2
+    with np.errstate(invalid="ignore"):  # rows that see no key
+        moved = np.where(seen.any(axis=1), np.abs(near.lse - h.lse), 0.0)
+    return np.abs(near.o - h.o) + 6 * 0.29 * np.sqrt(spread), moved + 6 * 0.29 * np.sqrt(step_s.sum(axis=1))
+
+
 def _one(
     q: F64,
     k: F64,
     v: F64,
-    seen: npt.NDArray[np.bool_],
+    seen: Tree,
     r: AttentionRequest,
     numerics: NumericsClass,
     out: str,
@@ -118,44 +179,34 @@ def _one(
     o_bound, lse_bound = np.zeros_like(o), np.zeros_like(lse)
     if keys == 0:
         return Attended(o, o_bound, lse, lse_bound)
-    wide = numerics <= NumericsClass.FP32_ACC
+    wide = numerics != NumericsClass.REDUCED_ACC
     mla = r.kv.kind == "mla"  # keys are latent and rope together, values the latent rows
     steps = max(decoding_steps(f) for f in (r.kv.k, *((r.kv.v,) if mla else ())))
     values = r.kv.k if mla else r.kv.v
     gamma = 2 * dim**0.5 * 2.0**-24 if wide else 2.0**-12
     gamma_v = (2 * keys**0.5 + decoding_steps(values)) * 2.0**-24 if wide else 2.0**-12
     u_p = _UNIT_P[r.p.element] if r.p.plain else 0.0
+    some: npt.NDArray[np.bool_] = np.asarray(seen.any(axis=1))
     for h in range(heads):
         kh, vh = k[:, group[h]], v[:, group[h]]
-        raw = q[:, h] @ kh.T * r.scale
+        sink = None if sinks is None else float(sinks[h])
+        found = _head(q[:, h], kh, vh, seen, r, sink, p_scale)
+        o[:, h], lse[:, h] = found.o, found.lse
         size = np.abs(q[:, h]) @ np.abs(kh).T * abs(r.scale)
-        s = raw if r.softcap is None else r.softcap * np.tanh(raw / r.softcap)
-        s = np.where(seen, s, -np.inf)
-        top = s.max(axis=1, keepdims=True)
-        if sinks is not None:
-            top = np.maximum(top, float(sinks[h]))
-        top = np.where(np.isfinite(top), top, 0.0)
-        e = np.exp(s - top)
-        total = e.sum(axis=1, keepdims=True)
-        if sinks is not None:
-            total = total + np.exp(float(sinks[h]) - top)
-        some: npt.NDArray[np.bool_] = np.asarray(seen.any(axis=1))
-        if p_scale is not None:
-            e = np.minimum(e, float(p_scale[0]) * elements.largest(r.p.element))
-        p = e / np.where(total > 0, total, 1.0)
         largest = np.where(seen, size, 0.0).max(axis=1)
-        reach = np.where(seen, np.abs(s), 0.0).max(axis=1)
+        reach = np.where(seen, np.abs(found.s), 0.0).max(axis=1)
         ds = (gamma + steps * 2.0**-24) * largest + 2.0**-22 * reach
         if r.softcap is not None:
             ds = ds + (2.0**-22 * r.softcap if wide else 2.0**-11 * reach)
-        o[:, h] = np.where(some[:, None], p @ vh, 0.0)
-        spread = (2 * ds + gamma_v)[:, None] * (p @ np.abs(vh))
-        rounding = 6 * 0.42 * u_p * np.sqrt(p**2 @ vh**2) + u_p * np.abs(o[:, h])
+        spread = (2 * ds + gamma_v)[:, None] * (found.p @ np.abs(vh))
+        rounding = 6 * 0.42 * u_p * np.sqrt(found.p**2 @ vh**2) + u_p * np.abs(found.o)
         if p_scale is not None:
-            rounding = _p_error(e, vh, seen, r.p, p_scale) / np.where(total > 0, total, 1.0)
-        half = 0.5 * ulp(out, o[:, h]) * (1 + 2.0**-6)
+            rounding = _p_error(found.e, vh, seen, r.p, p_scale) / np.where(found.total > 0, found.total, 1.0)
+        if numerics == NumericsClass.DEQUANT_16:
+            of_o, of_lse = _dequantized(found, q[:, h], kh, vh, seen, r, sink)
+            rounding, ds = rounding + of_o, ds + of_lse
+        half = 0.5 * ulp(out, found.o) * (1 + 2.0**-6)
         o_bound[:, h] = np.where(some[:, None], half + spread + rounding, 0.0)
-        with np.errstate(divide="ignore"):
-            lse[:, h] = np.where(some, (top + np.log(total))[:, 0], -np.inf)
-        lse_bound[:, h] = np.where(some, ds + 2.0**-20 + 2 * UNIT["fp32"] * np.abs(np.where(some, lse[:, h], 0)), 0.0)
+        finite = np.abs(np.where(some, found.lse, 0.0))
+        lse_bound[:, h] = np.where(some, ds + 2.0**-20 + 2 * UNIT["fp32"] * finite, 0.0)
     return Attended(o, o_bound, lse, lse_bound)

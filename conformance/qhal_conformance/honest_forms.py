@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qhal.requests import NumericsClass
+from qhal.requests import NumericsClass, minimum_class
 from qhal_conformance import attention_check, grouped_cases, grouped_check, hadamard_check, mla_cases
 from qhal_conformance.attention_reference import visible
 from qhal_conformance.cases import Case
@@ -25,30 +25,40 @@ _FP32, _REDUCED, _DEQUANT = NumericsClass.FP32_ACC, NumericsClass.REDUCED_ACC, N
 
 
 def attention(case: Case) -> Judged:
-    """Softmax over tiles under a running maximum, in powers of two, and in separate parts that are merged."""
+    """Softmax over tiles under a running maximum, in powers of two, in separate parts that are merged; keys and values
+    as they are, or rounded to the type of q.
+    """
     if mla_cases.is_mla(case):
         return
     p = attention_check.build(case)
-    expected = p.expected(_FP32, case.out)
-    for name, tile, base2, parts in (
-        ("attention-whole", 1 << 20, False, 1),
-        ("attention-tiles-16", 16, False, 1),
-        ("attention-tiles-64-exp2", 64, True, 1),
-        ("attention-split-3", 32, False, 3),
+    for name, numerics, tile, base2, parts in (
+        ("attention-whole", _FP32, 1 << 20, False, 1),
+        ("attention-tiles-16", _FP32, 16, False, 1),
+        ("attention-tiles-64-exp2", _FP32, 64, True, 1),
+        ("attention-split-3", _FP32, 32, False, 3),
+        ("attention-dequantized", _DEQUANT, 1 << 20, False, 1),
+        ("attention-dequantized-tiles", _DEQUANT, 64, True, 1),
     ):
-        o, lse = _attend(p, tile, base2, parts)
+        if numerics > minimum_class(p.request):
+            continue
+        expected = p.expected(numerics, case.out)
+        o, lse = _attend(p, tile, base2, parts, DTYPES[p.request.q.element] if numerics == _DEQUANT else None)
         got = o.to(DTYPES[case.out]).double().numpy()
         verdict = compare(got, expected.o, expected.o_bound, case.out)
         if verdict.kind is None and p.request.lse:
             verdict = compare(lse.double().numpy(), expected.lse, expected.lse_bound, "fp32")
-        yield name, _FP32, verdict
+        yield name, numerics, verdict
 
 
-def _attend(p: attention_check.Problem, tile: int, base2: bool, parts: int) -> tuple[Tensor, Tensor]:
+def _attend(
+    p: attention_check.Problem, tile: int, base2: bool, parts: int, narrow: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     r, out, logs, token, key = p.request, [], [], 0, 0
     for t, n, tree in zip(p.query_lens, p.pages.lens, p.trees, strict=True):
         q = torch.from_numpy(p.held[token : token + t])
         k, v = (torch.from_numpy(x.value[key : key + n]) for x in (p.k, p.v))
+        if narrow is not None:
+            k, v = k.to(narrow).float(), v.to(narrow).float()
         k, v = (x.repeat_interleave(r.heads // r.kv.heads, 1) for x in (k, v))
         seen = torch.from_numpy(visible(t, n, r, tree))
         size = max(-(-n // parts), 1)
