@@ -170,5 +170,6 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, fmt: Format, dim: int) -> Tensor:
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :dim]
+    four = packed.new_full((), 4)  # some devices shift right by tensors only
+    codes = torch.stack([packed & 15, packed >> four], -1).flatten(-2)[..., :dim]
     return (codes ^ 8).to(torch.int8) - 8 if element(fmt.element).kind == "int" else codes
