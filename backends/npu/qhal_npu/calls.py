@@ -104,10 +104,16 @@ def int4pack(codes: Tensor) -> Tensor:
     return packed
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-    """q [B, H, S, D] over paged k and v, see `npu_fused_infer_attention_score`."""
-    o: Tensor = _npu().npu_fused_infer_attention_score(q, k, v, **more)[0]
-    return o
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """o and lse, see `npu_fused_infer_attention_score`."""
+    o, lse = _npu().npu_fused_infer_attention_score(q, k, v, **more)
+    return o, lse
+
+
+def fused_attention_v2(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """o and lse, see `npu_fused_infer_attention_score_v2`."""
+    o, lse = _npu().npu_fused_infer_attention_score_v2(q, k, v, **more)
+    return o, lse
 
 
 def scatter_rows(cache: Tensor, rows: Tensor, values: Tensor) -> None:

@@ -33,7 +33,7 @@ from qhal.requests import (
 from qhal.rotations import Rotation
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_npu import caches, calls, grouped, products, quantizing, rotations, running, weights
+from qhal_npu import caches, calls, fused, grouped, products, quantizing, rotations, running, weights
 from qhal_npu.soc import GENERATIONS
 from qhal_npu.support import support, unmade
 from qhal_npu.weights import NpuWeight
@@ -160,10 +160,10 @@ class NpuOps(PortableOps):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        """See `caches.py`."""
+        """See `fused.py`."""
         if not isinstance(batch, PagedBatch):
             raise FormatError(f"the batch is a {type(batch).__name__}; make it with attention_batch of these ops")
-        return caches.attend(q, cache, batch, sinks, out, lse, self._arch)
+        return fused.attention(q, cache, batch, sinks, out, lse, self._arch)
 
     def comm_quant(
         self,

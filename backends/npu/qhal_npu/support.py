@@ -27,7 +27,8 @@ from qhal.requests import (
     Support,
     VQRequest,
 )
-from qhal_npu import caches, grouped, products, quantizing
+from qhal_npu import attention, grouped, products, quantizing
+from qhal_npu.attention_table import AT_THE_CALL
 from qhal_portable import support as portable
 from qhal_portable.kv import STATIC
 
@@ -153,14 +154,16 @@ def _attention(request: AttentionRequest, answer: Support, arch: str) -> Support
         fault = unmade(f, arch, static=True)
         if fault:
             return Support("unsupported", fault)
-    why = caches.fused(request, arch)
     words = f"pages gathered and decoded, fp32 products and softmax, P rounded to {request.p}, one rounding"
     arithmetic = None if answer.arithmetic is None else replace(answer.arithmetic, accumulate="fp32")
-    if not why:
-        words = f"npu_fused_infer_attention_score for contiguous planes and sequences with keys; else {words}"
-    numerics = NumericsClass.FP32_ACC if why else NumericsClass.REDUCED_ACC
-    found = _here(answer, words, numerics=numerics, arithmetic=arithmetic, batch_invariant=False)
-    return replace(found, reason=f"{found.reason}; not fused: {why}") if why else found
+    path = attention.choose(request, arch)
+    if isinstance(path, attention.Broken):
+        found = _here(answer, words, numerics=NumericsClass.FP32_ACC, arithmetic=arithmetic, batch_invariant=False)
+        return replace(found, reason=f"{found.reason}; not fused: {path}")
+    words = f"{path.line.op}: {path.line.kind}; batches it does not take ({', '.join(AT_THE_CALL)}): {words}"
+    found = _here(answer, words, numerics=path.numerics, arithmetic=arithmetic, batch_invariant=False)
+    reasons = ("lengths and pages are read on the host", _UNPROVEN, path.note)
+    return replace(found, reason="; ".join(text for text in reasons if text))
 
 
 def _grouped(request: GroupedRequest, answer: Support, arch: str) -> Support:

@@ -119,7 +119,7 @@ def _dump() -> int:
     standins.load()
     import torch
 
-    names = {*library.KERNELS, "get_npu_format", "npu_fused_infer_attention_score_v2"}
+    names = {*library.KERNELS, "get_npu_format"}
     lines = sorted(str(s) for s in torch._C._jit_get_all_schemas() if s.name.removeprefix("npu::") in names)
     library.SCHEMAS.write_text("\n".join(line for line in lines if ".out(" not in line and "._" not in line) + "\n")
     print(f"{len(lines)} schemas in {library.SCHEMAS}")

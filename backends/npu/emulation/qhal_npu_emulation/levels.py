@@ -119,6 +119,8 @@ def _emulated(suites: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(_line("L2 emulated", s["arch"], c["pass"], ran, refused))
         more = s["more"]
         rows.append(_line("L2 emulated", f"{s['arch']}, more kinds", more["passed"], more["cases"], "cases"))
+        fused, what = s["fused"], "questions of fused attention, of every line of its table"
+        rows.append(_line("L2 emulated", f"{s['arch']}, attention", fused["held"], fused["asked"], what))
     return rows
 
 

@@ -31,6 +31,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
         matmuls.npu_convert_weight_to_int4pack,
         matmuls.npu_format_cast,
         attention.npu_fused_infer_attention_score,
+        attention.npu_fused_infer_attention_score_v2,
         attention.npu_scatter_nd_update_,
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from qhal.layer_formats import Activation, KVFormat
 from qhal.layers import attention_request
 from qhal.requests import AttentionRequest, GemmRequest, GroupedRequest, KVRequest
 from qhal.specs import Operand
+from qhal_npu.attention_table import operator
 from qhal_npu.ops import NpuOps
+from qhal_npu_emulation.attentions import ASKS, Ask, ask
 
 _ALL, _OLD, _NEW = ("A2", "A3", "A5"), ("A2", "A3"), ("A5",)
 _NZ, _V5, _ANTI = ("aclnnQuantMatmulWeightNz",), ("aclnnQuantMatmulV5",), ("aclnnWeightQuantBatchMatmulV2",)
@@ -69,9 +72,9 @@ def questions() -> list[Question]:
         ("experts, decoded", _ALL, _experts("int4.g32*bf16", "bf16"), _EXPERTS, False),
         ("cache, int8 per head", _ALL, _cache("int8.head*fp32"), _SCATTER, False),
         ("cache, bf16", _ALL, _cache("bf16"), _SCATTER, False),
-        ("attention, fused", _ALL, _attention("bf16"), ("aclnnFusedInferAttentionScore",), False),
-        ("attention, int8", _ALL, _attention("int8.row*fp32"), _SCATTER, False),
+        ("attention, torch operators", _ALL, _attention, _SCATTER, False),
     ]
+    rows += [(a.name, (on,), partial(_fused, a), (operator(a.line).aclnn[on],), False) for a in ASKS for on in a.on]
     return [Question(*row) for row in rows]
 
 
@@ -143,19 +146,21 @@ def _cache(fmt: str) -> Callable[[NpuOps], Tensor]:
     return ask
 
 
-def _attention(fmt: str) -> Callable[[NpuOps], Tensor]:
-    f = Format.parse(fmt)
+def _attention(ops: NpuOps) -> Tensor:
+    """fp32 queries over int8 rows: no fused operator takes them."""
+    f = Format.parse("int8.row*fp32")
     kv = KVFormat(name="layer", kind="mha", k=f, v=f, heads=2, k_dim=64, v_dim=64)
-    request = attention_request(kv, torch.bfloat16, page=16, heads=4, scale=0.125, phase="decode")
+    request = attention_request(kv, torch.float32, page=16, heads=4, scale=0.125, phase="decode")
+    cache = _filled(ops, "int8.row*fp32", (request,))
+    slots = torch.arange(24, dtype=torch.int64).to(ops.device)
+    k, v = (_numbers(24, 2, 64, seed=s).to(torch.bfloat16).to(ops.device) for s in (1, 2))
+    ops.quant_kv(k, v, cache, slots)
+    batch = ops.attention_batch(request, Limits(batch=2, tokens=2, pages=2))
+    table = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32).to(ops.device)
+    batch.plan(torch.tensor([1, 1]), torch.tensor([20, 7]), table)
+    return ops.attention(_numbers(2, 4, 64).to(ops.device), cache, batch).cpu()
 
-    def ask(ops: NpuOps) -> Tensor:
-        cache = _filled(ops, fmt, (request,))
-        slots = torch.arange(24, dtype=torch.int64).to(ops.device)
-        k, v = (_numbers(24, 2, 64, seed=s).to(torch.bfloat16).to(ops.device) for s in (1, 2))
-        ops.quant_kv(k, v, cache, slots)
-        batch = ops.attention_batch(request, Limits(batch=2, tokens=2, pages=2))
-        table = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32).to(ops.device)
-        batch.plan(torch.tensor([1, 1]), torch.tensor([20, 7]), table)
-        return ops.attention(_numbers(2, 4, 64).to(torch.bfloat16).to(ops.device), cache, batch).cpu()
 
-    return ask
+def _fused(a: Ask, ops: NpuOps) -> Tensor:
+    o, lse, *_ = ask(a, ops)
+    return o.cpu() if lse is None else torch.cat([o.cpu().float().flatten(), lse.cpu().flatten()])

@@ -10,7 +10,7 @@ from qhal_conformance import report
 from qhal_conformance.operations import catalogue
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
-from qhal_npu_emulation import library
+from qhal_npu_emulation import attentions, library
 
 MORE = {
     "int4.row*fp32~int8.row*fp32": ("A2", "A3"),
@@ -37,6 +37,7 @@ def run(arch: str) -> dict[str, Any]:
         cases = [Case("gemm", kind, (("m", 17), ("n", 64), ("k", 160)), "bf16", data, options=options) for data in DATA]
         more += [run_case(case, ops) for case in cases if arch in on]
     bad = [r for r in (*records, *more) if r.outcome.status in (Status.FAIL, Status.ERROR)]
+    fused = {a.name: attentions.judged(a, ops, arch) for a in attentions.ASKS if arch in a.on}
     return {
         "arch": arch,
         "evidence": found["evidence"],
@@ -44,7 +45,9 @@ def run(arch: str) -> dict[str, Any]:
         "profiles": found["profiles"],
         "verdict": found["verdict"],
         "more": {"cases": len(more), "passed": sum(r.outcome.status is Status.PASS for r in more)},
-        "failed": [f"{r.case.id}: {r.outcome.reason}" for r in bad],
+        "fused": {"asked": len(fused), "held": sum(not fault for fault in fused.values())},
+        "failed": [f"{r.case.id}: {r.outcome.reason}" for r in bad]
+        + [f"{n}: {why}" for n, why in fused.items() if why],
         "calls": dict(sorted(library.CALLS.items())),
         "meta": dict(sorted(library.META.items())),
         "keywords": dict(sorted(library.KEYWORDS.items())),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qhal_npu import attention_table
 from qhal_npu.table import DEMANDS, OPERATORS
 
 PAGE = Path(__file__).parents[4] / "docs" / "npu.md"
@@ -40,6 +41,9 @@ def tables(found: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "operators": _operators(),
         "demands": _table(("demand", "says"), [(f"`{k}`", v) for k, v in DEMANDS.items()]),
+        "attention": _attention(),
+        "attention demands": _table(("demand", "says"), [(f"`{k}`", v) for k, v in attention_table.DEMANDS.items()]),
+        "at the call": _table(("demand", "says"), [(f"`{k}`", v) for k, v in attention_table.AT_THE_CALL.items()]),
         "levels": _levels(found),
         "profiles": _profiles(found),
         "wrong calls": _wrong(found),
@@ -53,6 +57,21 @@ def _operators() -> list[str]:
         (o.kind, f"`{o.op}`", " ".join(o.on), f"{o.x} x {o.w}", o.scales, o.layout, ", ".join(o.aclnn), o.source)
         for o in OPERATORS
     ]
+    return _table(head, rows)
+
+
+def _attention() -> list[str]:
+    head = ("kind", "operator", "on", "q, keys and values", "scales", "takes", "aclnn", "source")
+    rows = []
+    for line in attention_table.FUSED:
+        shapes = f"{line.layout}: {line.shapes}"
+        scales = f"antiquant mode {line.mode}: {line.scales}" if line.blocks else line.scales
+        caches = f"int8 by {', '.join(line.blocks)}" if line.blocks else ""
+        caches = caches or ("any format" if line.rows == "gathered" else "16 bits")
+        takes = ", ".join([caches, *line.options])
+        entries = {name: [a for a in line.on if line.aclnn[a] == name] for name in dict.fromkeys(line.aclnn.values())}
+        aclnn = ", ".join(f"{name} ({' '.join(on)})" for name, on in entries.items() if on)
+        rows.append((line.kind, f"`{line.op}`", " ".join(line.on), shapes, scales, takes, aclnn, line.source))
     return _table(head, rows)
 
 

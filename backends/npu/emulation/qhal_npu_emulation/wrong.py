@@ -72,6 +72,23 @@ def _float_bias() -> None:
     calls.quant_matmul(_meta(4, 64), _meta(64, 8, dtype=torch.int32), words, torch.bfloat16, **more)
 
 
+def _padded_rows() -> None:
+    q, rows = _meta(6, 4, 128, dtype=torch.bfloat16), _meta(2, 3, 4, 128, dtype=torch.bfloat16)
+    calls.fused_attention_v2(
+        q, rows, rows, num_query_heads=4, input_layout="TND", actual_seq_qlen=[3, 6], actual_seq_kvlen=[3, 6]
+    )
+
+
+def _int8_prefill() -> None:
+    q, pages = torch.zeros(1, 2, 4, 64).bfloat16(), torch.zeros(1, 128, 256, dtype=torch.int8)
+    more = {f"{n}_antiquant_scale": torch.ones(4).bfloat16() for n in ("key", "value")}
+    modes = {f"{n}_antiquant_mode": 2 for n in ("key", "value")}
+    calls.fused_attention(
+        q, pages, pages, num_heads=4, input_layout="BSND", actual_seq_lengths_kv=[20], block_size=128,
+        block_table=torch.zeros(1, 1, dtype=torch.int32), **more, **modes,
+    )  # fmt: skip
+
+
 def _without_scale_bias() -> None:
     kept = running._int4_8
 
@@ -121,6 +138,8 @@ WRONG = (
     Wrong("misspelt keyword", "L1 schema", "per_token_scale", _misspelt),
     Wrong("bf16 scale with fp16 output", "L1 meta", "scale", _bf16_scale),
     Wrong("float scale_bias to npu_quant_matmul", "L1 meta", "bias's type should be torch.int32", _float_bias),
+    Wrong("padded rows as TND", "L1 meta", "should equal to query's dim3", _padded_rows),
+    Wrong("two queries over int8 pages", "L2 emulated", "torch.int8", _int8_prefill),
     Wrong("int8 x int4 without scale_bias", "L2 emulated", "outside their bound", _without_scale_bias),
     Wrong("microscaling on an A2", "plan", "documented for A5", _planned(_MX, _MX, "A2")),
     Wrong("too many columns", "plan", "last-axis", _planned(_W8, _W8, "A2", n=70000)),
