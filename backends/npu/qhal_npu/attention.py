@@ -1,4 +1,4 @@
-"""Which fused operator an attention takes: the first line of the table whose demands the request keeps, or why none."""
+"""Which fused operators an attention takes: the lines of the table whose demands the request keeps, or why none."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ HALVES = ("bf16", "fp16")
 
 @dataclass(frozen=True)
 class Fused:
-    """A line of the table that serves a request. note: why not the lines before it."""
+    """Lines of the table that serve a request, in order: the first that takes a batch runs it. note: why not others."""
 
-    line: FusedAttention
+    lines: tuple[FusedAttention, ...]
     numerics: NumericsClass
     note: str = ""
 
@@ -38,10 +38,11 @@ class Broken:
 
 @lru_cache(maxsize=4096)
 def choose(r: AttentionRequest, arch: str) -> Fused | Broken:
-    """The first line that serves a well-formed request, or what every line asks that it breaks."""
+    """The lines that serve a well-formed request, or what every line asks that it breaks."""
     general = next(_types(r), None)
     if general is not None:
         return general
+    lines: list[FusedAttention] = []
     passed: list[str] = []
     broken = Broken("latent-queries", f"phase {r.phase}")
     for line in table.FUSED:
@@ -49,12 +50,15 @@ def choose(r: AttentionRequest, arch: str) -> Fused | Broken:
             continue
         found = next(_broken(r, line, arch), None)
         if found is None:
-            numerics = NumericsClass.REDUCED_ACC if _plain_cache(r) else NumericsClass.DEQUANT_16
-            assert numerics <= minimum_class(r)
-            return Fused(line, numerics, "; ".join(passed))
-        passed.append(f"not {line.kind}: {found}")
-        broken = found
-    return replace(broken, note="; ".join(passed))
+            lines.append(line)
+        else:
+            passed.append(f"not {line.kind}: {found}")
+            broken = found
+    if not lines:
+        return replace(broken, note="; ".join(passed))
+    numerics = NumericsClass.REDUCED_ACC if _plain_cache(r) else NumericsClass.DEQUANT_16
+    assert numerics <= minimum_class(r)
+    return Fused(tuple(lines), numerics, "; ".join(passed))
 
 
 def _plain_cache(r: AttentionRequest) -> bool:
@@ -138,11 +142,6 @@ def _antiquant(r: AttentionRequest, line: FusedAttention) -> Iterator[Broken]:
     assert k.block is not None and v.block is not None
     if (k.block.kind, k.zero is None) != (v.block.kind, v.zero is None):
         yield Broken("antiquant-pair", f"k={k}, v={v}")
-    for f in (k, v):
-        assert f.scale is not None
-        whole = f.zero is None or f.zero.element in ("int8", "uint8")
-        if line.mode != 3 and (f.scale.element != r.q.element or not whole):
-            yield Broken("antiquant-type-of-q", f"{f} under q={r.q}")
 
 
 def _codes(f: Format) -> bool:

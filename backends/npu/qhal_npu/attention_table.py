@@ -1,6 +1,6 @@
 """The operator table of attention: which fused operator serves which requests, and why we think so.
 
-`attention.choose` tries the lines in their order and answers from them and from the demands below; `docs/npu.md` prints
+`attention.choose` takes the lines in their order and answers from them and from the demands below; `docs/npu.md` prints
 both. A line says what the wheel's own documents and checks say. None was measured on a device.
 
 Q_S is the number of queries of a sequence, B of sequences, N of heads, KV_N of key-value heads, D of features.
@@ -124,8 +124,6 @@ DEMANDS: dict[str, str] = {
     "head-count": "at most 256 heads, at most 64 of them to a key-value head",
     "row-width": "KV_N D (BSND: N D) is at most 65535",
     "antiquant-pair": "keys and values are quantized alike",
-    "antiquant-type-of-q": "scales by head and channel are given in the type of q, so they are kept in it; zero points "
-    "are then whole numbers of 8 bits",
     "tnd-type": "TND takes bf16",
     "tnd-width": "TND takes D of 128, or 192 with values of 128 or 192; narrower rows are padded",
     "sink-width": "with sinks values are at most 128 wide",
@@ -141,11 +139,13 @@ DEMANDS: dict[str, str] = {
 AT_THE_CALL: dict[str, str] = {
     "lengths": "some query sees a key; without a causal mask a sequence has at least as many keys as queries",
     "sizes": "TND: at most 4096 sequences and 2^20 queries; one query: at most 262144 keys",
-    "planes": "pages are contiguous, and hold fewer than 2^31 numbers",
+    "planes": "pages that are read as they are: contiguous, and fewer than 2^31 numbers",
+    "scale-type": "scales by head and channel, which are given in the type of q, are numbers of it, and their zero "
+    "points of int8",
     "sink-type": "learnable_sink is bf16: sinks are numbers of it",
     "lse": "lse= is given only if the request says so",
 }
-"""What is known only when attention is called; a batch that breaks one runs on the torch operators, as plans say."""
+"""What is known only when attention is called: the first line of which a batch breaks nothing runs it, else torch."""
 
 
 def operator(kind: str) -> FusedAttention:

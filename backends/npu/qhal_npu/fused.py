@@ -21,7 +21,8 @@ from qhal.formats import Format
 from qhal.requests import AttentionRequest
 from qhal_npu import attention_table as table
 from qhal_npu import calls
-from qhal_npu.attention import Fused, choose, width
+from qhal_npu.attention import Broken, choose, width
+from qhal_npu.attention_table import FusedAttention
 from qhal_portable import attention as portable
 from qhal_portable import kv
 from qhal_portable.attention import PagedBatch
@@ -43,30 +44,44 @@ def attention(
     lse: Tensor | None,
     arch: str,
 ) -> Tensor:
-    """See QuantOps.attention: by the fused operator that serves the request and this batch, else by torch operators.
+    """See QuantOps.attention: by the first fused operator that takes request and batch, else by torch operators.
 
     These gather and decode the pages; products, softmax and sums are fp32. Right, and far from fast.
     """
     r = batch.request
+    found = serving(cache, batch, sinks, lse, arch)
+    if found is None:
+        return portable.attend(q, cache, batch, sinks, out, lse, torch.float32)
+    line, rows, seeing = found
+    rope = r.kv.v_dim if r.kv.kind == "mla" else 0
+    portable.check_queries(q, r, sinks, len(seeing), r.kv.k_dim + rope)
+    shape = (q.shape[0], r.heads, r.kv.k_dim if rope else r.kv.v_dim)
+    result = portable.buffer(out, shape, r.out, "out", q.device)
+    logs = None if lse is None else portable.buffer(lse, shape[:2], torch.float32, "lse", q.device)
+    held = q.detach().to(WIDE[r.q.element])
+    some = None
+    if not all(seeing):  # the others' results are 0, and -inf
+        some = torch.tensor([i for i, sees in enumerate(seeing) if sees], device=q.device)
+        held = held.index_select(0, some)
+    o, log = _call(line, held.contiguous(), cache, rows, r, sinks)
+    if logs is not None and log is not None:
+        logs.copy_(log if some is None else torch.full_like(logs, -torch.inf).index_copy_(0, some, log))
+    return result.copy_(o if some is None else torch.zeros_like(result).index_copy_(0, some, o))
+
+
+def serving(
+    cache: KVCache, batch: PagedBatch, sinks: Tensor | None, lse: Tensor | None, arch: str
+) -> tuple[FusedAttention, Rows, list[bool]] | None:
+    """The line that takes a batch, its sequences, and for every query whether it sees a key; None: no line does."""
+    r = batch.request
     path = choose(r, arch)
-    mla = r.kv.kind == "mla"
-    if isinstance(path, Fused) and portable.same_cache(cache.request, r.kv) and cache.layout == "canonical":
-        rows, seeing = _seeing([row[:3] for row in batch.rows(cache.pages)], r)
-        portable.check_queries(q, r, sinks, len(seeing), r.kv.k_dim + (r.kv.v_dim if mla else 0))
-        if not broken_at_the_call(path, cache, rows, r, sinks, lse):
-            shape = (q.shape[0], r.heads, r.kv.k_dim if mla else r.kv.v_dim)
-            result = portable.buffer(out, shape, r.out, "out", q.device)
-            logs = None if lse is None else portable.buffer(lse, shape[:2], torch.float32, "lse", q.device)
-            held = q.detach().to(WIDE[r.q.element])
-            some = None
-            if not all(seeing):  # the others' results are 0, and -inf
-                some = torch.tensor([i for i, sees in enumerate(seeing) if sees], device=q.device)
-                held = held.index_select(0, some)
-            o, log = _call(path, held.contiguous(), cache, rows, r, sinks)
-            if logs is not None and log is not None:
-                logs.copy_(log if some is None else torch.full_like(logs, -torch.inf).index_copy_(0, some, log))
-            return result.copy_(o if some is None else torch.zeros_like(result).index_copy_(0, some, o))
-    return portable.attend(q, cache, batch, sinks, out, lse, torch.float32)
+    if isinstance(path, Broken) or not portable.same_cache(cache.request, r.kv) or cache.layout != "canonical":
+        return None
+    rows, seeing = _seeing([row[:3] for row in batch.rows(cache.pages)], r)
+    for line in path.lines:
+        if not broken_at_the_call(line, cache, rows, r, sinks, lse):
+            return line, rows, seeing
+    return None
 
 
 def _seeing(rows: Rows, r: AttentionRequest) -> tuple[Rows, list[bool]]:
@@ -82,10 +97,9 @@ def _seeing(rows: Rows, r: AttentionRequest) -> tuple[Rows, list[bool]]:
 
 
 def broken_at_the_call(
-    path: Fused, cache: KVCache, rows: Rows, r: AttentionRequest, sinks: Tensor | None, lse: Tensor | None
+    line: FusedAttention, cache: KVCache, rows: Rows, r: AttentionRequest, sinks: Tensor | None, lse: Tensor | None
 ) -> str:
-    """The name in `AT_THE_CALL` of what these sequences break; "" if they can be asked."""
-    line = path.line
+    """The name in `AT_THE_CALL` of what a line does not take; "" if it can be asked."""
     if not rows or any(queries > keys for queries, keys, _ in rows):
         return "lengths"
     tokens, longest = sum(queries for queries, _, _ in rows), max(keys for _, keys, _ in rows)
@@ -96,6 +110,8 @@ def broken_at_the_call(
     codes = [plane for name, plane in cache.planes.items() if name.endswith(".codes")]
     if line.rows != "gathered" and any(not p.is_contiguous() or p.numel() >= table.PAGES_LIMIT for p in codes):
         return "planes"
+    if line.rows == "int8 pages" and line.mode != 3 and not _fit(cache, r):
+        return "scale-type"
     if lse is not None and not r.lse:
         return "lse"
     if sinks is not None and not torch.equal(sinks.to(torch.bfloat16).float(), sinks):
@@ -103,22 +119,36 @@ def broken_at_the_call(
     return ""
 
 
-def _call(path: Fused, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest, sinks: Tensor | None) -> Found:
+def _fit(cache: KVCache, r: AttentionRequest) -> bool:
+    """Whether static scales are numbers of the type of q, and zero points of int8: their differences are, of both."""
+    for name, f in (("k", r.kv.k), ("v", r.kv.v)):
+        for part, inner in (("scale", f.scale), ("zero", f.zero)):
+            if inner is not None:
+                numbers = decode(inner.element, cache.planes[f"{name}.{part}"]).float()
+                held = numbers.to(WIDE[r.q.element]) if part == "scale" else numbers.round().clamp(-128, 127)
+                if not torch.equal(held.float(), numbers):
+                    return False
+    return True
+
+
+def _call(
+    line: FusedAttention, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest, sinks: Tensor | None
+) -> Found:
     """q [T, H, D] as the request holds it. Everything was checked."""
-    if path.line.kv == "mla":
-        return _latent(path, q, cache, rows, r)
-    if path.line.layout == "TND":
+    if line.kv == "mla":
+        return _latent(line, q, cache, rows, r)
+    if line.layout == "TND":
         return _one_after_the_other(q, cache, rows, r, sinks)
-    if path.line.layout == "BSND":
-        return _side_by_side(path, q, cache, rows, r)
-    return _decode(path, q, cache, rows, r)
+    if line.layout == "BSND":
+        return _side_by_side(line, q, cache, rows, r)
+    return _decode(line, q, cache, rows, r)
 
 
-def _decode(path: Fused, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest) -> Found:
+def _decode(line: FusedAttention, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest) -> Found:
     """One query each over pages as they are."""
     k, v = (cache.planes[f"{name}.codes"].flatten(2) for name in ("k", "v"))
     table_ = _table(rows)
-    more = _antiquant(path.line.mode, cache, table_, r) if path.line.rows == "int8 pages" else {}
+    more = _antiquant(line.mode, cache, table_, r) if line.rows == "int8 pages" else {}
     o, lse = calls.fused_attention(
         q.reshape(len(rows), r.heads, 1, r.kv.k_dim), k, v, block_table=table_, block_size=r.kv.page,
         actual_seq_lengths_kv=[keys for _, keys, _ in rows], num_heads=r.heads, num_key_value_heads=r.kv.heads,
@@ -169,11 +199,11 @@ def _one_after_the_other(q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequ
     return o[..., : r.kv.v_dim], lse[..., 0] if r.lse else None
 
 
-def _side_by_side(path: Fused, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest) -> Found:
+def _side_by_side(line: FusedAttention, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest) -> Found:
     """BSND: queries padded to the longest sequence, and keys too if they are gathered."""
     queries = [n for n, _, _ in rows]
     padded = _padded(list(q.split(queries)))
-    if path.line.rows == "pages":
+    if line.rows == "pages":
         k, v = (cache.planes[f"{name}.codes"].flatten(2) for name in ("k", "v"))
         table_ = _table(rows)
         o, lse = calls.fused_attention_v2(
@@ -192,9 +222,9 @@ def _side_by_side(path: Fused, q: Tensor, cache: KVCache, rows: Rows, r: Attenti
     return o, torch.cat([part[:, :n, 0].T for part, n in zip(lse, queries, strict=True)]) if r.lse else None
 
 
-def _latent(path: Fused, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest) -> Found:
+def _latent(line: FusedAttention, q: Tensor, cache: KVCache, rows: Rows, r: AttentionRequest) -> Found:
     """One query each over latent rows, which are keys and values, and their rope parts."""
-    if path.line.rows == "pages":
+    if line.rows == "pages":
         size, table_ = r.kv.page, _table(rows)
         latent, rope = cache.planes["latent.codes"], cache.planes["rope.codes"]
     else:

@@ -160,7 +160,8 @@ def _attention(request: AttentionRequest, answer: Support, arch: str) -> Support
     if isinstance(path, attention.Broken):
         found = _here(answer, words, numerics=NumericsClass.FP32_ACC, arithmetic=arithmetic, batch_invariant=False)
         return replace(found, reason=f"{found.reason}; not fused: {path}")
-    words = f"{path.line.op}: {path.line.kind}; batches it does not take ({', '.join(AT_THE_CALL)}): {words}"
+    served = "; else ".join(f"{line.op}: {line.kind}" for line in path.lines)
+    words = f"{served}; batches they do not take ({', '.join(AT_THE_CALL)}): {words}"
     found = _here(answer, words, numerics=path.numerics, arithmetic=arithmetic, batch_invariant=False)
     reasons = ("lengths and pages are read on the host", _UNPROVEN, path.note)
     return replace(found, reason="; ".join(text for text in reasons if text))

@@ -17,7 +17,7 @@ from qhal.formats import Format
 from qhal.requests import AttentionRequest, NumericsClass, minimum_class
 from qhal_npu import attention_table as table
 from qhal_npu import calls, fused
-from qhal_npu.attention import Broken, Fused, choose
+from qhal_npu.attention import Broken, choose
 from qhal_portable import attention as portable
 
 ARCHS = ("A2", "A3", "A5")
@@ -67,8 +67,6 @@ BROKEN: list[tuple[str, AttentionRequest, str]] = [
     ("head-count", asked(_PAGES, heads=130), "A2"),
     ("row-width", asked(_PAGES, heads=256, heads_kv=256, k_dim=512, v_dim=512), "A2"),
     ("antiquant-pair", asked(_HEAD, v=Format.parse("int8-int8.head*bf16")), "A2"),
-    ("antiquant-type-of-q", asked(_HEAD, k=Format.parse("int8.head*fp32"), v=Format.parse("int8.head*fp32")), "A2"),
-    ("antiquant-type-of-q", asked("decode, int8 pages by channel", k=Format.parse("int8-fp32.col*bf16")), "A2"),
     ("tnd-type", asked(_BSND), "A2"),
     ("tnd-width", asked(_TND, k_dim=256, v_dim=256, sinks=False), "A2"),
     ("sink-width", asked(_TND, k_dim=192, v_dim=192), "A2"),
@@ -117,44 +115,67 @@ def batch_of(r: AttentionRequest, lens: list[tuple[int, int]], pages: int = 4) -
     return batch, cache, torch.randn(sum(n for n, _ in lens), r.heads, r.kv.k_dim).bfloat16()
 
 
-def by_torch(r: AttentionRequest, cache: KVCache, batch: Any, q: torch.Tensor, **more: Any) -> bool:
-    """Whether no fused operator is called, and the result is the torch operators'."""
-    before = dict(library.CALLS)
+def called(r: AttentionRequest, cache: KVCache, batch: Any, q: torch.Tensor, **more: Any) -> str:
+    """Which fused operator is called, if any; without one the result is the torch operators'."""
+    before = library.CALLS.copy()
     found = emulation.ops("A2").attention(q, cache, batch, **more)
-    called = [name for name in library.CALLS if "infer" in name and library.CALLS[name] != before.get(name, 0)]
+    names = [name for name in library.CALLS - before if "infer" in name]
     wanted = portable.attend(q, cache, batch, more.get("sinks"), None, None, torch.float32)
-    return not called and torch.equal(found, wanted)
+    assert names or torch.equal(found, wanted)
+    return ", ".join(names)
 
 
-def test_what_a_batch_breaks_at_the_call_runs_on_torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+_V1, _V2 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
+
+
+def test_what_no_line_takes_runs_on_torch_operators() -> None:
     plain, sunk = asked(_PAGES), asked(_TND)
     for lens in ([(1, 0), (1, 0)], [(0, 20)]):
         batch, cache, q = batch_of(plain, lens)
-        assert by_torch(plain, cache, batch, q)  # lengths: no query sees a key
+        assert called(plain, cache, batch, q) == ""  # lengths: no query sees a key
     whole = replace(sunk, causal=False)
     batch, cache, q = batch_of(whole, [(5, 3), (1, 20)])
-    assert by_torch(whole, cache, batch, q, sinks=torch.zeros(4))  # lengths: more queries than keys, all seen
+    assert called(whole, cache, batch, q, sinks=torch.zeros(4)) == ""  # lengths: more queries than keys, all seen
     batch, cache, q = batch_of(sunk, [(2, 3), (1, 20)])
-    assert by_torch(sunk, cache, batch, q, sinks=torch.full((4,), 0.1))  # sink-type: bf16 has no 0.1
-    assert not by_torch(sunk, cache, batch, q, sinks=torch.full((4,), 0.5))
+    assert called(sunk, cache, batch, q, sinks=torch.full((4,), 0.1)) == ""  # sink-type: bf16 has no 0.1
+    assert called(sunk, cache, batch, q, sinks=torch.full((4,), 0.5)) == _V2
     quiet = replace(plain, lse=False)
     batch, cache, q = batch_of(quiet, [(1, 20), (1, 9)])
-    assert by_torch(quiet, cache, batch, q, lse=torch.zeros(2, 4))  # lse
+    assert called(quiet, cache, batch, q) == _V1
+    assert called(quiet, cache, batch, q, lse=torch.zeros(2, 4)) == ""  # lse
+
+
+def test_a_batch_that_a_line_does_not_take_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    r = replace(asked(_PAGES), lse=False)
+    batch, cache, q = batch_of(r, [(1, 20), (1, 9)])
     strided = replace(cache, planes={n: t.repeat_interleave(2, 0)[::2] for n, t in cache.planes.items()})
-    assert by_torch(quiet, strided, batch, q)  # planes
-    path = choose(quiet, "A2")
-    assert isinstance(path, Fused)
+    assert called(r, strided, batch, q) == _V2  # planes: rows are gathered
+    lines = {line.kind: line for line in table.FUSED}
     rows = [(1, 20, torch.zeros(1)), (1, 9, torch.zeros(1))]
-    monkeypatch.setattr(table, "KEYS", 19)
-    assert fused.broken_at_the_call(path, cache, rows, quiet, None, None) == "sizes"
-    monkeypatch.setattr(table, "KEYS", 20)
-    assert fused.broken_at_the_call(path, cache, rows, quiet, None, None) == ""
+
+    def broken(kind: str) -> str:
+        return fused.broken_at_the_call(lines[kind], cache, rows, r, None, None)
+
+    assert {broken(kind) for kind in (_PAGES, _TND, _BSND)} == {""}
     monkeypatch.setattr(table, "PAGES_LIMIT", cache.planes["k.codes"].numel())
-    assert fused.broken_at_the_call(path, cache, rows, quiet, None, None) == "planes"
-    tnd = choose(sunk, "A2")
-    assert isinstance(tnd, Fused)
+    assert (broken(_PAGES), broken(_TND)) == ("planes", "")
+    monkeypatch.setattr(table, "KEYS", 19)
+    assert (broken(_BSND), broken(_TND)) == ("sizes", "")
     monkeypatch.setattr(table, "SEQUENCES", 1)
-    assert fused.broken_at_the_call(tnd, cache, rows, sunk, None, None) == "sizes"
+    assert broken(_TND) == "sizes"
+
+
+@pytest.mark.parametrize(
+    ("plane", "number", "taken"),
+    [("k.scale", 0.03125, _V1), ("v.scale", 0.1, _V2), ("k.zero", -128.0, _V1), ("k.zero", 128.0, _V2),
+     ("v.zero", 0.5, _V2)],
+)  # fmt: skip
+def test_scales_that_the_type_of_q_does_not_hold_are_not_rounded(plane: str, number: float, taken: str) -> None:
+    c8 = Format.parse("int8-fp32.col*fp32")
+    r = asked("decode, int8 pages by channel", k=c8, v=c8)
+    batch, cache, q = batch_of(r, [(1, 20), (1, 100)])
+    cache.set_static(plane, torch.full(cache.planes[plane].shape, number))
+    assert called(r, cache, batch, q) == taken
 
 
 def test_queries_of_another_type_are_held_as_the_request_says() -> None:

@@ -22,8 +22,11 @@ from qhal_conformance import paged
 from qhal_conformance.attention_reference import Keys, attend
 from qhal_conformance.tolerance import compare
 from qhal_npu.attention import Broken, choose
+from qhal_npu.attention_table import operator
+from qhal_npu.fused import serving
 from qhal_npu_emulation import library
 from qhal_portable import kv
+from qhal_portable.attention import PagedBatch
 
 _ALL, _OLD, _NEW = ("A2", "A3", "A5"), ("A2", "A3"), ("A5",)
 _DECODE, _FULL = ((1, 40), (1, 0), (1, 7), (1, 64)), ((5, 5), (1, 40), (21, 70))
@@ -32,8 +35,9 @@ _MIXED = (*_FULL, (3, 0), (0, 9), (4, 2))
 
 @dataclass(frozen=True)
 class Ask:
-    """A request and a batch. line: which line of the table must serve it; lens: (queries, keys) of every sequence.
+    """A request and a batch. line: which line of the table must take it; lens: (queries, keys) of every sequence.
 
+    fits    static scales are numbers of the type of q, zero points of int8
     dims    D of keys and values; latent rows: R and P
     window, full, sinks, lse  as in AttentionRequest; full: not causal
     """
@@ -50,6 +54,7 @@ class Ask:
     full: bool = False
     sinks: bool = False
     lse: bool = False
+    fits: bool = True
 
     @property
     def name(self) -> str:
@@ -57,6 +62,7 @@ class Ask:
         more: list[str] = [self.request.phase] if self.line.startswith("rows") else []
         more += [f"window {self.window}"] if self.window else []
         more += [word for word in ("full", "sinks", "lse") if getattr(self, word)]
+        more += [] if self.fits else ["scales of fp32"]
         return ", ".join([self.line, f"{self.q} over {self.cache}", *more])
 
     @property
@@ -85,9 +91,11 @@ ASKS: tuple[Ask, ...] = (
     Ask(_BY_HEAD, _OLD, "int8-int8.head*fp16", q="fp16", window=33, lse=True),
     Ask(_BY_HEAD, _OLD, "int8.tensor*bf16", lse=True),
     Ask(_BY_CHANNEL, _OLD, "int8-int8.col*bf16"),
+    Ask(_BY_CHANNEL, _OLD, "int8-fp32.col*fp32", lse=True),
     Ask(_BY_TOKEN, _OLD, "int8.row*fp32", window=9, lse=True),
     Ask(_BY_TOKEN, _OLD, "int8-int8.row*fp32"),
-    Ask(_BY_TOKEN, _OLD, "int8-fp32.head*fp32", q="fp16"),
+    Ask(_BY_TOKEN, _OLD, "int8-fp32.head*fp32", q="fp16", fits=False),
+    Ask(_BY_TOKEN, _OLD, "int8.tensor*fp32", fits=False),
     Ask("prefill, 16-bit pages", _ALL, "bf16", _MIXED, page=128, lse=True),
     Ask("prefill, 16-bit pages", _ALL, "fp16", ((140, 300), (7, 129)), "fp16", page=128, window=50),
     Ask("prefill, 16-bit pages", _ALL, "bf16", _FULL, page=128, full=True),
@@ -95,7 +103,7 @@ ASKS: tuple[Ask, ...] = (
     Ask("rows one after the other", _ALL, "bf16", sinks=True, window=20),
     Ask("rows one after the other", _ALL, "int8.row*fp32", _MIXED, dims=(192, 128), lse=True),
     Ask("rows one after the other", _NEW, "e4m3fn.row*fp32", _FULL, full=True),
-    Ask("rows one after the other", _OLD, "int8.col*fp32", page=16),
+    Ask("rows one after the other", _OLD, "int8-fp32.col*fp32", fits=False),
     Ask("rows side by side", _ALL, "int8.row*fp32", _MIXED, "fp16", (80, 80), lse=True),
     Ask("rows side by side", _ALL, "int4.g32*fp16", _DECODE, "fp16", window=20),
     Ask("rows side by side", _ALL, "bf16", _FULL, dims=(256, 256), full=True, window=20),
@@ -105,8 +113,21 @@ ASKS: tuple[Ask, ...] = (
 )
 
 
-def ask(a: Ask, ops: QuantOps) -> tuple[Tensor, Tensor | None, KVCache, tuple[np.ndarray, ...]]:
-    """o, lse, the cache and (q, sinks, table), of rows that follow from the seed alone."""
+@dataclass(frozen=True)
+class Answer:
+    """What came out, and of what."""
+
+    o: Tensor
+    lse: Tensor | None
+    cache: KVCache
+    batch: PagedBatch
+    q: Tensor
+    sinks: Tensor | None
+    pages: paged.Pages
+
+
+def ask(a: Ask, ops: QuantOps) -> Answer:
+    """Of rows that follow from the question's name alone."""
     r = a.request
     pages = paged.scatter(a.name, tuple(n for _, n in a.lens), a.page, width=4)
     layout, planes = ops.kv_planes(r.kv, attention=(r,))
@@ -114,9 +135,10 @@ def ask(a: Ask, ops: QuantOps) -> tuple[Tensor, Tensor | None, KVCache, tuple[np
     paged.poison(cache, np.arange(pages.count))
     g = torch.Generator().manual_seed(len(a.name))
     for name in sorted(cache.static):
-        shape = cache.planes[name].shape
-        value = torch.randint(-9, 10, shape, generator=g) if name.endswith("zero") else _scales(shape, g)
-        cache.set_static(name, value.float().to(ops.device))
+        whole = torch.randint(-9, 10, cache.planes[name].shape, generator=g).float()
+        value = whole if name.endswith("zero") else ((whole + 25) * 2.0**-10)
+        odd = 1 / 3 if name.endswith("zero") else 2.0**-20
+        cache.set_static(name, (value if a.fits else value + odd).to(ops.device))
     tokens, kind = pages.slots.size, WIDE[a.q]
     axes = ((), ()) if r.kv.kind == "mla" else ((r.kv.heads,), (r.kv.heads,))
     k, v = (torch.randn(tokens, *heads, dim, generator=g).to(kind) for heads, dim in zip(axes, a.dims, strict=True))
@@ -126,34 +148,33 @@ def ask(a: Ask, ops: QuantOps) -> tuple[Tensor, Tensor | None, KVCache, tuple[np
     query_lens, kv_lens = (torch.tensor(n, dtype=torch.int32) for n in (queries, pages.lens))
     batch.plan(query_lens, kv_lens, torch.from_numpy(pages.table).to(ops.device))
     q = torch.randn(sum(queries), r.heads, a.dims[0] + (a.dims[1] if r.kv.kind == "mla" else 0), generator=g).to(kind)
-    sinks = torch.randn(r.heads, generator=g).bfloat16().float()
+    sinks = torch.randn(r.heads, generator=g).bfloat16().float().to(ops.device) if r.sinks else None
     lse = torch.zeros(q.shape[:2], device=ops.device) if r.lse else None
-    o = ops.attention(q.to(ops.device), cache, batch, sinks=sinks.to(ops.device) if r.sinks else None, lse=lse)
-    return o, lse, cache, (q.float().numpy(), sinks.numpy(), pages.table)
-
-
-def _scales(shape: torch.Size, g: torch.Generator) -> Tensor:
-    return (torch.randint(128, 256, shape, generator=g) * 2.0**-13).bfloat16()
+    o = ops.attention(q.to(ops.device), cache, batch, sinks=sinks, lse=lse)
+    assert isinstance(batch, PagedBatch)
+    return Answer(o, lse, cache, batch, q, sinks, pages)
 
 
 def judged(a: Ask, ops: QuantOps, arch: str) -> str:
-    """What is wrong: another line serves the request, or the result is outside the suite's bound of its class."""
-    r = a.request
-    path = choose(r, arch)
-    if isinstance(path, Broken) or path.line.kind != a.line:
-        return f"served by {path if isinstance(path, Broken) else path.line.kind}"
-    calls = library.CALLS[path.line.op]
-    o, lse, cache, (q, sinks, table) = ask(a, ops)
-    if library.CALLS[path.line.op] != calls + 1:
-        return f"{path.line.op} was not called once"
+    """What is wrong: another line takes the batch, or the result is outside the suite's bound of its class."""
+    r, before = a.request, library.CALLS.copy()
+    path, found = choose(r, arch), ask(a, ops)
+    if isinstance(path, Broken):
+        return f"no line serves it: {path}"
+    served = serving(found.cache, found.batch, found.sinks, found.lse, arch)
+    called = {name: n for name, n in (library.CALLS - before).items() if "infer" in name}
+    line = operator(a.line)
+    if served is None or served[0] is not line or called != {line.op: 1}:
+        return f"taken by {served and served[0].kind}, called {called}"
     sequences: list[Keys] = []
     for b, (queries, keys) in enumerate(a.lens):
-        own = torch.from_numpy(table[b, : -(-keys // a.page)]).long()
-        k, v = (kv.read(cache, which, own, keys).numpy() for which in (0, 1))
+        own = torch.from_numpy(found.pages.table[b, : -(-keys // a.page)]).long()
+        k, v = (kv.read(found.cache, which, own, keys).numpy() for which in (0, 1))
         both = (np.concatenate([k, v], -1), k) if r.kv.kind == "mla" else (k, v)
         sequences.append((queries, *both, None))
-    e = attend(q, sequences, r, path.numerics, a.q, sinks if r.sinks else None)
-    verdict = compare(o.double().numpy(), e.o, e.o_bound, a.q)
-    if verdict.kind is None and lse is not None:
-        verdict = compare(lse.double().numpy(), e.lse, e.lse_bound, "fp32")
+    sinks = None if found.sinks is None else found.sinks.numpy()
+    e = attend(found.q.float().numpy(), sequences, r, path.numerics, a.q, sinks)
+    verdict = compare(found.o.double().numpy(), e.o, e.o_bound, a.q)
+    if verdict.kind is None and found.lse is not None:
+        verdict = compare(found.lse.double().numpy(), e.lse, e.lse_bound, "fp32")
     return verdict.detail

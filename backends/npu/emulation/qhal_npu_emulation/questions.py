@@ -162,5 +162,6 @@ def _attention(ops: NpuOps) -> Tensor:
 
 
 def _fused(a: Ask, ops: NpuOps) -> Tensor:
-    o, lse, *_ = ask(a, ops)
-    return o.cpu() if lse is None else torch.cat([o.cpu().float().flatten(), lse.cpu().flatten()])
+    found = ask(a, ops)
+    o, lse = found.o.cpu(), found.lse
+    return o if lse is None else torch.cat([o.float().flatten(), lse.cpu().flatten()])
