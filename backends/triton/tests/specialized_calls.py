@@ -1,6 +1,6 @@
 """Run by `test_triton_offline.py` without the interpreter: how launches specialize sizes and strides, and how tiles do.
 
-Nothing is compiled: a launch ends where Triton would call its compiler.
+A launch ends where Triton would call its compiler; only what is launched before it is compiled.
 """
 
 from __future__ import annotations
