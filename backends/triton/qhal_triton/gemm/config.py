@@ -61,7 +61,7 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     if many and m > 32 and not shared:
         return 64, 32, 4, stages
     if target.shared < 128 << 10:
-        return 64, 64, 4, stages
+        return 32 if "offset" in s.w.made else 64, 64, 4, stages  # two fp32 planes for every unit
     rows = 64 if many or s.x.group or s.x.zero or s.x.kind == "uint" or (step and not shared) else 128
     if target.arch.startswith("sm_10") and step:  # 512 columns of tensor memory have room for all sums of a step
         rows = min(rows, max(256 // units, 16))
