@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import qhal
 from qhal.groups import Groups
+from qhal.interface import MemoryStats
 from qhal.prepared import Prepared
 from qhal.requests import NumericsClass, Request, Support
 from qhal.specs import Operand
@@ -55,6 +57,25 @@ def test_a_wrapper_that_changes_nothing_survives(name: str) -> None:
                 type(mutant)(name, mutant.group, mutant.profile, "none", kind), qhal.select("cpu_reference"), 0
             )
             assert not fate.killed, fate
+
+
+@pytest.mark.parametrize(("rounds", "lost"), [(1, False), (2, False), (100, True)])
+def test_memory_that_grows_once_is_not_lost(rounds: int, lost: bool) -> None:
+    """A workspace that a library takes late, or pages touched again: only what grows in every round is a leak."""
+    calls = []
+
+    class Growing(Wrapped):
+        def gemm(self, x: Tensor, w: Prepared, *, input: int = 0, out: Tensor | None = None) -> Tensor:
+            calls.append(1)
+            return super().gemm(x, w, input=input, out=out)
+
+        def memory_stats(self) -> MemoryStats:
+            used = 1 + min(len(calls), 8 + rounds * 64) * 2 * 4096 * 64
+            return MemoryStats(used, used, 1 << 40)
+
+    case = next(c for c in contract_check.cases(0) if c.subject == "memory-comes-back")
+    outcome = run_case(case, Growing(qhal.select("cpu_reference"))).outcome
+    assert (outcome.status == Status.FAIL) == lost and (outcome.kind == FailKind.LEAK) == lost, outcome
 
 
 def test_attention_by_tiles_survives() -> None:

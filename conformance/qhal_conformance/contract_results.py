@@ -28,6 +28,9 @@ from qhal_conformance.contract_calls import (
 from qhal_conformance.outcome import FailKind
 from qhal_conformance.problem import Fault, well_formed
 
+_ROUNDS = 3
+"""In which memory must grow to be called lost."""
+
 
 def results_well_formed(case: Case, ops: QuantOps) -> int:
     """Every result has its shape, dtype, device and strides, is no input's memory, and no input changed."""
@@ -226,15 +229,16 @@ def memory_comes_back(case: Case, ops: QuantOps) -> int:
     start, held = ops.memory_stats().used, [ops.gemm(x, prepared) for _ in range(8)]
     while ops.memory_stats().used - start < 8 * size and len(held) < 8 * times:
         held += [ops.gemm(x, prepared) for _ in range(8)]  # until nothing is left that the allocator had kept
-    ops.synchronize()
-    before = ops.memory_stats().used
-    for _ in range(times):
-        ops.gemm(x, prepared)
-    ops.synchronize()
-    grown = ops.memory_stats().used - before
-    if 2 * grown > times * size:
-        raise Fault(FailKind.LEAK, f"{times} results of gemm, none of them held, left {grown >> 20} MiB in use")
-    return times
+    for _ in range(_ROUNDS):  # what is kept grows in every round; a library's workspace, or pages touched again, in one
+        ops.synchronize()
+        before = ops.memory_stats().used
+        for _ in range(times):
+            ops.gemm(x, prepared)
+        ops.synchronize()
+        grown = ops.memory_stats().used - before
+        if 2 * grown <= times * size:
+            return times
+    raise Fault(FailKind.LEAK, f"{times} results of gemm, none of them held, left {grown >> 20} MiB in use")
 
 
 def _differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
