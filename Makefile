@@ -114,7 +114,7 @@ conformance-rocm: dev
 COMPILE := $(BIN)/python -m qhal_triton.compile --jobs $(PYTEST_WORKERS)
 NVIDIA := sm_80 sm_89 sm_90 sm_100 sm_120
 OLDER := sm_80 sm_90 sm_120
-AMD := gfx942 gfx950
+AMD := gfx942 gfx950 gfx1201
 OLDEST := build/triton-3.6.0
 LIBRARIES := build/libraries
 cuda-offline: dev $(OLDEST) $(LIBRARIES)

@@ -55,7 +55,8 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
         decoded = target.arch.startswith("sm_10") and not {kv.k.element, kv.v.element} <= WIDE.keys()
         m = min(rows, 64 if small or two or decoded else 128)
         if target.kind == "hip" and target.warp == 32:  # a thread holds twice as much of a matrix
-            shapes = [(m, 32, 8 if m > 16 else 4, 1)]
+            wide = {kv.k.element, kv.v.element} <= WIDE.keys()
+            shapes = [(m, 32, 8 if m > 16 else 4, 1) if wide else (min(m, 32), 16, 4, 1)]
         elif m > 16 and target.kind == "cuda" and not target.arch.startswith(("sm_90", "sm_10")):
             shapes = [_registers(kv, m, small)]
         else:

@@ -48,6 +48,9 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     besides, nor with the sums of four or more units of scales, which the compiler forms before it scales the first.
     """
     stages = 3 if s.w.bits <= 4 else 4
+    if target.kind == "hip" and target.warp == 32:  # 256 registers, and gfx11 holds every operand in them twice
+        twice = target.arch.startswith("gfx11") and (s.mode == "step" or s.x.kind == "uint")
+        return 16 if twice or (s.x.group and s.type in ("bf16", "fp16")) else 32, 64, 4, 2
     if target.kind == "hip":  # AMD's compiler spills in larger tiles and in deeper pipelines
         return 32 if s.type == "fp32" else 64, 64, 4, 2
     if s.type == "fp32":  # no matrix instruction: sums of 16 rows are enough for a thread

@@ -102,7 +102,7 @@ def product_tile(request: GemmRequest, spec: Spec, c: Config, target: Target, na
     sizes = {"n": _N, "k": _K, "experts": experts, "x_row": _K, "w_row": _K // spec.parts, "y_row": _N, "y_part": _N}
     sizes |= _strides("x", x, spec.x) | _strides("w", w, spec.w, experts)
     sizes |= {"w_exp": experts * _K, "b_exp": experts * _N} | ({} if form == "masked" else {"spread": 1})
-    matrix = target.kind == "hip" or spec.type != "fp32"  # NVIDIA's have none for fp32 operands
+    matrix = (target.kind == "hip" and target.warp == 64) or spec.type != "fp32"  # only CDNA has some for fp32 operands
     made = _tile(name, product, given, constants, sizes, c.warps, c.stages, spec.mode != "early", matrix, native)
     both = target.kind == "hip" and spec.x.kind != WIDE_KIND and spec.type == "bf16"
     return replace(made, spills=12 if both else 0)  # AMD's compiler puts some aside where both are decoded in registers
