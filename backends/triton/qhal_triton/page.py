@@ -15,13 +15,14 @@ _HEAD = """# Kernels, compiled
 
 Level L1: every kernel of `qhal-triton`, for each format it takes, compiled for chips that were not there. It shows that
 the compilers accept it, that it fits, and which matrix instructions it becomes; not that it is right, nor fast.
-Generated from the cells of `make compile-full` (every tile) or `make cuda-offline` (one for each kernel and format, as
-CI compiles): `python -m qhal_triton.page CELLS.json ...`; do not edit.
+Generated from the cells of `make compile-full` (every tile), or of `make conformance-rocm` and `make cuda-offline` (one
+for each kernel and format, as CI compiles): `python -m qhal_triton.page CELLS.json ...`; do not edit.
 
 A cell has registers per thread (AMD: accumulation registers included), kilobytes of shared memory per program, and the
 matrix instruction; a spill would be named. "-": on this chip no kernel takes the format. Of 8-bit floats `gfx942` has
-the fnuz flavours, `gfx950` has OCP's, `sm_80` none. Operands that a chip's instructions do not take are decoded to 16
-bits, exactly, and the cell shows the 16-bit instruction; NVIDIA's take no fp32 operands, whose cells show none.
+the fnuz flavours, `gfx950` and `gfx1201` have OCP's, `sm_80` none. Operands that a chip's instructions do not take are
+decoded to 16 bits, exactly, and the cell shows the 16-bit instruction; those of NVIDIA and of gfx1201 take no fp32
+operands, whose cells show none.
 """
 
 
