@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fetch import DemoError
-from model import DEFAULT_CACHE, prepare
+from model import DEFAULT_CACHE, answered, prepare
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import qhal
 import qhal_schemes
-from qhal.errors import QhalError
 from qhal_engines.measure import Worker
 
 SKIP = 20_000  # characters of the text before the first window: front matter
@@ -52,14 +50,7 @@ def main() -> int:
     """Runs the demo; 0 if every step worked, 1 with one clear error if not."""
     arguments = parse()
     console = Console(stderr=arguments.json, highlight=False)
-    try:
-        report = run(arguments, console)
-    except (DemoError, QhalError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    return 0
+    return answered(lambda: run(arguments, console), arguments.json)
 
 
 def parse() -> argparse.Namespace:

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from rich.progress import track
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+
+from qhal.errors import QhalError
 
 DEFAULT_CACHE = Path(__file__).resolve().parents[2] / "build" / "demo"
 _CONVERTER = 1  # part of the checkpoint's stamp: a new number makes old caches convert again
@@ -174,6 +177,18 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _stamp() -> dict[str, Any]:
     return {"gguf_sha256": MODEL.sha256, "converter": _CONVERTER}
+
+
+def answered(make: Callable[[], dict[str, Any]], as_json: bool) -> int:
+    """The exit code of an example, and its report as JSON if asked: 0, or 1 with one clear error."""
+    try:
+        report = make()
+    except (DemoError, QhalError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps(report, indent=2))
+    return 0
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

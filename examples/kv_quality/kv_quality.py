@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -30,7 +29,6 @@ import qhal
 import qhal_schemes
 from qhal.caches import canonical_planes
 from qhal.elements import element
-from qhal.errors import QhalError
 from qhal.formats import Format
 from qhal.layer_formats import KVFormat
 from qhal.specs import KVSpec, Operand
@@ -42,8 +40,7 @@ from qhal_schemes.kv_words import parse_kv
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
-from fetch import DemoError  # noqa: E402
-from model import DEFAULT_CACHE, prepare  # noqa: E402
+from model import DEFAULT_CACHE, answered, prepare  # noqa: E402
 
 SKIP = 20_000  # characters before the first window, as in the demo; calibration reads the end of them
 CALIBRATION = 512
@@ -89,14 +86,7 @@ def main() -> int:
     """Measures, writes the table and the picture; 0 if every format ran, 1 with one clear error if not."""
     arguments = parse()
     console = Console(stderr=True, highlight=False)
-    try:
-        report = run(arguments, console)
-    except (DemoError, QhalError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    return 0
+    return answered(lambda: run(arguments, console), arguments.json)
 
 
 def parse() -> argparse.Namespace:

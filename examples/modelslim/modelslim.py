@@ -30,7 +30,6 @@ from rich.table import Table
 
 import qhal
 import qhal_schemes
-from qhal.errors import QhalError
 from qhal_engines.measure import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 from demo import SKIP, bar, inspect, step  # noqa: E402
 from fetch import DemoError  # noqa: E402
-from model import DEFAULT_CACHE, prepare  # noqa: E402
+from model import DEFAULT_CACHE, answered, prepare  # noqa: E402
 
 RECIPES = ("w8a8_dynamic", "w8a8_static", "w4a8_dynamic")
 PASSAGES, PASSAGE, FIRST = 8, 1500, 200_000
@@ -50,14 +49,7 @@ def main() -> int:
     """0 if every step worked and every layer was within its bound, 1 with one clear error if not."""
     arguments = parse()
     console = Console(stderr=arguments.json, highlight=False)
-    try:
-        report = run(arguments, console)
-    except (DemoError, QhalError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    return 0
+    return answered(lambda: run(arguments, console), arguments.json)
 
 
 def parse() -> argparse.Namespace:
