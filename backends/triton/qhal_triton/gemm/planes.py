@@ -26,9 +26,7 @@ def planes(w: Stored, made: Mapping[str, Tensor], spec: Spec, k: int) -> dict[st
     else:
         assert isinstance(w, QTensor)
         codes = w.codes.view(torch.int32) if spec.parts == 8 else w.codes
-        scale = made.get("scale", w.scale)
-        inner = scale.codes if isinstance(scale, QTensor) else scale
-        outer = scale.scale if isinstance(scale, QTensor) else None
+        inner, outer = _levels(made.get("scale", w.scale))
         offset = made.get("offset", w.offset)
         found = {"sw": inner, "zw": w.zero, "fw": offset, "ow": outer, "index": w.group_index, "table": w.table}
     if s.kind == "table" and found["table"] is None:
@@ -56,20 +54,25 @@ def activation(q: Tensor | QTensor, spec: Spec) -> tuple[Tensor, dict[str, Any]]
     else:
         assert not isinstance(q.zero, QTensor)
         codes, zero = q.codes, q.zero
-        given = q.scale.dequantize() if "scale" in spec.x.made and isinstance(q.scale, QTensor) else q.scale
-        scale = given.codes if isinstance(given, QTensor) else given
-        above = given.scale if isinstance(given, QTensor) else None
-        assert not isinstance(above, QTensor)
-        outer = above
+        made = "scale" in spec.x.made and isinstance(q.scale, QTensor)
+        scale, outer = _levels(q.scale.dequantize() if made else q.scale)  # type: ignore[union-attr]
     codes = codes.reshape(-1, codes.shape[-1])
     if spec.x.kind == WIDE_KIND:
         codes = codes.to(element(spec.type).storage)
     scale, zero, outer = _rows(scale), _rows(zero), _rows(outer)
     strides = [*steps_of(scale), *steps_of(zero), steps_of(outer)[0]]
-    made = {"sx": raw(scale), "ox": outer, "zx": raw(zero), "strides": strides}
+    found = {"sx": raw(scale), "ox": outer, "zx": raw(zero), "strides": strides}
     bare = codes if spec.x.kind == WIDE_KIND else raw(codes)
     assert bare is not None
-    return bare, made
+    return bare, found
+
+
+def _levels(scale: Tensor | QTensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A plane of scales: its own numbers or codes, and the numbers above them."""
+    if not isinstance(scale, QTensor):
+        return scale, None
+    assert not isinstance(scale.scale, QTensor)
+    return scale.codes, scale.scale
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
