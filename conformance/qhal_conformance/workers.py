@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import groupby
 from threading import Event, Lock
 from typing import Any
@@ -68,7 +68,7 @@ class _Sharing:
         with ThreadPoolExecutor(self._jobs) as pool:
             parts = [pool.submit(self._work, number) for number in range(self._jobs)]
             try:
-                for part in parts:
+                for part in wait(parts, return_when=FIRST_EXCEPTION).done:
                     part.result()
             except BaseException:  # a backend that does not load again, or Ctrl-C: the other workers end too
                 self._ended.set()
