@@ -3,8 +3,8 @@
     python backends/rocm/matrix.py build/conformance/rocm --page docs/rocm.md [--check]
 
 A row is an operation with a format, as the suite asks them at level 0. A cell says who takes its cases there, and
-the levels of evidence: L1 if every tile of the kernel's family compiled for the chip, L2 if every case passed
-interpreted. What gfx950 chooses as gfx942 does was interpreted once. Exit code 1: the page says something else
+the levels of evidence: L1 if a tile of every kernel and format of its family compiled for the chip, L2 if every
+case passed interpreted. What gfx950 chooses as gfx942 does was interpreted once. Exit code 1: the page says something else
 (--check).
 """
 
