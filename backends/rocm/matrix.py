@@ -4,8 +4,8 @@
 
 A row is an operation with a format, as the suite asks them at level 0. A cell says who takes its cases there, and
 the levels of evidence: L1 if a tile of every kernel and format of its family compiled for the chip, L2 if every
-case passed interpreted. What gfx950 chooses as gfx942 does was interpreted once. Exit code 1: the page says something else
-(--check).
+case passed interpreted. What gfx950 chooses as gfx942 does was interpreted once. Exit code 1: the page says something
+else (--check).
 """
 
 from __future__ import annotations
