@@ -136,7 +136,12 @@ class CudaOps(GpuOps):
     def _bind(self, w: PreparedWeight) -> Run:
         assert isinstance(w.request, GemmRequest)
         path = self._library(w.request)
-        return super()._bind(w) if path is None else products.bind(w, path)
+        if path is None:
+            return super()._bind(w)
+        many = products.bind(w, path, self.quantize)
+        if path.kernel not in products.FEW or self._path(w.request) is None:
+            return many
+        return products.by_rows(super()._bind(w), many, products.FEW[path.kernel])
 
     def _humming(self, request: GemmRequest) -> Path | None:
         """humming's path where it is installed and no shared kernel serves these row counts better."""
@@ -149,5 +154,12 @@ class CudaOps(GpuOps):
         """torch's product for this request; None where a shared kernel reads the quantized weight, or none fits."""
         if not support(request, self._copies, graphs=True):
             return None
-        path = products.choose(request, self._capability)
-        return None if path is not None and path.kernel == "16 bits" and self._path(request) is not None else path
+        path, own = products.choose(request, self._capability), self._path(request)
+        if path is None or own is None:
+            return path
+        if path.kernel == "16 bits":
+            return None
+        if path.kernel not in products.FEW:
+            return path
+        words = f"{own.executes}; from {products.FEW[path.kernel]} rows: {path.executes}"
+        return replace(path, executes=words, numerics=max(path.numerics, own.numerics))

@@ -1,16 +1,19 @@
 """gemm through the matrix instructions that torch reaches: which request takes which path, and the paths.
 
-Every path ends in float32 or int32: one more kernel applies scales and bias in float32 and rounds once. So none of
-torch's global switches (TF32, sums in 16 bits, split-K in the output's type) can reach a number.
-
     16 bits   x in bf16 or fp16, not quantized: the weight is decoded to the type of x, `mm` with a float32 result.
               Class dequant-16: the weight is rounded, sums are float32.
     int8      both operands int8 with one scale per row or tensor: `_int_mm`, exact int32 sums. Class fp32-acc: what is
               not exact are the products of scales.
-    fp8       both operands e4m3fn with one scale per row or tensor: `_scaled_mm` with scales of 1, and without fast
-              accumulation. Class reduced-acc: sums of 128 products inside the instruction keep 14 bits, then float32.
+    fp8       both operands e4m3fn with one scale per row or tensor: `_scaled_mm` without fast accumulation. Class
+              reduced-acc: sums of 128 products inside the instruction keep 14 bits, then float32.
+    block     e4m3fn in blocks of 128 x 128 and activations in groups of 128, sm_90: `_scaled_mm`, which scales the sum
+              of 128 products in float32. Class reduced-acc.
 
-Anything else is the portable product in float64.
+A product ends in float32 or int32, and one more kernel applies scales and bias in float32 and rounds once; or, without
+bias, torch's own kernel applies the scales and rounds once to bf16. None of torch's global switches (TF32, sums in 16
+bits, split-K in the output's type) reaches a number: they are about products of 16 and 32 bits, which end in float32.
+
+Anything else is a shared kernel's (`qhal_triton`), or the portable product in float64.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from qhal.elements import WIDE, element
 from qhal.errors import FormatError
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
+from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_cuda.kernels import COLUMNS, ROWS, finish_kernel
 from qhal_portable import storage
@@ -39,6 +43,13 @@ _FP8 = (8, 9)
 """Compute capability from which there are matrix instructions for fp8."""
 _ROWS, _ALIGNED = 17, 16
 """What `_int_mm` and `_scaled_mm` ask: more rows than 16, columns in multiples of 16."""
+_BLOCK_ARCH, _BLOCK = (9, 0), 128
+_SCALES = 4
+"""Rows of scales that `_scaled_mm` wants aligned: of x in blocks of 128 columns, and of the weight's along K."""
+FEW = {"int8": 17, "block": 32}
+"""Rows below which a shared kernel, where one takes the product, is faster than torch's (H200)."""
+_WHOLE = 192
+"""Rows from which `_scaled_mm` with scales per row is faster than with one scale and a kernel for the rest (H200)."""
 
 
 def choose(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
@@ -68,13 +79,16 @@ def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
     if not isinstance(r.w, Format) or r.group_index or r.k % _ALIGNED or r.n % _ALIGNED:
         return None
     names = {f.element for f in (*r.x, r.w)}
+    if names == {"e4m3fn"} and capability == _BLOCK_ARCH and _blocks(r):
+        words = "W8A8: torch._scaled_mm over blocks of 128, no fast accumulation, bias in fp32, one rounding"
+        return Path(kernel="block", executes=words, numerics=NumericsClass.REDUCED_ACC)
     if not all(_one_scale(f) for f in (*r.x, r.w)):
         return None
     if names == {"int8"} and r.k <= 1 << 16:  # 2^16 * 2^14 sums to 2^30: no int32 overflows
         words = "W8A8: torch._int_mm, exact int32 sums, scales and bias in fp32, one rounding"
         return Path(kernel="int8", executes=words, numerics=NumericsClass.FP32_ACC, accumulate="int32")
     if names == {"e4m3fn"} and capability >= _FP8:
-        words = "W8A8: torch._scaled_mm with scales of 1, no fast accumulation, scales and bias in fp32, one rounding"
+        words = "W8A8: torch._scaled_mm, no fast accumulation, scales and bias in fp32, one rounding"
         return Path(kernel="fp8", executes=words, numerics=NumericsClass.REDUCED_ACC)
     return None
 
@@ -86,18 +100,41 @@ def _one_scale(f: Format) -> bool:
     return f.block.kind in ("row", "tensor") and f.zero is None and f.offset is None and f.sparsity is None
 
 
-def bind(p: PreparedWeight, path: Path) -> Run:
-    """The product of one weight along its path: the body of `gemm`."""
+def _blocks(r: GemmRequest) -> bool:
+    """Whether the weight has a float32 scale for every 128 x 128 codes and x one for every 128."""
+    assert isinstance(r.w, Format)
+    if str(r.w.block) != "128x128" or any(str(f.block) != "g128" for f in r.x):
+        return False
+    bare = all(f.op == "*" and f.zero is None and f.offset is None and f.sparsity is None for f in (r.w, *r.x))
+    scales = all(f.scale is not None and f.scale.plain and f.scale.element == "fp32" for f in (r.w, *r.x))
+    return bare and scales and r.n % _BLOCK == 0 and r.k % (_BLOCK * _SCALES) == 0
+
+
+def bind(p: PreparedWeight, path: Path, by: Quantize) -> Run:
+    """The product of one weight along its path: the body of `gemm`. by: what quantizes x."""
     request = p.request
     assert isinstance(request, GemmRequest)
-    product = _plain(p, request) if path.kernel == "16 bits" else _scaled(p, request, path.kernel)
+    product = _PRODUCTS[path.kernel](p, request, by)
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
         sums, scales, dtype = product(x, index)
+        if scales is None and p.bias is None and sums.dtype == dtype:
+            return write(sums, out)
         direct = out is not None and (out.shape, out.dtype) == (sums.shape, dtype) and out.stride(-1) == 1
         if direct and out is not None:
             return finish(sums, scales, p.bias, out)
         return write(finish(sums, scales, p.bias, sums.new_empty(sums.shape, dtype=dtype)), out)
+
+    return run
+
+
+def by_rows(few: Run, many: Run, least: int) -> Run:
+    """`many` from `least` rows on; `few` says what is wrong with an x that has no rows."""
+
+    def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
+        codes = x.codes if isinstance(x, QTensor) else x
+        enough = isinstance(codes, Tensor) and codes.dim() == 2 and codes.shape[0] >= least
+        return many(x, index, out) if enough else few(x, index, out)
 
     return run
 
@@ -118,14 +155,16 @@ def finish(sums: Tensor, scales: tuple[Tensor, Tensor] | None, bias: Tensor | No
     return out
 
 
+Quantize = Callable[[Tensor, Operand], QTensor]
 _Product = Callable[["Tensor | QTensor", int], "tuple[Tensor, tuple[Tensor, Tensor] | None, torch.dtype]"]
+"""x and its operand's index to the sums, the scales that are still to be applied, and the result's type."""
 
 
-def _plain(p: PreparedWeight, request: GemmRequest) -> _Product:
+def _plain(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
     kind = element(request.x[0].element).storage
 
     def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
-        q, dtype = quantized(x, request, p, index)
+        q, dtype = quantized(x, request, p, index, by=by)
         value = q.codes if isinstance(q, QTensor) else q.detach()
         if value.dtype != kind:
             raise FormatError(f"x arrives as {value.dtype}, the weight was prepared for {request}")
@@ -140,25 +179,70 @@ def decoded(p: PreparedWeight, dtype: torch.dtype) -> Tensor:
     return w.dequantize(dtype) if isinstance(w, QTensor | CodebookTensor) else w.to(dtype)
 
 
-def _scaled(p: PreparedWeight, request: GemmRequest, kind: str) -> _Product:
+def _planes(p: PreparedWeight) -> tuple[Tensor, Tensor]:
+    """Codes and scales, the tensors themselves: a captured graph reads what a refit writes there."""
     w = storage.canonical(p.stored)
     assert isinstance(w, QTensor) and isinstance(w.scale, Tensor)
-    codes, scale = w.codes, w.scale  # the tensors themselves: a captured graph reads what a refit writes there
-    one = torch.ones((), dtype=torch.float32, device=p.device)
+    return w.codes, w.scale
+
+
+def _int8(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
+    codes, scale = _planes(p)
 
     def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor], torch.dtype]:
-        q, dtype = quantized(x, request, p, index)
+        q, dtype = quantized(x, request, p, index, by=by)
         assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
         rows = q.codes.shape[0]
-        if kind == "int8":
-            a = q.codes if rows >= _ROWS else pad(q.codes, (0, 0, 0, _ROWS - rows))
-            y = torch._int_mm(a, codes.T)[:rows]
-        elif rows:
-            y = torch._scaled_mm(
-                q.codes, codes.T, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
-            )
-        else:
-            y = torch.zeros(0, request.n, device=p.device)
-        return y, (q.scale.contiguous(), scale), dtype
+        a = q.codes if rows >= _ROWS else pad(q.codes, (0, 0, 0, _ROWS - rows))
+        return torch._int_mm(a, codes.T)[:rows], (q.scale.contiguous(), scale), dtype
 
     return product
+
+
+def _fp8(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
+    codes, scale = _planes(p)
+    one = torch.ones((), dtype=torch.float32, device=p.device)
+    bare = p.bias is None and scale.dtype == torch.float32
+
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None, torch.dtype]:
+        q, dtype = quantized(x, request, p, index, by=by)
+        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
+        rows, given = q.codes.shape[0], q.scale
+        if not rows:
+            return torch.zeros(0, request.n, device=p.device), (given, scale), dtype
+        sides = (given.numel(), scale.numel())
+        if bare and dtype == torch.bfloat16 and given.dtype == torch.float32:
+            if sides == (1, 1):
+                return _multiply(q.codes, codes, given.reshape(()), scale.reshape(()), dtype), None, dtype
+            if sides == (rows, request.n) and rows >= _WHOLE:
+                return _multiply(q.codes, codes, given.contiguous(), scale.reshape(1, -1), dtype), None, dtype
+        return _multiply(q.codes, codes, one, one, torch.float32), (given.contiguous(), scale), dtype
+
+    return product
+
+
+def _block(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
+    codes, scale = _planes(p)
+    kept = scale.T
+
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
+        q, dtype = quantized(x, request, p, index, by=by)
+        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
+        rows, a, given = q.codes.shape[0], q.codes, q.scale
+        if not rows:
+            return torch.zeros(0, request.n, device=p.device), None, dtype
+        if rows % _SCALES:
+            more = (0, 0, 0, -rows % _SCALES)
+            a, given = pad(a.view(torch.uint8), more).view(a.dtype), pad(given, more)
+        direct = p.bias is None and dtype == torch.bfloat16
+        y = _multiply(a, codes, given.T.contiguous().T, kept, dtype if direct else torch.float32)
+        return y[:rows], None, dtype
+
+    return product
+
+
+def _multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch._scaled_mm(a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=False)
+
+
+_PRODUCTS = {"16 bits": _plain, "int8": _int8, "fp8": _fp8, "block": _block}

@@ -95,7 +95,7 @@ def test_the_path_of_a_request(request_: GemmRequest, capability: tuple[int, int
     if kind == "16 bits" and ops._path(request_) is not None:  # a shared kernel reads the quantized weight
         assert "Triton" in answer.executes
     elif path is not None:
-        assert answer.executes == path.executes
+        assert answer.executes.endswith(path.executes)
 
 
 def test_graphs_are_claimed_where_nothing_reads_the_host() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 COMPUTE = json.dumps({"gemm_type": "dense", "use_batch_invariant": True})
 """No split sums: see `choice`."""
+_ALIGNED = 16
+"""Bytes: the kernels read rows of x by the tensor memory accelerator."""
 
 
 def config(request: GemmRequest, k: Kind) -> Any:
@@ -68,6 +70,8 @@ def bind(p: HummingWeight, k: Kind) -> Run:
             raise FormatError(f"x arrives as {value.dtype}, the weight was prepared for {request}")
         y = torch.empty(value.shape[0], request.n, dtype=dtype, device=value.device)
         if value.shape[0]:
+            if value.data_ptr() % _ALIGNED or not value.is_contiguous():
+                value = value.clone(memory_format=torch.contiguous_format)
             humming_forward(inputs=value, outputs=y, **planes)
         return write(y, out)
 
