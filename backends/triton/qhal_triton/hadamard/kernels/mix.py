@@ -1,7 +1,8 @@
 """Device code of the general rotation: features times small matrices, operands and sums in fp32, never fewer bits.
 
-Every kernel reads features of any float type, multiplies them by `before` in fp32 first and the result by `factor` and
-`after` last, and rounds once to the type of y. Sums run over all of a unit, so NaN and Inf reach nothing but it.
+Every kernel reads features of any float type, multiplies them by `before` in fp32 first and the result by `after`
+last, and rounds once to the type of y. Sums run over all of a unit, so NaN and Inf reach nothing but it. Runs of BK are
+summed for themselves, times `factor`, so that an error grows with BK + width / BK additions, not with width.
 """
 
 import triton
@@ -36,8 +37,7 @@ def right_kernel(
         if BEFORE:
             v *= widen(tl.load(before + base[:, None] + old[None, :], mask=here, other=0.0))
         t = tl.load(table + old[:, None] * width + new[None, :], mask=(old < width)[:, None] & made[None, :], other=0.0)
-        total = dot(v, widen(t), total)
-    total *= factor
+        total += dot(v, widen(t), tl.zeros((BM, BN), tl.float32)) * factor
     place, inside = base[:, None] + new[None, :], known[:, None] & made[None, :]
     if AFTER:
         total *= widen(tl.load(after + place, mask=inside, other=0.0))
@@ -63,8 +63,7 @@ def left_kernel(
             v *= widen(tl.load(before + place, mask=here, other=0.0))
         known = (new < height)[:, None] & (old < height)[None, :]
         t = tl.load(table + old[None, :] * height + new[:, None], mask=known, other=0.0)
-        total = dot(widen(t), v, total)
-    total *= factor
+        total += dot(widen(t), v, tl.zeros((BM, BN), tl.float32)) * factor
     place, inside = base + new[:, None] * width + col[None, :], (new < height)[:, None] & (col < width)[None, :]
     if AFTER:
         total *= widen(tl.load(after + place, mask=inside, other=0.0))
