@@ -46,7 +46,7 @@ _ROWS, _ALIGNED = 17, 16
 _BLOCK_ARCH, _BLOCK = (9, 0), 128
 _SCALES = 4
 """Rows of scales that `_scaled_mm` wants aligned: of x in blocks of 128 columns, and of the weight's along K."""
-FEW = {"int8": 17, "block": 32}
+FEW = {"int8": 65, "fp8": 17, "block": 32}
 """Rows below which a shared kernel, where one takes the product, is faster than torch's (H200)."""
 _WHOLE = 192
 """Rows from which `_scaled_mm` with scales per row is faster than with one scale and a kernel for the rest (H200)."""

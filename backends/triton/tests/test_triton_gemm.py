@@ -18,7 +18,7 @@ from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
-from qhal_triton.gemm.config import config, stage_bytes
+from qhal_triton.gemm.config import config, memory
 from qhal_triton.gemm.paths import DENSE_FROM, plan
 from qhal_triton.target import Target
 
@@ -28,7 +28,7 @@ ROW, FP8 = "int8.row*fp32", "e4m3fn.row*fp32"
 
 
 def request_of(w: str, x: str = "bf16", **more: object) -> GemmRequest:
-    made = GemmRequest(w=Format.parse(w), n=48, k=256, x=(Format.parse(x),), m=(1, 64))
+    made = GemmRequest(w=Format.parse(w), n=48, k=256, x=(Format.parse(x),), m=(1, 32))
     return replace(made, **more)  # type: ignore[arg-type]
 
 
@@ -195,13 +195,47 @@ def test_an_instruction_of_coarser_sums_is_not_taken_where_it_is_not_allowed() -
 
 
 @pytest.mark.parametrize("w", ["int4.g32*bf16", "nf4.g64*fp32", "e2m1.g16*(e4m3fn.tensor*fp32)", "e4m3fn.128x128*fp32"])
-@pytest.mark.parametrize("m", [DENSE_FROM - 1, DENSE_FROM])
+@pytest.mark.parametrize("m", [80, DENSE_FROM])
 def test_many_rows_are_multiplied_with_a_decoded_weight(w: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix_product(monkeypatch)
     request = request_of(w, n=16, k=128, m=(1, 4096), bias=True)
     assert OPS.supports(request).numerics == NumericsClass.DEQUANT_16
     y, expected = product_and_reference(OPS, request, m)
     assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("w", "x", "least"),
+    [
+        ("int4.g128*bf16", "bf16", 65),
+        ("uint4-uint4.g128*fp16", "fp16", 65),
+        ("int4.g32*bf16", "bf16", 33),
+        ("e2m1.g32*e8m0", "bf16", 33),
+        ("int4.g128*fp32", "bf16", None),  # the scale is not of x's type: rounded twice
+        ("e2m1.g32*e8m0", "fp16", None),
+        ("e2m1.g16*(e4m3fn.tensor*fp32)", "bf16", None),
+        ("nf4.g64*fp32", "bf16", None),
+        ("int8.g128*bf16", "bf16", None),
+    ],
+)
+def test_weights_of_many_rows_are_rounded_once(w: str, x: str, least: int | None) -> None:
+    """To what `dequantize` rounds them to: the numbers are those of a 16-bit weight, sums in fp32."""
+    request = request_of(w, x, n=48, k=512, m=(1, 128), out=torch.float32)
+    made = plan(request, HOPPER)
+    assert made is not None and (made.many is None) == (least is None)
+    if least is None:
+        return
+    assert made.many_from == least and made.many is not None and made.many.packed
+    assert plan(replace(request, m=(1, least - 1)), HOPPER).many is None  # type: ignore[union-attr]
+    assert plan(replace(request, batch_invariant=True), HOPPER).many is None  # type: ignore[union-attr]
+    assert plan(replace(request, numerics=NumericsClass.FP32_ACC), HOPPER).many is None  # type: ignore[union-attr]
+    weight = datasets.weight("t", "w", request.w, 48, 512, "normal")  # type: ignore[arg-type]
+    kind = torch.bfloat16 if x == "bf16" else torch.float16
+    rows = torch.randn(least, 512, generator=torch.Generator().manual_seed(0)).to(kind)
+    y = OPS.gemm(rows.to(DEVICE), OPS.prepare(weight.to(DEVICE), request)).cpu().double()
+    rounded = weight.dequantize(kind).double()
+    exact, size = rows.double() @ rounded.T, rows.double().abs() @ rounded.abs().T
+    assert bool(((y - exact).abs() <= (request.k + 4) * 2.0**-24 * size).all())
 
 
 def test_rows_do_not_depend_on_their_number_if_that_is_asked() -> None:
@@ -278,10 +312,11 @@ def test_tiles_have_room(w: str, target: Target) -> None:
     for x in ("bf16", "fp32", ROW):
         made = plan(request_of(w, x, n=8192, k=8192), target)
         assert made is not None
-        for m in (1, 16, 17, 64, 65, 5000):
-            c = config(made.specs[0], m, 8192, 32, target)
-            assert c.stages * stage_bytes(made.specs[0], c.bm, c.bn) <= target.shared
-            assert c.parts == 1 or m <= 128
+        for m in (1, 16, 17, 64, 65, 200, 5000):
+            for spec in (made.specs[0], *([] if made.many is None else [made.many])):
+                c = config(spec, m, 8192, 32, target)
+                assert memory(spec, c.bm, c.bn, c.stages) <= target.shared
+                assert c.parts == 1 or m <= 256
 
 
 def test_another_type_of_x_is_refused() -> None:

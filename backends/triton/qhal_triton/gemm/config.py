@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from qhal.formats import Format
 from qhal.requests import GemmRequest
 from qhal_triton.gemm.paths import Spec
+from qhal_triton.gemm.sides import WIDE_KIND
 from qhal_triton.target import Target
 
 PROCESSORS = 132
-"""Programs that run at a time are a few times this; what a large GPU has. Fewer only make waves uneven."""
+"""Multiprocessors of a large GPU. Fewer only make waves uneven."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,30 @@ class Config:
 def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | None = None) -> Config:
     """The tile for m rows. tiles: how many tiles of rows there will be, where that isn't m / bm."""
     most, bn, warps, deep = _fitting(s, m, target)
-    bm = min(16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128, most)
-    while bm > 16 and 2 * stage_bytes(s, bm, bn) > target.shared:
+    bm = min(next((b for b in (16, 32, 64, 128) if m <= b), 256), most)
+    while bm > 16 and memory(s, bm, bn, 2) > target.shared:
         bm //= 2
-    stages = max(2, min(deep, (target.shared >> 1) // stage_bytes(s, bm, bn)))
+    room = target.shared if bm >= 64 and _wgmma(target) else target.shared >> 1
+    stages = max([2, *(deep for deep in range(3, deep + 1) if memory(s, bm, bn, deep) <= room)])
     if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
         stages = 1
     programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
+    most = _programs(s, bm, target)
     parts = 1
-    while programs * parts < 3 * PROCESSORS and steps // (2 * parts) >= 4:
+    while 2 * programs * parts <= most and steps // (2 * parts) >= 4:
         parts *= 2
     return Config(bm, bn, parts, warps, stages)
+
+
+def _programs(s: Spec, bm: int, target: Target) -> int:
+    """How many programs the steps of K are split into at most.
+
+    Few rows wait for memory, which more programs than run at a time hide; many rows wait for the matrix instructions,
+    and a second wave that is not full costs more than it hides (H200). Codes of more than four bits are in between.
+    """
+    if bm <= 16 or target.kind != "cuda":
+        return 6 * PROCESSORS - 1
+    return 2 * PROCESSORS if bm <= 32 or (bm <= 128 and s.w.bits > 4 and s.type != "int8") else PROCESSORS
 
 
 def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
@@ -47,7 +61,7 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     are added. That just fits where weights are decoded into the registers of wgmma; not with zero points or scales of x
     besides, nor with the sums of four or more units of scales, which the compiler forms before it scales the first.
     """
-    stages = 3 if s.w.bits <= 4 else 4
+    stages = 3 if s.w.bits <= 4 or (s.x.kind == WIDE_KIND and m > 16) else 4
     if target.kind == "hip" and target.warp == 32:  # 256 registers, and gfx11 holds every operand in them twice
         twice = target.arch.startswith("gfx11") and (s.mode == "step" or s.x.kind == "uint")
         return 16 if twice or (s.x.group and s.type in ("bf16", "fp16")) else 32, 64, 4, 2
@@ -57,7 +71,7 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
         return 16, 64, 4, stages
     step, units = s.mode == "step", s.span // s.unit
     many = step and units >= 4 and s.chunk >= 32
-    shared = target.arch.startswith(("sm_90", "sm_10"))  # else instructions take both operands from registers
+    shared = _wgmma(target)
     if step and units >= 4 and s.x.group:  # a thread reads the scales of its rows for every unit
         narrow = many and not shared and s.type != "int8"
         return 16 if narrow else 32, 64, 8 if shared and m > 16 else 4, 2
@@ -66,15 +80,27 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     if target.shared < 128 << 10:
         return 32 if "offset" in s.w.made else 64, 64, 4, stages  # two fp32 planes for every unit
     rows = 64 if many or s.x.group or s.x.zero or s.x.kind == "uint" or (step and not shared) else 128
+    if step and s.w.bits > 4 and not s.native and m <= 16 and shared:
+        return rows, 128, 4, 3  # decoding takes longer than reading: more features share what is read of x
+    if step and s.native and s.x.group and shared and m > 32:
+        return rows, 128, 4, 3
+    if s.mode == "late" and s.x.kind == WIDE_KIND and s.w.bits > 4 and shared and m > 128:
+        rows = 256
     if target.arch.startswith("sm_10") and step:  # 512 columns of tensor memory have room for all sums of a step
         rows = min(rows, max(256 // units, 16))
     return rows, *((128, 8) if min(m, rows) > 32 else (64, 4)), stages
 
 
-def stage_bytes(s: Spec, bm: int, bn: int) -> int:
-    """Fast memory that one step of a tile takes; two programs should have room for their stages."""
+def memory(s: Spec, bm: int, bn: int, stages: int) -> int:
+    """Fast memory of a tile. A weight that is decoded in registers waits one stage less; fp8 and int8 codes do not."""
     size = {"fp32": 4, "bf16": 2, "fp16": 2}.get(s.type, 1)
-    return s.span * (bm * size + bn // (2 if s.parts > 1 else 1))
+    x, w = s.span * bm * size, s.span * bn // (2 if s.parts > 1 else 1)
+    return stages * x + (stages if s.native else stages - 1) * w
+
+
+def _wgmma(target: Target) -> bool:
+    """Whether matrix instructions read x from shared memory; else from registers, both operands."""
+    return target.arch.startswith(("sm_90", "sm_10"))
 
 
 def problem(r: GemmRequest, x: Format, m: int) -> str:

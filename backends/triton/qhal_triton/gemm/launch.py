@@ -106,7 +106,7 @@ class Bound:
         found = self.tiles.get((spec, bucket))
         if found is None:
             some = candidates(spec, bucket, r.n, steps, self.target)
-            x = next(f for f, one in self.specs.items() if one is spec)
+            x = next(f for f, one in self.specs.items() if one is spec or spec is self.made.many)
             found = self.tiles[spec, bucket] = self.table.pick(problem(r, x, bucket), some)
         return found
 
@@ -160,6 +160,7 @@ def product_constants(
         "NATIVE": s.native,
         "FOREIGN": s.foreign,
         "PTX": target.kind == "cuda" and "e4m3fn" in target.fp8,
+        "PACKED": s.packed,
         "XKIND": "" if s.x.kind == WIDE_KIND else s.x.kind,
         "WKIND": s.w.kind,
         "MODE": s.mode,
@@ -202,7 +203,8 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
 
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
         q, dtype = quantized(x, request, p, index, by=ops.quantize)
-        spec, rows = spec_of(bound, q), q.shape[0]
+        rows = q.shape[0]
+        spec = spec_of(bound, q, rows)
         if rows == 0:
             return write(torch.empty(0, request.n, dtype=dtype, device=p.device), out)
         if wide is not None and rows >= DENSE_FROM:
@@ -240,10 +242,16 @@ def finished(part: Tensor, rows: int, width: int, dtype: torch.dtype, out: Tenso
     return y
 
 
-def spec_of(bound: Bound, q: Tensor | QTensor) -> Spec:
-    """The Spec for an x as it is multiplied; FormatError for a dtype that the request does not name."""
+def spec_of(bound: Bound, q: Tensor | QTensor, rows: int) -> Spec:
+    """The Spec for that many rows (of an expert, on average) of x as it is multiplied.
+
+    FormatError for a dtype that the request does not name.
+    """
+    made = bound.made
     if isinstance(q, QTensor):
         return bound.specs[q.format.storage]
+    if made.many is not None and rows >= made.many_from and element(made.many.type).storage == q.dtype:
+        return made.many
     for spec in bound.made.specs:
         if spec.x.kind == WIDE_KIND and element(spec.type).storage == q.dtype:
             return spec

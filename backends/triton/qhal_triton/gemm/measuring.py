@@ -25,7 +25,7 @@ from qhal_triton.gemm.paths import DENSE_FROM, plan
 from qhal_triton.timing import microseconds
 from qhal_triton.tuning import Entry, measure
 
-ROWS = (1, 16, 32, 64, 128)
+ROWS = (1, 16, 32, 64, 128, 256)
 """Row counts that are measured: the ends of buckets below the rows from which torch multiplies."""
 _COLD = 256 << 20
 """Bytes of weights that a measurement goes round: more than any second-level cache."""
@@ -107,7 +107,7 @@ def _measured(ops: Any, bound: list[Bound], f: Format, m: int) -> Entry:
     request, weight = first.request, first.weight
     x = torch.randn(m, request.k, device=weight.device).to(element(f.element).storage if f.plain else torch.bfloat16)
     q = x if f.plain else ops.quantize(x, f)
-    spec = spec_of(first, q)
+    spec = spec_of(first, q, m)
     dtype = request.out or x.dtype
 
     def time(c: Config) -> float:

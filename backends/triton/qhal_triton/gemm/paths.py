@@ -15,8 +15,11 @@ from qhal_triton.gemm.sides import WIDE_KIND, Side, side
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
 
-DENSE_FROM = 192
+DENSE_FROM = 512
 """Rows from which decoding the whole weight once and multiplying 16-bit floats is faster than decoding it per tile."""
+MANY_FROM = (65, 33)
+"""Rows from which rounded weights, summed by the matrix instruction alone, are faster than scaling the sums of groups
+(H200); the second number where a step has four or more groups."""
 _RUNS = (128, 64, 32, 16)
 
 
@@ -33,6 +36,8 @@ class Spec:
     parts: int
     indexed: bool
     numerics: NumericsClass
+    packed: bool = False
+    """weights are decoded and scaled two at a time, in 16 bits: scales are of x's type, so that rounds as fp32 would"""
     foreign: bool = False
     """OCP's 8-bit floats on a chip that multiplies the fnuz ones"""
 
@@ -56,9 +61,15 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a request becomes: a Spec for each format of x, the weight's layout, and the way of many rows."""
+    """What a request becomes: a Spec for each format of x, the weight's layout, and the ways of many rows.
+
+    many   instead of the first Spec, from `many_from` rows
+    dense  whether the weight is decoded as a whole from DENSE_FROM rows
+    """
 
     specs: tuple[Spec, ...]
+    many: Spec | None
+    many_from: int
     layout: str
     dense: bool
     numerics: NumericsClass
@@ -113,17 +124,31 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
     laid = [_laid(s, layout) for s in specs]
     if any(s.chunk == 0 for s in laid):
         return None
-    dense = (
+    rounding = (
         allowed == NumericsClass.DEQUANT_16
         and not request.batch_invariant
-        and request.m[1] >= DENSE_FROM
         and target.kind == "cuda"
         and len(laid) == 1
         and laid[0].x.kind == WIDE_KIND
         and laid[0].type in ("bf16", "fp16")
     )
-    worst = max(s.numerics for s in laid)
-    return Plan(specs=tuple(laid), layout=layout, dense=dense, numerics=NumericsClass.DEQUANT_16 if dense else worst)
+    least = MANY_FROM[laid[0].mode == "step" and laid[0].span // laid[0].unit >= 4]
+    many = _packed(laid[0], multiplied) if rounding and request.m[1] >= least else None
+    dense = rounding and request.m[1] >= DENSE_FROM
+    worst = NumericsClass.DEQUANT_16 if dense or many is not None else max(s.numerics for s in laid)
+    return Plan(specs=tuple(laid), many=many, many_from=least, layout=layout, dense=dense, numerics=worst)
+
+
+def _packed(s: Spec, w: Format) -> Spec | None:
+    """The Spec of many rows: one product of rounded weights, whose sums stay in the matrix instruction.
+
+    None where a scale is no 16-bit number of x's type, or the codes are not those of four bits in words.
+    """
+    plain = w.scale is not None and w.scale.plain and w.scale.element in (s.type, "e8m0")
+    fits = s.mode == "step" and s.parts == 8 and not s.w.made and not s.w.offset
+    if not (plain and fits) or (s.w.scale == "e8m0" and s.type != "bf16"):
+        return None
+    return replace(s, mode="early", packed=True, numerics=NumericsClass.DEQUANT_16)
 
 
 def _spec(
@@ -210,9 +235,11 @@ def _laid(s: Spec, layout: str) -> Spec:
 
 
 def _words(made: Plan) -> str:
-    return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + (
-        f"; from {DENSE_FROM} rows: the weight decoded to 16 bits once per call, torch.mm with fp32 result" * made.dense
+    many = (
+        "" if made.many is None else f"; from {made.many_from} rows: weights rounded to {made.many.type} in registers"
     )
+    dense = f"; from {DENSE_FROM} rows: the weight decoded to 16 bits once per call, torch.mm with fp32 result"
+    return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + many + dense * made.dense
 
 
 def _word(s: Spec) -> str:

@@ -73,6 +73,11 @@ def tiles(target: Target) -> Iterator[Tile]:
                 c = config(made.specs[0], m, _N, _K // 128, target)
                 name = f"gemm.product[{w} x {x} m={m}{' indexed' * indexed}]"
                 yield replace(product_tile(request, made.specs[0], c, target, name), variant=m == 1)
+            if made.many is not None:
+                for m in (made.many_from, 256):
+                    c = config(made.many, m, _N, _K // 128, target)
+                    name = f"gemm.product[{w} x {x} m={m} rounded]"
+                    yield replace(product_tile(request, made.many, c, target, name), variant=m == 256)
             if made.dense:
                 yield _dense_tile(request, made.specs[0], target, f"gemm.dense[{w} as {x}{' indexed' * indexed}]")
     constants = {"PARTS": 4, "TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False, "BLOCK": 256}

@@ -55,7 +55,8 @@ def _product(
     total = groups.ids.shape[0] if isinstance(groups, Indexed) and weighted else rows.rows
     if rows.rows == 0:
         return torch.zeros(total, wide, dtype=dtype, device=bound.weight.device)
-    spec, average = spec_of(bound, q), -(-rows.rows // request.experts)
+    average = -(-rows.rows // request.experts)
+    spec = spec_of(bound, q, average)
     if a is None and not weighted:
         part = bound.partial(spec, q, average, dtype, rows, out)
         return part[0] if part.shape[0] == 1 else finished(part, total, wide, dtype, out)

@@ -31,7 +31,8 @@ def plan(request: GroupedRequest, target: Target) -> Plan | None:
     given = [f for f, fixed in zip(request.gemm.x, request.gemm.static, strict=False) if fixed]
     if any(outermost(f).block != Block("tensor") for f in given):
         return None  # each expert may have its own
-    return replace(made, dense=False, numerics=max(s.numerics for s in made.specs))
+    used = made.specs if made.many is None else (*made.specs, made.many)
+    return replace(made, dense=False, numerics=max(s.numerics for s in used))
 
 
 def outermost(f: Format) -> Format:

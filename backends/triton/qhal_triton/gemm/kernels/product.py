@@ -22,7 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import dot, narrow
+from qhal_triton.bits import INTERPRETED, dot, narrow
+from qhal_triton.gemm.kernels.pairs import scaled_pairs
 from qhal_triton.gemm.kernels.values import (
     code_of,
     decoded,
@@ -43,7 +44,7 @@ def product(
     x_row, sx_row, sx_col, zx_row, zx_col, ox_row,
     w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
     w_exp, sw_exp, zw_exp, fw_exp, ow_exp, b_exp, y_row, y_part,
-    TYPE: tl.constexpr, NATIVE: tl.constexpr, FOREIGN: tl.constexpr, PTX: tl.constexpr,
+    TYPE: tl.constexpr, NATIVE: tl.constexpr, FOREIGN: tl.constexpr, PTX: tl.constexpr, PACKED: tl.constexpr,
     XKIND: tl.constexpr, WKIND: tl.constexpr, MODE: tl.constexpr,
     SX: tl.constexpr, OX: tl.constexpr, OVERX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
     SW: tl.constexpr, OW: tl.constexpr, OVERW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr,
@@ -59,6 +60,7 @@ def product(
     NATIVE     fp8 codes are, as they are stored; every step's sum is added in fp32, which its instructions do not do
     FOREIGN    they are of OCP's flavour, and the instruction reads the one where they are half as large
     PTX        NVIDIA's instructions may be written out
+    PACKED     of MODE "early": scales are of TYPE, so 16-bit instructions round as fp32 would
     SX OX ZX   kind of x's scales, of their outer scale (OVERX: it divides them), of its zero points; GX columns share
                one, 0: all of a row
     SW OW OVERW ZW FW  the same of w, and its offset's sign; RW rows share one. WSHIFT is added to w's int8 zero points
@@ -193,6 +195,9 @@ def product(
                     xv = narrow(tl.where(valid[:, None], xv, 0.0), TYPE)
                 if NATIVE:
                     wv = fp8(word, WKIND, FOREIGN)
+                elif PACKED and PTX and not INTERPRETED:
+                    wv = exact(word, WKIND, TYPE, part_of, PARTS, table, z, ZW, PTX)
+                    wv = scaled_pairs(wv, s.to(TYPE), TYPE)
                 elif MODE == "early":
                     code = code_of(word, WKIND, part_of, PARTS)
                     wv = narrow(decoded(code, WKIND, table, s, z, f, SW, ZW, FW, INDEXED), TYPE)
