@@ -31,7 +31,8 @@ def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | 
     bm = min(next((b for b in (16, 32, 64, 128) if m <= b), 256), most)
     while bm > 16 and memory(s, bm, bn, 2) > target.shared:
         bm //= 2
-    room = target.shared if bm >= 64 and _wgmma(target) else target.shared >> 1
+    alone = bm >= 64 and _wgmma(target)  # one program to a multiprocessor; scales that are staged too need some of it
+    room = target.shared if alone and s.packed else target.shared * 3 // 4 if alone else target.shared >> 1
     stages = max([2, *(deep for deep in range(3, deep + 1) if memory(s, bm, bn, deep) <= room)])
     if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
         stages = 1
@@ -82,7 +83,7 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     rows = 64 if many or s.x.group or s.x.zero or s.x.kind == "uint" or (step and not shared) else 128
     if step and s.w.bits > 4 and not s.native and m <= 16 and shared:
         return rows, 128, 4, 3  # decoding takes longer than reading: more features share what is read of x
-    if step and s.native and s.x.group and shared and m > 32:
+    if step and s.native and s.x.group and target.arch.startswith("sm_90") and m > 32:
         return rows, 128, 4, 3
     if s.mode == "late" and s.x.kind == WIDE_KIND and s.w.bits > 4 and shared and m > 128:
         rows = 256

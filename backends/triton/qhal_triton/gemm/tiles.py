@@ -69,7 +69,7 @@ def tiles(target: Target) -> Iterator[Tile]:
             made = plan(request, target)
             if made is None or choose(request, target) is None:
                 continue
-            for m in (1, 128):
+            for m in (1, 128, *([256] if indexed else [])):
                 c = config(made.specs[0], m, _N, _K // 128, target)
                 name = f"gemm.product[{w} x {x} m={m}{' indexed' * indexed}]"
                 yield replace(product_tile(request, made.specs[0], c, target, name), variant=m == 1)
