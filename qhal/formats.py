@@ -9,8 +9,8 @@ and scales are chosen from data, which only the rule after `@` decides, in `qhal
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from qhal.blocks import Block
@@ -98,7 +98,17 @@ class Format:
         """Whether this is a bare element without planes: `bf16`, `int4`."""
         return self.block is None and self.zero is None and self.sparsity is None
 
-    @property
+    def __hash__(self) -> int:
+        return self._hashed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # hashes of text differ between processes
+
+    @cached_property
+    def _hashed(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    @cached_property
     def storage(self) -> Format:
         """The format without rules: what a decoder and a kernel table look at."""
         planes = {
