@@ -145,7 +145,7 @@ def arriving(
         if inputs and not 0 <= index < len(inputs):
             raise FormatError(f"input={index}: the weight was prepared with {len(inputs)} inputs")
         return dtype
-    if x.format.storage not in {f.storage for f in request.x} or x.layout != "canonical":
+    if x.format.storage not in [f.storage for f in request.x] or x.layout != "canonical":
         known = ", ".join(str(f) for f in request.x)
         raise FormatError(f"x is a {x.format} tensor in layout {x.layout}; the weight was prepared for: {known}")
     if request.out is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class PreparedWeight(Prepared):
     run: Run | None = None
     layout: str = NIBBLE
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where it lives, and where what it is multiplied with must live."""
         return _device(self.stored)
@@ -255,7 +256,12 @@ def check(
 
 def quantized_inputs(request: GemmRequest) -> bool:
     """Whether the weight meets activations that are quantized."""
-    return not all(f.plain and element(f.element).wide for f in request.x)
+    return _quantized(request.x)
+
+
+@lru_cache(maxsize=4096)
+def _quantized(x: tuple[Format, ...]) -> bool:
+    return not all(f.plain and element(f.element).wide for f in x)
 
 
 def _pairs(old: dict[str, Tensor], new: dict[str, Tensor], what: str) -> list[tuple[Tensor, Tensor]]:
