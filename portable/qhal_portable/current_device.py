@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,12 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.accelerator.device_index(device.index)
 
 
+@lru_cache(maxsize=1)
+def _alone() -> bool:
+    """Whether this process sees one accelerator, which is then the current one."""
+    return torch.accelerator.device_count() == 1
+
+
 def with_own_device(cls: _Ops) -> _Ops:
     """A class of operations, each run with `self.device` as the current device: one call of the runtime more."""
     for name in _OPERATIONS:
@@ -43,7 +50,7 @@ def _guarded(operation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operation)
     def call(self: QuantOps, *args: Any, **kwargs: Any) -> Any:
         device = self.device
-        if device.type in ("cpu", "meta") or torch.accelerator.current_device_index() == device.index:
+        if device.type in ("cpu", "meta") or _alone() or torch.accelerator.current_device_index() == device.index:
             return operation(self, *args, **kwargs)
         with current(device):
             return operation(self, *args, **kwargs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qhal.requests import Request, Support
+from qhal_portable import current_device
 from qhal_portable.current_device import with_own_device
 from qhal_portable.ops import PortableOps
 
@@ -51,6 +52,7 @@ def ops(switch: Switch, device: str) -> PortableOps:
 
 def test_the_current_device_is_the_operations_own(monkeypatch: pytest.MonkeyPatch) -> None:
     switch = Switch()
+    monkeypatch.setattr(current_device, "_alone", lambda: False)
     monkeypatch.setattr(torch.accelerator, "device_index", switch.device_index)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: switch.now)
     assert ops(switch, "cuda:1").vq_decode(None) == 1
