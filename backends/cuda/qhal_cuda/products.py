@@ -19,6 +19,7 @@ Anything else is a shared kernel's (`qhal_triton`), or the portable product in f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import layout
+from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -147,12 +149,21 @@ def finish(sums: Tensor, scales: tuple[Tensor, Tensor] | None, bias: Tensor | No
     rows, n = sums.shape
     if sums.numel():
         a, b = (sums, sums) if scales is None else scales
-        finish_kernel[(-(-rows // ROWS), -(-n // COLUMNS))](
-            sums, a, b, sums if bias is None else bias, out, rows, n, sums.stride(0), out.stride(0),
-            A=int(scales is not None and a.numel() > 1), B=int(scales is not None and b.numel() > 1),
-            SCALED=scales is not None, BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=False,
-        )  # fmt: skip
+        scaled = scales is not None
+        start = _finishing(int(scaled and a.numel() > 1), int(scaled and b.numel() > 1), scaled, bias is not None)
+        start(
+            (-(-rows // ROWS), -(-n // COLUMNS), 1),
+            (sums, a, b, sums if bias is None else bias, out),
+            (rows, n, sums.stride(0), out.stride(0)),
+        )
     return out
+
+
+@lru_cache(maxsize=16)
+def _finishing(a: int, b: int, scaled: bool, bias: bool) -> Launcher:
+    constants = {"A": a, "B": b, "SCALED": scaled, "BIAS": bias, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    tensors, numbers = ("sums", "a", "b", "bias", "out"), ("m", "n", "sums_row", "out_row")
+    return Launcher(finish_kernel, tensors, numbers, constants, enable_fp_fusion=False)
 
 
 Quantize = Callable[[Tensor, Operand], QTensor]

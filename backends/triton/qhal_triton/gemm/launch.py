@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from qhal_triton.gemm.kernels.product import product
 from qhal_triton.gemm.paths import DENSE_FROM, Plan, Spec, plan
 from qhal_triton.gemm.planes import activation, planes
 from qhal_triton.gemm.sides import WIDE_KIND
+from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.tuning import Table
@@ -30,6 +32,18 @@ from qhal_triton.tuning import rows as buckets
 from qhal_triton.wide import float_product
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "int8": tl.int8}
+_TENSORS = ("x", "y", "sx", "ox", "zx", "order", "starts")
+_NUMBERS = ("m", "spread", "x_row", "sx_row", "sx_col", "zx_row", "zx_col", "ox_row", "y_row", "y_part")
+"""Of a call: the kernel's names."""
+_STRIDES = (
+    "w_row", "sw_row", "sw_col", "zw_row", "zw_col", "fw_row", "fw_col", "ow_row",
+    "w_exp", "sw_exp", "zw_exp", "fw_exp", "ow_exp",
+)  # fmt: skip
+"""Of a weight, in the order of `planes`."""
+_MOST = 4096
+"""Row counts for which a weight remembers its tile; they start anew beyond."""
+_BLOCK = 256
+"""Columns of a program of `finish`."""
 _FIXED = 64
 """Rows of the tile of products whose rows must not depend on each other's number."""
 
@@ -65,7 +79,11 @@ class Bound:
         self.request, self.made, self.target, self.weight = gemm, made, target, p
         self.table = table or Table()
         self.tiles: dict[tuple[Spec, int], Config] = {}
+        self._chosen: dict[tuple[int, int, int], Config] = {}
+        self._launchers: dict[tuple[int, Config, str, int], Launcher] = {}
         self.specs = {f.storage: s for f, s in zip(gemm.x, made.specs, strict=True)}
+        wide = [s for s in reversed(made.specs) if s.x.kind == WIDE_KIND]  # of two for one type, the first
+        self.plain = {element(s.type).storage: s for s in wide}
         self.experts = p.request.experts if isinstance(p.request, GroupedRequest) else 0
         self.planes = planes(p.multiplied, p.made, made.specs[0], gemm.k)
 
@@ -78,15 +96,20 @@ class Bound:
         rows: Rows | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """[parts, rows, N]: one part in `dtype` (`out`, if it can be), or more in fp32 that are to be summed.
+        """[rows, N] in `dtype` (`out`, if it can be), or parts [parts, rows, N] in fp32 that are to be summed.
 
         q: [rows of x, K], codes or numbers.
         """
         r = self.request
-        c = self.tile(spec, m, rows)
         total = q.shape[0] if rows is None else rows.rows
+        key = (id(spec), m, -1 if rows is None else total)
+        c = self._chosen.get(key)
+        if c is None:
+            if len(self._chosen) >= _MOST:
+                self._chosen.clear()
+            c = self._chosen[key] = self.tile(spec, m, rows)
         if c.parts == 1:
-            y = place((total, r.n), dtype, self.weight.device, out).unsqueeze(0)
+            y = place((total, r.n), dtype, self.weight.device, out)
         else:
             y = torch.empty(c.parts, total, r.n, dtype=torch.float32, device=self.weight.device)
         self.launch(spec, q, y, c, rows)
@@ -111,28 +134,36 @@ class Bound:
         return found
 
     def launch(self, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
-        """The product of one tile shape, into y [parts, rows, N]."""
-        r, p, m = self.request, self.weight, q.shape[0]
-        tiles = -(-m // c.bm) if rows is None else rows.tiles(c.bm)
-        steps = -(-r.k // spec.span)
+        """The product of one tile shape, into y [rows, N] or [parts, rows, N]."""
+        r, m = self.request, q.shape[0]
         codes, x = activation(q, spec)
-        bias = p.bias
-        grid = (-(-r.n // c.bn), tiles, c.parts)
-        product[grid](
-            codes, self.planes["w"], y, bias, x["sx"], x["ox"], x["zx"],
-            self.planes["sw"], self.planes["ow"], self.planes["zw"], self.planes["fw"],
-            self.planes["table"], self.planes["index"],
-            None if rows is None else rows.order, None if rows is None else rows.starts,
-            m if rows is None else rows.m, r.n, r.k, self.experts, steps, -(-steps // c.parts),
-            1 if rows is None or rows.form != "masked" else -(-rows.m // c.bm),
-            codes.stride(0), *x["strides"], *self.planes["strides"],
-            r.n, y.stride(1), y.stride(0),
-            **product_constants(
-                spec, r, c, self.target, form="" if rows is None else rows.form, top=1 if rows is None else rows.top,
-                experts=self.experts, bias=bias is not None,
+        self._launcher(spec, c, rows)(
+            (-(-r.n // c.bn), -(-m // c.bm) if rows is None else rows.tiles(c.bm), c.parts),
+            (codes, y, x["sx"], x["ox"], x["zx"], *((None, None) if rows is None else (rows.order, rows.starts))),
+            (
+                m if rows is None else rows.m, 1 if rows is None or rows.form != "masked" else -(-rows.m // c.bm),
+                codes.stride(0), *x["strides"], y.stride(-2), y.stride(0) if y.dim() == 3 else 0,
             ),
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=spec.mode != "early",
         )  # fmt: skip
+
+    def _launcher(self, spec: Spec, c: Config, rows: Rows | None) -> Launcher:
+        """`product` with all that a weight and a tile fix; open are x and y, their strides, and the rows."""
+        form, top = ("", 1) if rows is None else (rows.form, rows.top)
+        key = (id(spec), c, form, top)
+        found = self._launchers.get(key)
+        if found is None:
+            r, t, bias = self.request, self.planes, self.weight.bias
+            steps = -(-r.k // spec.span)
+            fixed = {name: t[name] for name in ("w", "sw", "ow", "zw", "fw", "table", "index")}
+            fixed |= dict(zip(_STRIDES, t["strides"], strict=True))
+            fixed |= {"bias": bias, "n": r.n, "k": r.k, "experts": self.experts, "b_exp": r.n}
+            fixed |= {"steps": steps, "per_part": -(-steps // c.parts)}
+            fixed |= product_constants(
+                spec, r, c, self.target, form=form, top=top, experts=self.experts, bias=bias is not None
+            )
+            options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": spec.mode != "early"}
+            found = self._launchers[key] = Launcher(product, _TENSORS, _NUMBERS, fixed, **options)
+        return found
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`: every number decoded in fp32 and rounded once."""
@@ -212,7 +243,7 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
             y = float_product(value, bound.decoded(wide).T)
             return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)
         part = bound.partial(spec, q, rows, dtype, None, out)
-        return given(part[0] if part.shape[0] == 1 else finished(part, rows, request.n, dtype, out), out)
+        return given(part if part.dim() == 2 else finished(part, rows, request.n, dtype, out), out)
 
     return run
 
@@ -231,15 +262,21 @@ def given(y: Tensor, out: Tensor | None) -> Tensor:
 def finished(part: Tensor, rows: int, width: int, dtype: torch.dtype, out: Tensor | None = None, **more: Any) -> Tensor:
     """[rows, width] of the parts [parts, rows * TOP, N] of a product, see `kernels/finish.py`."""
     y = place((rows, width), dtype, part.device, out)
-    block = 256
     asked = {"weights": None, "ids": None, "alpha": 1.0, "limit": 0.0, "shift": 0.0, **more}
-    flags = {"TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False}
+    flags = {"TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False, "PARTS": part.shape[0]}
     flags |= {name: asked.pop(name) for name in list(asked) if name in flags}
-    finish[(rows, -(-width // block))](
-        part, y, asked["weights"], asked["ids"], part.stride(0), part.shape[2], width, y.stride(0),
-        asked["alpha"], asked["limit"], asked["shift"], PARTS=part.shape[0], BLOCK=block, num_warps=4, **flags,
-    )  # fmt: skip
+    _finishing(**flags)(
+        (rows, -(-width // _BLOCK), 1),
+        (part, y, asked["weights"], asked["ids"]),
+        (part.stride(0), part.shape[2], width, y.stride(0), asked["alpha"], asked["limit"], asked["shift"]),
+    )
     return y
+
+
+@lru_cache(maxsize=256)
+def _finishing(**flags: Any) -> Launcher:
+    numbers = ("part_stride", "n", "width", "y_row", "alpha", "limit", "shift")
+    return Launcher(finish, ("part", "y", "weights", "ids"), numbers, {**flags, "BLOCK": _BLOCK}, num_warps=4)
 
 
 def spec_of(bound: Bound, q: Tensor | QTensor, rows: int) -> Spec:
@@ -252,7 +289,7 @@ def spec_of(bound: Bound, q: Tensor | QTensor, rows: int) -> Spec:
         return bound.specs[q.format.storage]
     if made.many is not None and rows >= made.many_from and element(made.many.type).storage == q.dtype:
         return made.many
-    for spec in bound.made.specs:
-        if spec.x.kind == WIDE_KIND and element(spec.type).storage == q.dtype:
-            return spec
+    spec = bound.plain.get(q.dtype)
+    if spec is not None:
+        return spec
     raise FormatError(f"x arrives as {q.dtype}, the weight was prepared for {bound.request}")

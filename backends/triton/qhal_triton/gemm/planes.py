@@ -49,22 +49,26 @@ def activation(q: Tensor | QTensor, spec: Spec) -> tuple[Tensor, dict[str, Any]]
 
     Of the outer scale in rows only.
     """
-    if isinstance(q, Tensor):
-        codes, scale, outer, zero = q.detach(), None, None, None
-    else:
-        assert not isinstance(q.zero, QTensor)
-        codes, zero = q.codes, q.zero
-        made = "scale" in spec.x.made and isinstance(q.scale, QTensor)
-        scale, outer = _levels(q.scale.dequantize() if made else q.scale)  # type: ignore[union-attr]
-    codes = codes.reshape(-1, codes.shape[-1])
+    given = q if isinstance(q, Tensor) else q.codes
+    codes = given if given.dim() == 2 else given.reshape(-1, given.shape[-1])
     if spec.x.kind == WIDE_KIND:
-        codes = codes.to(element(spec.type).storage)
-    scale, zero, outer = _rows(scale), _rows(zero), _rows(outer)
+        kind = element(spec.type).storage
+        codes = codes if codes.dtype == kind else codes.detach().to(kind)
+    if isinstance(q, Tensor):
+        return codes, _PLAIN
+    assert not isinstance(q.zero, QTensor)
+    made = "scale" in spec.x.made and isinstance(q.scale, QTensor)
+    scale, outer = _levels(q.scale.dequantize() if made else q.scale)  # type: ignore[union-attr]
+    scale, zero, outer = _rows(scale), _rows(q.zero), _rows(outer)
     strides = [*steps_of(scale), *steps_of(zero), steps_of(outer)[0]]
     found = {"sx": raw(scale), "ox": outer, "zx": raw(zero), "strides": strides}
     bare = codes if spec.x.kind == WIDE_KIND else raw(codes)
     assert bare is not None
     return bare, found
+
+
+_PLAIN: dict[str, Any] = {"sx": None, "ox": None, "zx": None, "strides": (0, 0, 0, 0, 0)}
+"""Of an x that is not quantized."""
 
 
 def _levels(scale: Tensor | QTensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -76,7 +80,7 @@ def _levels(scale: Tensor | QTensor | None) -> tuple[Tensor | None, Tensor | Non
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1, t.shape[-1])
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def raw(t: Tensor | None) -> Tensor | None:

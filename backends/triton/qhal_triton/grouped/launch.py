@@ -59,8 +59,9 @@ def _product(
     spec = spec_of(bound, q, average)
     if a is None and not weighted:
         part = bound.partial(spec, q, average, dtype, rows, out)
-        return part[0] if part.shape[0] == 1 else finished(part, total, wide, dtype, out)
+        return part if part.dim() == 2 else finished(part, total, wide, dtype, out)
     part = bound.partial(spec, q, average, torch.float32, rows)
+    part = part.unsqueeze(0) if part.dim() == 2 else part
     more: dict[str, Any] = {}
     if a is not None:
         more = {"NAME": a.name, "GATED": a.gated, "LIMITED": a.limit is not None, "alpha": a.alpha, "shift": a.shift}

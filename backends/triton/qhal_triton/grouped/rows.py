@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from qhal.errors import BatchError, FormatError
 from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal_triton.gemm.launch import Rows
 from qhal_triton.grouped.kernels.order import order
+from qhal_triton.launching import Launcher
 
 
 def rows_of(groups: Groups, shape: tuple[int, ...], experts: int) -> Rows:
@@ -66,10 +68,16 @@ def _sorted(groups: Indexed, experts: int) -> tuple[Tensor, Tensor]:
     flat = ids.reshape(-1)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
     pairs = torch.empty(flat.numel(), dtype=torch.int32, device=ids.device)
-    order[(experts + 1,)](flat, starts, pairs, flat.numel(), experts, BLOCK=1024, num_warps=4)
+    _ordering()((experts + 1, 1, 1), (flat, starts, pairs), (flat.numel(), experts))
     if lasting:
         groups.cache[key] = (starts, pairs)
     return starts, pairs
+
+
+@lru_cache(maxsize=1)
+def _ordering() -> Launcher:
+    names = ("ids", "starts", "sorted_pairs"), ("pairs", "experts")
+    return Launcher(order, *names, {"BLOCK": 1024}, num_warps=4)
 
 
 def _at_most(rows: int, experts: int) -> Callable[[int], int]:
