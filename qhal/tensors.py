@@ -182,6 +182,15 @@ class QTensor:
         return sharding.transposed(self)
 
 
+def unchecked(f: Format, codes: Tensor, scale: Tensor | QTensor, zero: Tensor | QTensor | None = None) -> QTensor:
+    """A QTensor without the checks of construction: for planes that were allocated by this format a moment ago."""
+    t = object.__new__(QTensor)
+    vars(t).update(
+        format=f, codes=codes, scale=scale, zero=zero, offset=None, table=None, group_index=None, layout="canonical"
+    )
+    return t
+
+
 def _check(t: QTensor) -> None:
     f, codes = t.format, t.codes
     e = element(f.element)

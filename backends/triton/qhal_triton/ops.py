@@ -56,6 +56,10 @@ _CHOOSE: dict[type, Callable[[Any, Target], Path | None]] = {
 }
 
 
+_MOST = 4096
+"""Requests whose kernels an object remembers; they start anew beyond."""
+
+
 class TritonOps(PortableOps):
     """QuantOps of a GPU that Triton compiles for; a backend gives its name, the target and what was measured on it."""
 
@@ -66,6 +70,7 @@ class TritonOps(PortableOps):
         self._target = target
         self._device = device
         self._table = table or Table()
+        self._paths: dict[tuple[Any, ...], Path | None] = {}
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +88,7 @@ class TritonOps(PortableOps):
         """See `quantize/`."""
         o = to if isinstance(to, Operand) else Operand(to)
         if isinstance(x, Tensor):
-            path = self._path(QuantizeRequest(x=x.dtype, format=o.format, static=o.static))
+            path = self._quantizing(x.dtype, o.format, o.static)
             if path is not None and quantize.fits(path, x, o, self._device):
                 if for_ is not None:
                     self._weight(for_)
@@ -190,11 +195,26 @@ class TritonOps(PortableOps):
 
     def _path(self, request: Request) -> Path | None:
         """The kernel for a request that is executable at all; None: the portable operation. Every call asks this."""
+        key = (request, revision())
         try:
-            hash(request)
-        except TypeError:  # the portable answer says what is wrong with it
+            if key in self._paths:
+                return self._paths[key]
+        except TypeError:  # no hash: the portable answer says what is wrong with it
             return None
-        return _path(request, self._target, self._copies, revision())
+        return self._found(key, request)
+
+    def _quantizing(self, x: torch.dtype, to: Format, static: bool) -> Path | None:
+        """The same for the request of a quantization, which is made only once."""
+        key = (x, to, static, revision())
+        if key in self._paths:
+            return self._paths[key]
+        return self._found(key, QuantizeRequest(x=x, format=to, static=static))
+
+    def _found(self, key: tuple[Any, ...], request: Request) -> Path | None:
+        if len(self._paths) >= _MOST:
+            self._paths.clear()
+        found = self._paths[key] = _path(request, self._target, self._copies, revision())
+        return found
 
 
 @lru_cache(maxsize=65536)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +14,31 @@ from qhal.formats import Format
 from qhal.requests import NumericsClass, QuantizeRequest
 from qhal.rounding import to_plane
 from qhal.specs import Operand
-from qhal.tensors import QTensor
+from qhal.tensors import QTensor, unchecked
 from qhal_portable.quantize import write
+from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 from qhal_triton.quantize.config import CHUNK, LONGEST, PARTS, config
 from qhal_triton.quantize.kernels.grids import block_kernel, long_kernel, part_kernel, tensor_kernel
 from qhal_triton.quantize.recipe import Recipe, recipe
 from qhal_triton.target import Target
 
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # bits are the contract
+_MOST = 256
+"""Shapes that a path remembers; they start anew beyond."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizePath(Path):
-    """A path and the constants of its kernel."""
+    """A path and the constants of its kernel.
+
+    steps      the launches for one shape and clip
+    launchers  by kernel and sizes of its programs
+    """
 
     recipe: Recipe
     target: Target
+    steps: dict[tuple[Any, ...], list[Step]] = field(default_factory=dict, compare=False, repr=False)
+    launchers: dict[tuple[Any, ...], Launcher] = field(default_factory=dict, compare=False, repr=False)
 
 
 def choose(request: QuantizeRequest, target: Target) -> QuantizePath | None:
@@ -59,19 +68,20 @@ def fits(path: Path, x: Tensor, to: Operand, device: torch.device) -> bool:
         return False
     block = to.format.block
     assert block is not None
-    if not x.numel() and (block.kind == "tensor" or path.recipe.outer is not None or not x.shape[-1]):
+    size, f = x.numel(), path.recipe
+    if not size and (block.kind == "tensor" or f.outer is not None or not x.shape[-1]):
         return False  # there is a scale of nothing
-    if x.numel() >= 1 << 31 or (x.numel() and matrix(x) is None):
+    if size >= 1 << 31 or (size and matrix(x) is None):
         return False  # places within a tensor are 32-bit numbers
     if block.kind == "tile" and x.dim() > 2 and x.shape[:-2].numel() > 1 and x.shape[-2] % block.rows:
         return False
-    return all(
-        (plane is not None) == wanted and (plane is None or _given(plane, device))
-        for plane, wanted in ((to.scale, path.recipe.static), (to.zero, path.recipe.zero == "given"))
-    )
+    return _given(to.scale, f.static, device) and _given(to.zero, f.zero == "given", device)
 
 
-def _given(plane: Tensor, device: torch.device) -> bool:
+def _given(plane: Tensor | None, wanted: bool, device: torch.device) -> bool:
+    """Whether a number is given just where it is wanted, as one that a kernel reads."""
+    if plane is None or not wanted:
+        return plane is None and not wanted
     return plane.numel() == 1 and plane.device == device and plane.dtype in WIDE.values()
 
 
@@ -79,6 +89,8 @@ def matrix(x: Tensor) -> Tensor | None:
     """x [..., T, K] as [rows, K] without a copy, rows at one stride and columns beside each other; None: needs one."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
+    if x.dim() == 2:
+        return x
     if x.is_contiguous():
         return x.reshape(-1, x.shape[-1])
     try:
@@ -103,35 +115,45 @@ def run(path: Path, x: Tensor, to: Operand, out: QTensor | None) -> QTensor:
             if given is not None and isinstance(plane, Tensor):
                 plane.copy_(given.reshape(plane.shape))
     if x.numel():
-        rows = matrix(x.detach())
+        rows = matrix(x)
         assert rows is not None
-        _launch(f, rows, to, target)
+        _launch(path, f, rows, to, target)
     return target if out is None or target is out else write(made, out)
 
 
 def empty(f: Recipe, x: Tensor, to: Operand) -> QTensor:
     """The planes of the result, given ones as they are."""
-    fmt, block = to.format, to.format.block
-    assert block is not None and fmt.scale is not None
-    lead = x.shape[:-2]
-    grid = ([1] * len(lead) if block.kind == "tensor" else list(lead)) + list(block.grid(*x.shape[-2:]))
-    ones = [1] * x.dim()
-
-    def new(name: str, shape: list[int]) -> Tensor:
-        return torch.empty(shape, dtype=element(name).storage, device=x.device)
-
-    codes = torch.empty(x.shape, dtype=element(fmt.element).storage, device=x.device)
+    fmt, device = to.format, x.device
+    kinds, grid, ones = _planes_of(fmt, x.shape)
+    codes = torch.empty(x.shape, dtype=kinds["codes"], device=device)
     scale: Tensor | QTensor
     if f.outer is not None:
-        assert fmt.scale.scale is not None
-        outer = to.scale.reshape(ones) if to.scale is not None else new(fmt.scale.scale.element, ones)
-        scale = QTensor(fmt.scale, new(fmt.scale.element, grid), outer)
+        assert fmt.scale is not None
+        outer = torch.empty(ones, dtype=kinds["outer"], device=device) if to.scale is None else to.scale.reshape(ones)
+        scale = unchecked(fmt.scale, torch.empty(grid, dtype=kinds["scale"], device=device), outer)
+    elif to.scale is None:
+        scale = torch.empty(grid, dtype=kinds["scale"], device=device)
     else:
-        scale = to.scale.reshape(ones) if to.scale is not None else new(fmt.scale.element, grid)
+        scale = to.scale.reshape(ones)
     zero = None
     if fmt.zero is not None:
-        zero = new(fmt.zero.element, grid) if to.zero is None else _zero_plane(to.zero.reshape(ones), fmt.zero)
-    return QTensor(fmt, codes, scale, zero)
+        own = None if to.zero is None else _zero_plane(to.zero.reshape(ones), fmt.zero)
+        zero = torch.empty(grid, dtype=kinds["zero"], device=device) if own is None else own
+    if to.static:
+        return QTensor(fmt, codes, scale, zero)
+    return unchecked(fmt, codes, scale, zero)
+
+
+@lru_cache(maxsize=4096)
+def _planes_of(fmt: Format, shape: torch.Size) -> tuple[dict[str, torch.dtype], tuple[int, ...], tuple[int, ...]]:
+    """Types of the planes of a tensor of that shape, the shape of its scales, and that of one number."""
+    block = fmt.block
+    assert block is not None and fmt.scale is not None
+    lead = shape[:-2]
+    grid = (*((1,) * len(lead) if block.kind == "tensor" else lead), *block.grid(*shape[-2:]))
+    found = {"codes": fmt, "scale": fmt.scale, "outer": fmt.scale.scale, "zero": fmt.zero}
+    kinds = {name: element(f.element).storage for name, f in found.items() if f is not None}
+    return kinds, grid, (1,) * len(shape)
 
 
 def _outermost(scale: Tensor | QTensor | None) -> Tensor | QTensor | None:
@@ -157,46 +179,79 @@ def takes(out: QTensor, made: QTensor) -> bool:
     )
 
 
-def _launch(f: Recipe, x: Tensor, to: Operand, q: QTensor) -> None:
+def _launch(path: QuantizePath, f: Recipe, x: Tensor, to: Operand, q: QTensor) -> None:
     rows, cols = x.shape
-    stride = x.stride(0) if rows > 1 else cols
-    block = q.format.block
+    two = isinstance(q.scale, QTensor)
+    scale, outer = (_bytes(q.scale.codes), q.scale.scale) if two else (q.scale, q.scale)  # type: ignore[union-attr]
+    planes: dict[str, Any] = {"x": x, "codes": _bytes(q.codes), "scale": scale, "outer": outer, "parts": x}
+    planes["zero"] = scale if q.zero is None else q.zero
+    key = (rows, cols, x.stride(0) if rows > 1 else cols, to.clip)
+    steps = path.steps.get(key)
+    if steps is None:
+        if len(path.steps) >= _MOST:
+            path.steps.clear()
+        steps = path.steps[key] = _steps(path, f, to, *key[:3])
+    for step in steps:
+        if step.parts:
+            planes["parts"] = torch.empty(step.parts, dtype=torch.int32, device=x.device)
+        step.start(step.grid, [planes[name] for name in step.tensors], step.numbers)
+
+
+class Step(NamedTuple):
+    """One launch for matrices of one shape. parts: numbers of a buffer that it fills for the next one."""
+
+    start: Launcher
+    grid: tuple[int, int, int]
+    tensors: tuple[str, ...]
+    numbers: tuple[int | float, ...]
+    parts: int = 0
+
+
+def _steps(path: QuantizePath, f: Recipe, to: Operand, rows: int, cols: int, stride: int) -> list[Step]:
+    """The launches for x [rows, cols]."""
+    block, kept = to.format.block, to.clip
     assert block is not None
-    low, high = to.clip
-    codes, scale, outer = _bytes(q.codes), q.scale, _outermost(q.scale)
-    if isinstance(scale, QTensor):
-        scale = _bytes(scale.codes)
-    zero = scale if q.zero is None else q.zero
-    parts, count = x, 1
+
+    def step(
+        kernel: Any, programs: int, tensors: tuple[str, ...], given: dict[str, int | float],
+        constants: dict[str, int], warps: int = 8, parts: int = 0,
+    ) -> Step:  # fmt: skip
+        key = (kernel, *constants.values(), warps, to.clipped)
+        start = path.launchers.get(key)
+        if start is None:
+            options = {"num_warps": warps, "enable_fp_fusion": False}  # bits are the contract
+            start = path.launchers[key] = Launcher(kernel, tensors, tuple(given), {**constants, "F": f}, **options)
+        return Step(start, (programs, 1, 1), tensors, tuple(given.values()), parts)
+
+    ends = {"low_kept": kept[0], "high_kept": kept[1]}
+    found: list[Step] = []
+    count = 1
     across, down = (rows * cols, 1) if stride == cols else (cols, rows)  # all of it is one row, if it lies so
     width = min(CHUNK, 1 << (across - 1).bit_length())
     beside = -(-across // width)
     chunks = beside * -(-down // (CHUNK // width))
     tensor = block.kind == "tensor"
+    whole: dict[str, int | float] = {"rows": down, "cols": across, "stride": stride, "beside": beside}
     if (tensor and (not f.static or f.clamp)) or (f.outer is not None and not f.static):
         count = min(PARTS, 1 << (chunks - 1).bit_length())
-        parts = torch.empty(2 * count, dtype=torch.int32, device=x.device)
-        part_kernel[(count,)](
-            x, parts, down, across, stride, beside, chunks, count, CHUNK, width, f, num_warps=8, **_OPTIONS
-        )
+        constants = {"PARTS": count, "C": CHUNK, "WIDTH": width}
+        found.append(step(part_kernel, count, ("x", "parts"), {**whole, "count": chunks}, constants, parts=2 * count))
     if tensor:
-        tensor_kernel[(chunks,)](
-            x, codes, scale, zero, parts, low, high, down, across, stride, beside, count, CHUNK, width, f,
-            num_warps=8, **_OPTIONS,
-        )  # fmt: skip
-        return
+        constants = {"PARTS": count, "C": CHUNK, "WIDTH": width}
+        names = ("x", "codes", "scale", "zero", "parts")
+        return [*found, step(tensor_kernel, chunks, names, {**ends, **whole}, constants)]
     if block.kind == "row" and 1 << (cols - 1).bit_length() > LONGEST:
-        long_kernel[(rows,)](x, codes, scale, zero, low, high, cols, stride, CHUNK, f, num_warps=8, **_OPTIONS)
-        return
+        given = {**ends, "cols": cols, "stride": stride}
+        return [*found, step(long_kernel, rows, ("x", "codes", "scale", "zero"), given, {"C": CHUNK})]
     grid = block.grid(rows, cols)
     of_row = block.kind == "row"
     n = grid[0] * grid[1]
     size = config(cols if of_row else block.rows * block.cols, n)
-    block_kernel[(-(-n // size.blocks),)](
-        x, codes, scale, zero, outer, parts, low, high, rows, cols, stride, grid[1], n,
-        1 if of_row else block.rows, 0 if of_row else block.cols, size.blocks, size.elements, count, f,
-        num_warps=size.warps, **_OPTIONS,
-    )  # fmt: skip
+    given = {**ends, "rows": rows, "cols": cols, "stride": stride, "across": grid[1], "count": n}
+    constants = {"ROWS": 1 if of_row else block.rows, "COLS": 0 if of_row else block.cols}
+    constants |= {"NB": size.blocks, "C": size.elements, "PARTS": count}
+    planes = ("x", "codes", "scale", "zero", "outer", "parts")
+    return [*found, step(block_kernel, -(-n // size.blocks), planes, given, constants, size.warps)]
 
 
 def _bytes(plane: Tensor) -> Tensor:
