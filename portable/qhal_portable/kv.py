@@ -53,6 +53,12 @@ def check_rows(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> tuple[Row
     """The two rows of the cache; FormatError unless k, v and slots have their shapes and types. Reads no value."""
     first, second = rows_of(cache)
     check_planes(cache)
+    check_tokens(k, v, slots, first, second)
+    return first, second
+
+
+def check_tokens(k: Tensor, v: Tensor, slots: Tensor, first: RowOf, second: RowOf) -> None:
+    """FormatError unless k, v and slots have the shapes and types of the rows. Reads no value."""
     tokens = slots.numel() if isinstance(slots, Tensor) else -1
     for name, x, axes in ((first[0], k, first[2]), (second[0], v, second[2])):
         if x.dtype not in WIDE.values() or tuple(x.shape) != (tokens, *axes):
@@ -60,7 +66,6 @@ def check_rows(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> tuple[Row
             raise FormatError(f"quant_kv: {name} is {found}, must be bf16, fp16 or fp32 {(tokens, *axes)}")
     if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
         raise FormatError(f"quant_kv: slots are {slots.dtype} {tuple(slots.shape)}, must be int32 or int64 [T]")
-    return first, second
 
 
 def check_slots(cache: KVCache, slots: Tensor) -> None:

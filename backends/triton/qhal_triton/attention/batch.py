@@ -13,9 +13,24 @@ from qhal.errors import BatchError
 from qhal.requests import AttentionRequest
 from qhal_portable.attention import check_plan, check_roots, check_tree
 from qhal_triton.attention.config import Config, blocks, power
+from qhal_triton.attention.kernels.attend import attend
+from qhal_triton.attention.kernels.merge import merge
 from qhal_triton.attention.paths import Arithmetic
+from qhal_triton.launching import Launcher
 from qhal_triton.target import Target
 
+COLUMNS = 64
+"""Of a program that merges parts."""
+_TENSORS = (
+    "q", "q_scale", "q_zero", "q_outer", "p", "p_scale_of_q",
+    "k", "k_scale", "k_zero", "k_outer", "v", "v_scale", "v_zero", "v_outer", "sinks", "weight_scale", "out", "lse",
+)  # fmt: skip
+_NUMBERS = (
+    "q_token", "q_head", "q_groups", "p_token", "p_head", "p_groups",
+    *(f"{plane}_{axis}" for plane in ("k", "ks", "kz", "v", "vs", "vz") for axis in ("page", "slot", "head")),
+    "pages", "o_token", "o_head", "l_token", "l_head", "has_sinks", "has_lse",
+)  # fmt: skip
+"""Of a call: the kernel's names."""
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 
 
@@ -50,6 +65,33 @@ class TritonBatch(AttentionBatch):
         wide = request.kv.k_dim if request.kv.kind == "mla" else request.kv.v_dim
         self.partial = torch.empty(parts * wide, dtype=torch.float32, device=device)
         self.tops, self.sums = torch.empty(2, max(parts, 1), dtype=torch.float32, device=device)
+        share = request.heads // request.kv.heads
+        self.grid = (self.blocks, request.kv.heads * -(-share // c.together), c.splits)
+        self.attend, self.merge = self._launchers(share)
+
+    def _launchers(self, share: int) -> tuple[Launcher, Launcher]:
+        """The kernels with what this batch fixes."""
+        request, c = self.request, self.config
+        none = self.tops
+        partial = (self.partial, self.tops, self.sums) if c.splits > 1 else (none, none, none)
+        parts = dict(zip(("partial", "partial_max", "partial_sum"), partial, strict=True))
+        sizes = {
+            "table_row": self.table.stride(0), "batch": self.limits.batch, "blocks": self.blocks, "splits": c.splits,
+            "shift": request.kv.page.bit_length() - 1, "heads": request.heads, "share": share, "together": c.together,
+            "causal": int(request.causal and not request.tree), "window": request.window or 0, "scale": request.scale,
+            "softcap": request.softcap or 1.0,
+        }  # fmt: skip
+        held = {"plan": self.steps, "table": self.table, "tree": self.tree, **parts}
+        options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
+        one = Launcher(attend, _TENSORS, _NUMBERS, {**held, **sizes, **self.constants}, **options)
+        wide = request.kv.k_dim if request.kv.kind == "mla" else request.kv.v_dim
+        fixed = {**parts, "splits": c.splits, "heads": request.heads, "dim": wide, "COLS": COLUMNS}
+        numbers = ("o_token", "o_head", "l_token", "l_head", "has_sinks", "has_lse")
+        two = Launcher(
+            merge, ("sinks", "out", "lse"), numbers, {**fixed, "ALL": power(c.splits)}, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return one, two
 
     def plan(
         self,

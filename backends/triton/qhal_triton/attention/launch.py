@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,10 @@ from qhal.errors import FormatError
 from qhal.requests import AttentionRequest
 from qhal_portable.attention import buffer, check_queries, same_cache
 from qhal_portable.kv import check_planes, rows_of
-from qhal_triton.attention.batch import TritonBatch
-from qhal_triton.attention.config import power
-from qhal_triton.attention.kernels.attend import attend
-from qhal_triton.attention.kernels.merge import merge
+from qhal_triton.attention.batch import COLUMNS, TritonBatch
 from qhal_triton.attention.paths import Arithmetic
 from qhal_triton.attention.queries import Held, hold
-from qhal_triton.kv.planes import RowPlanes
+from qhal_triton.kv.planes import RowPlanes, remembered
 
 
 def run(
@@ -24,50 +23,50 @@ def run(
 ) -> Tensor:
     """See QuantOps.attention."""
     request, kv, a, c = batch.request, batch.request.kv, batch.arithmetic, batch.config
-    if not same_cache(cache.request, kv):
-        raise FormatError(f"the cache is {cache.request}, the batch was made for {kv}")
-    (first, _, _), (second, _, _) = rows_of(cache)
-    check_planes(cache)
+    seen = remembered(cache, (kv, a.k, a.v), lambda: _Seen.of(cache, request, a))
     mla = kv.kind == "mla"
     wide, width = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
     check_queries(q, request, sinks, batch.tokens, wide)
     result = buffer(out, (batch.tokens, request.heads, width), request.out, "out", q.device)
     into = result if result.stride(-1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
     logs = None if lse is None else buffer(lse, (batch.tokens, request.heads), torch.float32, "lse", q.device)
-    for name, t in (
-        ("q", q),
-        ("sinks", sinks),
-        ("out", out),
-        ("lse", lse),
-        ("the cache", next(iter(cache.planes.values()))),
-    ):
+    for name, t in (("q", q), ("sinks", sinks), ("out", out), ("lse", lse), ("the cache", seen.tensors[0])):
         if t is not None and t.device != batch.device:
             raise FormatError(f"attention: {name} is on {t.device}, must be on {batch.device}")
     if not batch.tokens:
         return result
     qs, rope = _queries(q.detach(), request, a, cache)
-    k, v = RowPlanes.of(cache, first, a.k), RowPlanes.of(cache, second, a.v)
     weight_scale = _static(cache, "p.scale", request) if a.p_static else batch.tops
     none = batch.tops  # for what is not there: a kernel is compiled by the types of its arguments
     log, at = (none, (0, 0)) if logs is None else (logs, logs.stride())
-    share, split = request.heads // kv.heads, c.splits > 1
+    given = none if sinks is None else sinks
     has = (int(sinks is not None), int(logs is not None))
-    attend[(batch.blocks, kv.heads * -(-share // c.together), c.splits)](
-        *qs.flat(), rope.codes, *rope.codes.stride()[:2], rope.scale, rope.groups, *k.flat(), *v.flat(),
-        batch.steps, batch.table, batch.table.stride(0), cache.pages, batch.tree,
-        none if sinks is None else sinks, weight_scale, into, *into.stride()[:2], log, *at,
-        *((batch.partial, batch.tops, batch.sums) if split else (none, none, none)),
-        batch.limits.batch, batch.blocks, c.splits, kv.page.bit_length() - 1, request.heads, share, c.together,
-        int(request.causal and not request.tree), request.window or 0, *has, request.scale, request.softcap or 1.0,
-        **batch.constants, num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-    )  # fmt: skip
-    if split:
-        merge[(batch.tokens * request.heads, -(-width // 64))](
-            batch.partial, batch.tops, batch.sums, none if sinks is None else sinks, into, *into.stride()[:2], log,
-            *at, c.splits, request.heads, width, *has, COLS=64, ALL=power(c.splits), num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    batch.attend(
+        batch.grid,
+        (*qs.planes(), rope.codes, rope.scale, *seen.tensors, given, weight_scale, into, log),
+        (*qs.numbers(), *rope.numbers(), *seen.numbers, *into.stride()[:2], *at, *has),
+    )
+    if c.splits > 1:
+        grid = (batch.tokens * request.heads, -(-width // COLUMNS), 1)
+        batch.merge(grid, (given, into, log), (*into.stride()[:2], *at, *has))
     return result if into is result else result.copy_(into)
+
+
+class _Seen(NamedTuple):
+    """A cache as the kernel takes it: planes of K and V, their strides, and the number of pages."""
+
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[int, ...]
+
+    @staticmethod
+    def of(cache: KVCache, request: AttentionRequest, a: Arithmetic) -> _Seen:
+        """FormatError for a cache that is not of the batch's kind, or whose planes are not canonical."""
+        if not same_cache(cache.request, request.kv):
+            raise FormatError(f"the cache is {cache.request}, the batch was made for {request.kv}")
+        (first, _, _), (second, _, _) = rows_of(cache)
+        check_planes(cache)
+        k, v = RowPlanes.of(cache, first, a.k), RowPlanes.of(cache, second, a.v)
+        return _Seen((*k.tensors(), *v.tensors()), (*k.strides(), *v.strides(), cache.pages))
 
 
 def _queries(q: Tensor, request: AttentionRequest, a: Arithmetic, cache: KVCache) -> tuple[Held, Held]:

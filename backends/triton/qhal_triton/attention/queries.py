@@ -25,9 +25,13 @@ class Held(NamedTuple):
     outer: Tensor
     groups: int = 1
 
-    def flat(self) -> tuple[object, ...]:
+    def planes(self) -> tuple[Tensor, ...]:
         """In the order of the kernel's arguments."""
-        return (self.codes, *self.codes.stride()[:2], self.scale, self.zero, self.outer, self.groups)
+        return self.codes, self.scale, self.zero, self.outer
+
+    def numbers(self) -> tuple[int, int, int]:
+        """Strides of token and head, scales of a row."""
+        return (*self.codes.stride()[:2], self.groups)  # type: ignore[return-value]
 
     def after(self, columns: int, row: Row) -> Held:
         """The same rows from a column on."""

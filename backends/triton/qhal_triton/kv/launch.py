@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from qhal.caches import KVCache
 from qhal.errors import FormatError
-from qhal_portable.kv import check_rows, check_slots
+from qhal_portable.kv import RowOf, check_planes, check_slots, check_tokens, rows_of
 from qhal_triton.kv.kernels.write import write
 from qhal_triton.kv.paths import encoding
-from qhal_triton.kv.planes import RowPlanes
+from qhal_triton.kv.planes import RowPlanes, remembered
+from qhal_triton.launching import Launcher
 from qhal_triton.target import Target
 
 _BUSY = 264
@@ -30,6 +32,7 @@ class Size(NamedTuple):
     warps: int
 
 
+@lru_cache(maxsize=4096)
 def size(count: int, k_dim: int, v_dim: int) -> Size:
     """For `count` rows (token, head)."""
     k, v = (max(1 << (dim - 1).bit_length(), 2) for dim in (k_dim, v_dim))
@@ -44,28 +47,64 @@ def run(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor, device: torch.devic
     Slots on the device are not read before the kernel does: one past the cache is skipped there, as -1 is. It is an
     error where the slots are on the host.
     """
-    (first, kf, _), (second, vf, _) = check_rows(k, v, cache, slots)
+    first, second = remembered(cache, "rows", lambda: _checked(cache))
+    check_tokens(k, v, slots, first, second)
     if slots.is_cpu:
         check_slots(cache, slots)
         slots = slots.to(device)
     request = cache.request
-    for name, t in ((first, k), (second, v), ("the slots", slots), ("the cache", cache.planes[f"{first}.codes"])):
+    held = cache.planes[f"{first[0]}.codes"]
+    for name, t in ((first[0], k), (second[0], v), ("the slots", slots), ("the cache", held)):
         if t.device != device:
             raise FormatError(f"quant_kv: {name} are on {t.device}, must be on {device}")
     if not slots.numel():
         return
-    k, v = (_rows(t.detach()) for t in (k, v))
-    ke, ve = encoding(kf, request.k_dim, k.dtype, target), encoding(vf, request.v_dim, v.dtype, target)
-    assert ke is not None and ve is not None
+    k, v = _rows(k), _rows(v)
+    to = remembered(cache, (k.dtype, v.dtype, target), lambda: _Writing(cache, first, second, k.dtype, v.dtype, target))
     count = slots.numel() * request.heads
     s = size(count, request.k_dim, request.v_dim)
-    write[(-(-count // s.rows), 2)](
-        k, *k.stride()[:2], v, *v.stride()[:2], slots, slots.stride(0), count, cache.pages * request.page,
-        request.heads, request.page,
-        *RowPlanes.of(cache, first, ke.row).flat(), *RowPlanes.of(cache, second, ve.row).flat(),
-        K=ke.row, KF=ke.recipe, V=ve.row, VF=ve.recipe,
-        DK=request.k_dim, DV=request.v_dim, ROWS=s.rows, BK=s.k, BV=s.v, num_warps=s.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    to.launcher(s)(
+        (-(-count // s.rows), 2, 1),
+        (k, v, slots, *to.tensors),
+        (*k.stride()[:2], *v.stride()[:2], slots.stride(0), count, held.shape[0] * request.page, *to.numbers),
+    )
+
+
+_STRIDES = [f"{p}{part}_{axis}" for p in "kv" for part in "csz" for axis in ("page", "slot", "head")]
+_TENSORS = ("k", "v", "slots", "kc", "ks", "kz", "k_outer", "vc", "vs", "vz", "v_outer")
+_NUMBERS = ("k_token", "k_in_head", "v_token", "v_in_head", "slot_stride", "count", "limit", "heads", "in_page")
+
+
+class _Writing:
+    """What a cache fixes for rows of some types: its planes as the kernel's arguments, and constants."""
+
+    def __init__(
+        self, cache: KVCache, first: RowOf, second: RowOf, k: torch.dtype, v: torch.dtype, target: Target
+    ) -> None:
+        r = self._request = cache.request
+        ke, ve = encoding(first[1], r.k_dim, k, target), encoding(second[1], r.v_dim, v, target)
+        assert ke is not None and ve is not None
+        self._constants = {"K": ke.row, "KF": ke.recipe, "V": ve.row, "VF": ve.recipe, "DK": r.k_dim, "DV": r.v_dim}
+        planes = RowPlanes.of(cache, first[0], ke.row), RowPlanes.of(cache, second[0], ve.row)
+        self.tensors = (*planes[0].tensors(), *planes[1].tensors())
+        self.numbers = (r.heads, r.page, *planes[0].strides(), *planes[1].strides())
+        self._launchers: dict[Size, Launcher] = {}
+
+    def launcher(self, s: Size) -> Launcher:
+        """The kernel with programs of that size."""
+        found = self._launchers.get(s)
+        if found is None:
+            fixed = {**self._constants, "ROWS": s.rows, "BK": s.k, "BV": s.v}
+            names = (*_NUMBERS, *_STRIDES)
+            options = {"num_warps": s.warps, "enable_fp_fusion": False}
+            found = self._launchers[s] = Launcher(write, _TENSORS, names, fixed, **options)
+        return found
+
+
+def _checked(cache: KVCache) -> tuple[RowOf, RowOf]:
+    rows = rows_of(cache)
+    check_planes(cache)
+    return rows
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from qhal.caches import KVCache
 from qhal.errors import FormatError
 from qhal_triton.kv.rows import Row
+
+T = TypeVar("T")
 
 
 class Plane(NamedTuple):
@@ -37,6 +40,17 @@ class Plane(NamedTuple):
         return Plane(_bytes(plane), strides[0], strides[1], head)
 
 
+def remembered(cache: KVCache, key: Hashable, read: Callable[[], T]) -> T:
+    """What `read` finds in the planes of a cache. It is asked again when one of them has become another tensor."""
+    kept: dict[Hashable, tuple[tuple[object, ...], tuple[Tensor, ...], T]] = vars(cache).setdefault("_remembered", {})
+    planes = cache.planes
+    now = (*planes, *map(id, planes.values()))  # numbers that stay taken: the tensors are kept
+    found = kept.get(key)
+    if found is None or found[0] != now:
+        found = kept[key] = now, tuple(planes.values()), read()
+    return found[2]
+
+
 class RowPlanes(NamedTuple):
     """The planes of K or of V (MLA: latent, rope); absent ones are the codes, which then nobody reads."""
 
@@ -57,9 +71,13 @@ class RowPlanes(NamedTuple):
         outer = cache.planes[f"{name}.scale.scale"] if row.outer else codes.data
         return RowPlanes(codes, scale, zero, outer)
 
-    def flat(self) -> tuple[object, ...]:
-        """In the order of the kernels' arguments."""
-        return (*self.codes, *self.scale, *self.zero, self.outer)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, scales, zero points, the numbers above scales."""
+        return self.codes.data, self.scale.data, self.zero.data, self.outer
+
+    def strides(self) -> tuple[int, ...]:
+        """Of the first three, each of page, slot and head."""
+        return tuple(step for plane in (self.codes, self.scale, self.zero) for step in plane[1:])
 
 
 def _bytes(plane: Tensor) -> Tensor:
