@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from qhal_triton.hadamard import mixing
 from qhal_triton.hadamard.config import Chip, Plan, plan
 from qhal_triton.hadamard.kernels.rotate import rotate_kernel
 from qhal_triton.hadamard.mixing import MixPath
+from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 from qhal_triton.quantize import Recipe, empty, matrix, recipe, takes
 from qhal_triton.target import Target
@@ -31,12 +32,14 @@ from qhal_triton.target import Target
 class RotationPath(Path):
     """A path, how its transform is cut, and the constants of a quantization in the same pass (None: a pass of its own).
 
-    block  features of one scale
+    block      features of one scale
+    launchers  of the kernel by what stands before and after the transform, and whether it quantizes
     """
 
     plan: Plan
     recipe: Recipe | None = None
     block: int = 0
+    launchers: dict[tuple[bool, bool, bool], Launcher] = field(default_factory=dict, compare=False, repr=False)
 
 
 def choose(request: HadamardRequest, target: Target) -> RotationPath | MixPath | None:
@@ -124,21 +127,21 @@ def run(
         ops._weight(for_)
     made = empty(path.recipe, x, to)
     target = out if out is not None and takes(out, made) else made
-    _launch(path.plan, x, chain, target, path)
+    _launch(path, x, chain, target, fused=True)
     return target if out is None or target is out else write_planes(made, out)
 
 
 def _apply(path: RotationPath | MixPath, x: Tensor, chain: Sequence[Rotation], y: Tensor) -> None:
     if isinstance(path, RotationPath):
-        _launch(path.plan, x, chain, y, None)
+        _launch(path, x, chain, y, fused=False)
         return
     source, target = matrix(_rows(x)), matrix(_rows(y))
     assert source is not None and target is not None
     mixing.apply(path, source, chain, target)
 
 
-def _launch(p: Plan, x: Tensor, chain: Sequence[Rotation], y: Tensor | QTensor, fused: RotationPath | None) -> None:
-    source = matrix(_rows(x))
+def _launch(path: RotationPath, x: Tensor, chain: Sequence[Rotation], y: Tensor | QTensor, *, fused: bool) -> None:
+    p, source = path.plan, matrix(_rows(x))
     assert source is not None
     rows, n = source.shape
     at = next(i for i, r in enumerate(chain) if isinstance(r, Hadamard))
@@ -149,6 +152,9 @@ def _launch(p: Plan, x: Tensor, chain: Sequence[Rotation], y: Tensor | QTensor, 
         for part in (chain[:at], chain[at + 1 :])
     )
     left, right = _tables(turn, p, x.dtype, bool(before), x.device, revision())
+    target: Any
+    scale: Any
+    zero: Any
     if isinstance(y, QTensor):
         codes = y.codes.view(torch.uint8) if y.codes.element_size() == 1 else y.codes
         scale, zero = y.scale, y.zero if y.zero is not None else y.scale
@@ -160,12 +166,26 @@ def _launch(p: Plan, x: Tensor, chain: Sequence[Rotation], y: Tensor | QTensor, 
         ystride = written.stride(0) if rows > 1 else n
     units, across = rows * (n // p.width), n // p.width
     tiles = -(-units // p.used)
-    rotate_kernel[(min(tiles, p.programs),)](
-        source, target, scale, zero, left, right, before[0] if before else right, after[0] if after else right,
-        1.0 / math.sqrt(p.order), units, across, tiles, source.stride(0) if rows > 1 else n, ystride,
-        **constants(p, bool(before), bool(after), fused),
-        num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    _launcher(path, bool(before), bool(after), fused)(
+        (min(tiles, p.programs), 1, 1),
+        (source, target, scale, zero, left, right, before[0] if before else right, after[0] if after else right),
+        (units, across, tiles, source.stride(0) if rows > 1 else n, ystride),
+    )
+
+
+def _launcher(path: RotationPath, before: bool, after: bool, fused: bool) -> Launcher:
+    found = path.launchers.get((before, after, fused))
+    if found is None:
+        p = path.plan
+        fixed = {"factor": 1.0 / math.sqrt(p.order), **constants(p, before, after, path if fused else None)}
+        options = {"num_warps": p.warps, "num_stages": p.stages, "enable_fp_fusion": False}
+        found = path.launchers[before, after, fused] = Launcher(rotate_kernel, _TENSORS, _NUMBERS, fixed, **options)
+    return found
+
+
+_TENSORS = ("x", "y", "scale", "zero", "left", "right", "before", "after")
+_NUMBERS = ("units", "across", "tiles", "stride", "ystride")
+"""Of a call: the kernel's names."""
 
 
 def constants(p: Plan, before: bool, after: bool, fused: RotationPath | None) -> dict[str, Any]:
