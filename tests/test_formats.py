@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import fields
 from typing import Any
 
@@ -277,3 +278,12 @@ def test_long_names_are_cut_in_errors(name: str) -> None:
     with pytest.raises(FormatError) as caught:
         Format.parse(name)
     assert len(str(caught.value)) < 900
+
+
+def test_a_hash_stays_in_its_process() -> None:
+    f = Format.parse("e2m1.g16*(e4m3fn.tensor*fp32)")
+    assert hash(f) == hash(f.storage) and f.storage is f.storage
+    g = pickle.loads(pickle.dumps(f))
+    assert g == f and hash(g) == hash(f)
+    kept = set(vars(pickle.loads(pickle.dumps(f))))
+    assert kept == {field.name for field in fields(Format)}

@@ -206,8 +206,11 @@ class TritonOps(PortableOps):
     def _quantizing(self, x: torch.dtype, to: Format, static: bool) -> Path | None:
         """The same for the request of a quantization, which is made only once."""
         key = (x, to, static, revision())
-        if key in self._paths:
-            return self._paths[key]
+        try:
+            if key in self._paths:
+                return self._paths[key]
+        except TypeError:
+            return None
         return self._found(key, QuantizeRequest(x=x, format=to, static=static))
 
     def _found(self, key: tuple[Any, ...], request: Request) -> Path | None:

@@ -243,6 +243,9 @@ def test_bad_arguments() -> None:
     with pytest.raises(FormatError, match="the batch was made for"):
         other = replace(request.kv, page=16)
         OPS.attention(step.q.to(DEVICE), KVCache.allocate(other, 2, DEVICE), batch)
+    OPS.attention(step.q.to(DEVICE), cache, batch)
+    with pytest.raises(FormatError, match="the batch was made for"):  # the cache is known, to another batch
+        OPS.attention(step.q.to(DEVICE), cache, OPS.attention_batch(replace(request, kv=other), batch.limits))
 
 
 def test_what_no_kernel_takes_stays_portable() -> None:

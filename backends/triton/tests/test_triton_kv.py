@@ -133,3 +133,21 @@ def test_formats_without_a_kernel_stay_portable() -> None:
         assert OPS._path(request) is None, text
         answer = OPS.supports(request)
         assert not answer or answer.executes == "qhal.encoding.encode"
+
+
+def test_a_plane_that_becomes_another_tensor_is_met_anew() -> None:
+    f = Format.parse("int8.row*fp32")
+    request = KVRequest(kind="mha", k=f, v=f, heads=2, k_dim=16, v_dim=16, page=4)
+    cache = KVCache.allocate(request, 3, DEVICE)
+    k, v = (rows((4, 2, 16), seed, torch.bfloat16).to(DEVICE) for seed in (0, 1))
+    slots = torch.arange(4, device=DEVICE)
+    for _ in range(2):
+        OPS.quant_kv(k, v, cache, slots)
+    old, wanted = cache.planes["k.codes"], cache.planes["k.codes"].clone()
+    old.zero_()
+    cache.planes["k.codes"] = torch.zeros(3, 4, 2, 32, dtype=torch.int8, device=DEVICE)[..., :16]
+    OPS.quant_kv(k, v, cache, slots)
+    assert torch.equal(cache.planes["k.codes"], wanted) and not old.any()
+    cache.planes["k.codes"] = old[:, :2]
+    with pytest.raises(FormatError, match="the cache's k.codes must be"):
+        OPS.quant_kv(k, v, cache, slots)
