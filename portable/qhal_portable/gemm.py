@@ -161,7 +161,7 @@ def accept(x: Tensor, request: GemmRequest, device: torch.device, *, axes: int =
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() != axes or x.shape[-1] != columns:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise FormatError(f"x is {found}, must be bf16, fp16 or fp32 {_shape(axes, columns)}")
-    if columns > 1 and x.numel() and x.stride(-1) != 1:
+    if not x.is_contiguous() and columns > 1 and x.numel() and x.stride(-1) != 1:
         raise FormatError(f"x has strides {x.stride()}; rows may have any stride, the last must be 1")
     if x.device != device:
         raise FormatError(f"x is on {x.device}, must be on {device}")

@@ -149,5 +149,5 @@ def test_a_plane_that_becomes_another_tensor_is_met_anew() -> None:
     OPS.quant_kv(k, v, cache, slots)
     assert torch.equal(cache.planes["k.codes"], wanted) and not old.any()
     cache.planes["k.codes"] = old[:, :2]
-    with pytest.raises(FormatError, match="the cache's k.codes must be"):
+    with pytest.raises(FormatError, match=r"the cache's k\.codes must be"):
         OPS.quant_kv(k, v, cache, slots)

@@ -79,8 +79,9 @@ class Bound:
         self.request, self.made, self.target, self.weight = gemm, made, target, p
         self.table = table or Table()
         self.tiles: dict[tuple[Spec, int], Config] = {}
-        self._chosen: dict[tuple[int, int, int], Config] = {}
+        self._chosen: dict[tuple[int, int, tuple[int, int] | None], tuple[Config, Launcher]] = {}
         self._launchers: dict[tuple[int, Config, str, int], Launcher] = {}
+        self._decoder: Launcher | None = None
         self.specs = {f.storage: s for f, s in zip(gemm.x, made.specs, strict=True)}
         wide = [s for s in reversed(made.specs) if s.x.kind == WIDE_KIND]  # of two for one type, the first
         self.plain = {element(s.type).storage: s for s in wide}
@@ -102,17 +103,19 @@ class Bound:
         """
         r = self.request
         total = q.shape[0] if rows is None else rows.rows
-        key = (id(spec), m, -1 if rows is None else total)
-        c = self._chosen.get(key)
-        if c is None:
+        key = (id(spec), m, None if rows is None else (total, rows.top))
+        found = self._chosen.get(key)
+        if found is None:
             if len(self._chosen) >= _MOST:
                 self._chosen.clear()
-            c = self._chosen[key] = self.tile(spec, m, rows)
+            c = self.tile(spec, m, rows)
+            found = self._chosen[key] = c, self._launcher(spec, c, rows)
+        c, start = found
         if c.parts == 1:
             y = place((total, r.n), dtype, self.weight.device, out)
         else:
             y = torch.empty(c.parts, total, r.n, dtype=torch.float32, device=self.weight.device)
-        self.launch(spec, q, y, c, rows)
+        self._start(start, spec, q, y, c, rows)
         return y
 
     def tile(self, spec: Spec, m: int, rows: Rows | None) -> Config:
@@ -135,9 +138,12 @@ class Bound:
 
     def launch(self, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
         """The product of one tile shape, into y [rows, N] or [parts, rows, N]."""
+        self._start(self._launcher(spec, c, rows), spec, q, y, c, rows)
+
+    def _start(self, start: Launcher, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
         r, m = self.request, q.shape[0]
         codes, x = activation(q, spec)
-        self._launcher(spec, c, rows)(
+        start(
             (-(-r.n // c.bn), -(-m // c.bm) if rows is None else rows.tiles(c.bm), c.parts),
             (codes, y, x["sx"], x["ox"], x["zx"], *((None, None) if rows is None else (rows.order, rows.starts))),
             (
@@ -152,11 +158,9 @@ class Bound:
         key = (id(spec), c, form, top)
         found = self._launchers.get(key)
         if found is None:
-            r, t, bias = self.request, self.planes, self.weight.bias
+            r, bias = self.request, self.weight.bias
             steps = -(-r.k // spec.span)
-            fixed = {name: t[name] for name in ("w", "sw", "ow", "zw", "fw", "table", "index")}
-            fixed |= dict(zip(_STRIDES, t["strides"], strict=True))
-            fixed |= {"bias": bias, "n": r.n, "k": r.k, "experts": self.experts, "b_exp": r.n}
+            fixed = {**self._planes(len(_STRIDES)), "bias": bias, "experts": self.experts, "b_exp": r.n}
             fixed |= {"steps": steps, "per_part": -(-steps // c.parts)}
             fixed |= product_constants(
                 spec, r, c, self.target, form=form, top=top, experts=self.experts, bias=bias is not None
@@ -167,18 +171,23 @@ class Bound:
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`: every number decoded in fp32 and rounded once."""
-        r, s = self.request, self.made.specs[0]
+        r, s, b = self.request, self.made.specs[0], 32
         y = torch.empty(r.n, r.k, dtype=dtype, device=self.weight.device)
-        b, t = 32, self.planes
-        grid = (-(-r.n // b), -(-r.k // s.span))
-        dense[grid](
-            t["w"], y, t["sw"], t["ow"], t["zw"], t["fw"], t["table"], t["index"], r.n, r.k, *t["strides"][:8],
-            WKIND=s.w.kind, SW=s.w.scale, OW=s.w.outer, OVERW=s.w.over, ZW=s.w.zero, FW=s.w.offset,
-            GW=0 if s.indexed else s.w.group, RW=s.w.rows, CHUNK=s.chunk, PARTS=s.parts, APART=s.apart,
-            INDEXED=s.indexed, BN=b,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        if self._decoder is None:
+            fixed = {
+                **self._planes(8), "WKIND": s.w.kind, "SW": s.w.scale, "OW": s.w.outer, "OVERW": s.w.over,
+                "ZW": s.w.zero, "FW": s.w.offset, "GW": 0 if s.indexed else s.w.group, "RW": s.w.rows,
+                "CHUNK": s.chunk, "PARTS": s.parts, "APART": s.apart, "INDEXED": s.indexed, "BN": b,
+            }  # fmt: skip
+            self._decoder = Launcher(dense, ("y",), (), fixed, enable_fp_fusion=False)
+        self._decoder((-(-r.n // b), -(-r.k // s.span), 1), (y,), ())
         return y
+
+    def _planes(self, strides: int) -> dict[str, Any]:
+        """The weight's planes, sizes and so many of their strides, by the kernels' names."""
+        found = {name: self.planes[name] for name in ("w", "sw", "ow", "zw", "fw", "table", "index")}
+        found |= dict(zip(_STRIDES[:strides], self.planes["strides"], strict=False))
+        return found | {"n": self.request.n, "k": self.request.k}
 
 
 def product_constants(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from qhal.named_tables import revision
 from qhal.requests import NumericsClass, VQRequest
 from qhal_portable import gemm
 from qhal_portable.prepared import PreparedWeight
+from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.vq.kernels import decode_kernel
@@ -93,13 +95,23 @@ def _launch(
     def plane(t: Tensor | None) -> Tensor:
         return tables[0] if t is None else t.contiguous()
 
-    decode_kernel[(-(-count // share),)](
-        s.codes.contiguous(), y, *tables, plane(w.scale), plane(w.permutation), plane(w.column_scale),
-        plane(w.column_bias), first, last, lines.start * vectors, count, vectors, w.shape[1], before, y.stride(0),
-        rows_per_scale(w), a, b, len(s.tables), divisors(s), share, padded,
-        w.scale is not None, w.permutation is not None, w.column_scale is not None, w.column_bias is not None,
-        num_warps=THREADS // target.warp, enable_fp_fusion=False,
-    )  # fmt: skip
+    given = (w.scale, w.permutation, w.column_scale, w.column_bias)
+    constants = (a, b, len(s.tables), divisors(s), share, padded, *(t is not None for t in given))
+    _launcher(constants, THREADS // target.warp)(
+        (-(-count // share), 1, 1),
+        (s.codes.contiguous(), y, *tables, *(plane(t) for t in given)),
+        (first, last, lines.start * vectors, count, vectors, w.shape[1], before, y.stride(0), rows_per_scale(w)),
+    )
+
+
+@lru_cache(maxsize=256)
+def _launcher(constants: tuple[Any, ...], warps: int) -> Launcher:
+    names = ("A", "B", "BOOKS", "DIVISORS", "P", "E", "SCALE", "PERMUTED", "COLUMN_SCALE", "COLUMN_BIAS")
+    planes = ("scale", "permutation", "column_scale", "column_bias")
+    tensors = ("codes", "out", *(f"table{i}" for i in range(BOOKS)), *planes)
+    numbers = ("first", "last", "start", "count", "vectors", "columns", "before", "ostride", "per")
+    fixed = dict(zip(names, constants, strict=True))
+    return Launcher(decode_kernel, tensors, numbers, fixed, num_warps=warps, enable_fp_fusion=False)
 
 
 def book_tables(s: CodebookSegment, device: torch.device) -> list[Tensor]:

@@ -5,6 +5,9 @@ A decoded weight lives for one call: keeping it would undo what the checkpoint s
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal.tensors import QTensor
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
+from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
 from qhal_triton.vq.kernels import product_kernel
@@ -86,10 +90,22 @@ def _gathered(x: Tensor, w: CodebookTensor, bias: Tensor | None, dtype: torch.dt
     s = w.segments[0]
     tables = book_tables(s, x.device)
     of_program = 16 if n >= 4096 else 8
-    product_kernel[(-(-n // of_program),)](
-        x, s.codes.contiguous(), y, *tables, tables[0] if w.scale is None else w.scale.contiguous(),
-        tables[0] if bias is None else bias, rows, n, s.codes.shape[1], w.shape[1], x.stride(0), rows_per_scale(w),
+    constants = (
         1 << (rows - 1).bit_length(), s.vector[1], len(s.tables), divisors(s), of_program, 256 // s.vector[1],
-        w.scale is not None, bias is not None, num_warps=THREADS // target.warp, enable_fp_fusion=True,
+        w.scale is not None, bias is not None,
     )  # fmt: skip
+    scale = tables[0] if w.scale is None else w.scale.contiguous()
+    _launcher(constants, THREADS // target.warp)(
+        (-(-n // of_program), 1, 1),
+        (x, s.codes.contiguous(), y, *tables, scale, tables[0] if bias is None else bias),
+        (rows, n, s.codes.shape[1], w.shape[1], x.stride(0), rows_per_scale(w)),
+    )
     return y
+
+
+@lru_cache(maxsize=256)
+def _launcher(constants: tuple[Any, ...], warps: int) -> Launcher:
+    fixed = dict(zip(("M", "B", "BOOKS", "DIVISORS", "BN", "BV", "SCALE", "BIAS"), constants, strict=True))
+    tensors = ("x", "codes", "y", "table0", "table1", "table2", "table3", "scale", "bias")
+    numbers = ("rows", "n", "vectors", "columns", "xstride", "per")
+    return Launcher(product_kernel, tensors, numbers, fixed, num_warps=warps, enable_fp_fusion=True)
