@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -31,6 +31,7 @@ from qhal_triton.tuning import Table
 from qhal_triton.tuning import rows as buckets
 from qhal_triton.wide import float_product
 
+_Call = tuple[tuple[int, int, int], tuple["Tensor | None", ...], tuple[int, ...]]
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "int8": tl.int8}
 _TENSORS = ("x", "y", "sx", "ox", "zx", "order", "starts")
 _NUMBERS = ("m", "spread", "x_row", "sx_row", "sx_col", "zx_row", "zx_col", "ox_row", "y_row", "y_part")
@@ -115,8 +116,16 @@ class Bound:
             y = place((total, r.n), dtype, self.weight.device, out)
         else:
             y = torch.empty(c.parts, total, r.n, dtype=torch.float32, device=self.weight.device)
-        self._start(start, spec, q, y, c, rows)
+        start(*self._call(spec, q, y, c, rows))
         return y
+
+    def again(self, spec: Spec, x: Tensor, dtype: torch.dtype) -> Again:
+        """What `partial` did for this x that is not quantized, for others like it."""
+        c, start = self._chosen[id(spec), x.shape[0], None]
+        shape = (x.shape[0], self.request.n) if c.parts == 1 else (c.parts, x.shape[0], self.request.n)
+        kind, device = dtype if c.parts == 1 else torch.float32, self.weight.device
+        grid, _, numbers = self._call(spec, x, torch.empty(shape, dtype=kind, device="meta"), c, None)
+        return Again(start, grid, numbers, shape, kind, dtype, device)
 
     def tile(self, spec: Spec, m: int, rows: Rows | None) -> Config:
         """Measured for this bucket of row counts, if it was; else by rule."""
@@ -138,12 +147,13 @@ class Bound:
 
     def launch(self, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
         """The product of one tile shape, into y [rows, N] or [parts, rows, N]."""
-        self._start(self._launcher(spec, c, rows), spec, q, y, c, rows)
+        self._launcher(spec, c, rows)(*self._call(spec, q, y, c, rows))
 
-    def _start(self, start: Launcher, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> None:
+    def _call(self, spec: Spec, q: Tensor | QTensor, y: Tensor, c: Config, rows: Rows | None) -> _Call:
+        """What the launcher takes: grid, tensors and numbers."""
         r, m = self.request, q.shape[0]
         codes, x = activation(q, spec)
-        start(
+        return (
             (-(-r.n // c.bn), -(-m // c.bm) if rows is None else rows.tiles(c.bm), c.parts),
             (codes, y, x["sx"], x["ox"], x["zx"], *((None, None) if rows is None else (rows.order, rows.starts))),
             (
@@ -188,6 +198,24 @@ class Bound:
         found = {name: self.planes[name] for name in ("w", "sw", "ow", "zw", "fw", "table", "index")}
         found |= dict(zip(_STRIDES[:strides], self.planes["strides"], strict=False))
         return found | {"n": self.request.n, "k": self.request.k}
+
+
+class Again(NamedTuple):
+    """A product of x of the type, shape, strides and device of an earlier one: nothing is left to check or choose."""
+
+    start: Launcher
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    shape: tuple[int, ...]
+    kind: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self, x: Tensor) -> Tensor:
+        """[rows, N]."""
+        y = torch.empty(self.shape, dtype=self.kind, device=self.device)
+        self.start(self.grid, (x, y, None, None, None, None, None), self.numbers)
+        return y if len(self.shape) == 2 else finished(y, self.shape[1], self.shape[2], self.dtype)
 
 
 def product_constants(
@@ -241,7 +269,13 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
     bound = Bound(p, request, made, ops._target, ops._table)
     wide = path.rounded
 
+    known: dict[tuple[Any, ...], Again] = {}
+
     def run(x: Tensor | QTensor, index: int, out: Tensor | None) -> Tensor:
+        plain = out is None and type(x) is Tensor
+        like = (x.dtype, x.shape, x.stride(), x.device) if plain else ()  # type: ignore[union-attr]
+        if plain and like in known:
+            return known[like].run(x)  # type: ignore[arg-type]
         q, dtype = quantized(x, request, p, index, by=ops.quantize)
         rows = q.shape[0]
         spec = spec_of(bound, q, rows)
@@ -252,6 +286,10 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
             y = float_product(value, bound.decoded(wide).T)
             return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)
         part = bound.partial(spec, q, rows, dtype, None, out)
+        if plain and q is x:
+            if len(known) >= _MOST:
+                known.clear()
+            known[like] = bound.again(spec, x, dtype)  # type: ignore[arg-type]
         return given(part if part.dim() == 2 else finished(part, rows, request.n, dtype, out), out)
 
     return run
