@@ -31,7 +31,7 @@ from qhal_triton.tiles import Tile
 
 COMPILE = triton.compile
 N, K = 64, 4096
-FREE = {"m", "rows", "count", "steps", "per_part", "beside"}
+FREE = {"m", "rows", "count", "steps", "per_part", "beside", "spread"}
 """Arguments that tiles leave open: numbers of rows and what follows from them."""
 
 
