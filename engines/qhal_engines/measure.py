@@ -133,7 +133,7 @@ def _status_bytes(status: Path, field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _module_bytes(model: Any) -> list[int]:
+def module_bytes(model: Any) -> list[int]:
     """Bytes that each module holds itself: parameters, buffers, prepared weights. A tied tensor counts once."""
     seen: set[int] = set()
     sizes = []
@@ -181,7 +181,7 @@ class _Session:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(settings["folder"], **arguments).eval()
         loaded = time.perf_counter()
         peak, after = peak_memory(), resident_memory()
-        sizes = _module_bytes(self._model)
+        sizes = module_bytes(self._model)
         with torch.inference_mode():
             self._model(torch.arange(16, device=self._model.device)[None])
         return {

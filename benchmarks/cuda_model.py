@@ -1,0 +1,159 @@
+"""Whole models: a random one of 7 billion parameters, or the demo's, in every weight format and every cache format.
+
+    python benchmarks/cuda_model.py [--rows PREFIX ...] [--list] [--out FILE] [--json] [--jobs N] [--backend NAME]
+    python benchmarks/cuda_model.py --demo FOLDER --text FILE
+
+Prints, for every row, how long preparing took, what the weights take, decoded tokens per second with 1, 16 and 64
+sequences at 1024 tokens in a captured graph that is planned anew for every token, tokens per second of a prompt of
+2048, and how far the last hidden state is from its definition (relative RMS). Ratios are to torch's own bf16 products.
+Sizes may be changed; tokens per second of another model than the whole one are marked so. --jobs compiles the kernels
+of all rows in that many processes first. --demo measures perplexity and eager decoding in transformers instead.
+Without a device of the backend nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda_bars import facts
+from model_rows.rows import BASE, ROWS
+from model_rows.shape import Shape
+from rich.console import Console
+from rich.table import Table
+
+import qhal
+from qhal.errors import QhalError
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small kernels: no pool of processes for them
+SIZES = [f for f in fields(Shape) if f.type == "int"]
+
+
+def main() -> int:
+    arguments = parse()
+    console = Console(stderr=arguments.json, highlight=False, width=None if sys.stdout.isatty() else 180)
+    if arguments.list:
+        print("\n".join(row.name for row in ROWS))
+        return 0
+    if arguments.backend == "cuda" and not torch.cuda.is_available():
+        print("not run: no NVIDIA GPU here; --backend cpu_reference with small sizes runs the same", file=sys.stderr)
+        return 0
+    try:
+        if arguments.demo is not None:
+            from model_rows.demo import run
+
+            rows, table = run(arguments, console)
+        else:
+            rows, table = random_model(arguments, console)
+    except QhalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report = {"device": _facts(arguments.backend), "rows": rows}
+    if arguments.demo is None:
+        report["shape"] = asdict(_shape(arguments))
+    console.print(table)
+    out = arguments.out or (Path(os.environ["OUT"]) / "model.json" if os.environ.get("OUT") else None)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        console.print(f"written: {out}")
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    failed = [row["row"] for row in rows if row["note"]]
+    for name in failed:
+        console.print(f"not whole: {name}")
+    return 1 if failed else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="PREFIX", help="rows whose name begins so")
+    parser.add_argument("--list", action="store_true", help="the names of all rows")
+    parser.add_argument("--backend", default="cuda", help="as for qhal.select")
+    parser.add_argument("--out", type=Path, help="where the JSON goes [$OUT/model.json if OUT is set]")
+    parser.add_argument("--json", action="store_true", help="print the JSON; everything else goes to stderr")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile first [0: none]")
+    parser.add_argument("--demo", type=Path, metavar="FOLDER", help="a bf16 checkpoint, for transformers")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text for its perplexity")
+    parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens of it")
+    for size in SIZES:
+        parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default)
+    parser.add_argument("--batches", nargs="+", type=int, default=list(Shape.batches))
+    arguments = parser.parse_args()
+    if arguments.demo is not None and arguments.text is None:
+        parser.error("--demo needs --text")
+    return arguments
+
+
+def _shape(arguments: argparse.Namespace) -> Shape:
+    return Shape(batches=tuple(arguments.batches), **{f.name: getattr(arguments, f.name) for f in SIZES})
+
+
+def _facts(backend: str) -> dict[str, Any]:
+    return facts() if backend.startswith("cuda") else {"gpu": None, "backend": backend, "torch": torch.__version__}
+
+
+def random_model(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Table]:
+    """The rows as they will be written, and the table."""
+    from model_rows.measure import GIB, Measured, Runner
+
+    shape = _shape(arguments)
+    wanted = [row for row in ROWS if row is BASE or row.name.startswith(tuple(arguments.rows))]
+    if arguments.jobs:
+        warm([row.name for row in wanted], arguments.jobs, console)
+    runner = Runner(qhal.select(arguments.backend), shape)
+    table = Table("row", "bits", "prepare s", "weights GiB", "peak GiB", *(f"decode b{b}" for b in shape.batches),
+                  "prefill", "error %", "executes", title=_title(shape, runner.ops.name))  # fmt: skip
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    rows: list[Measured] = []
+    for row in wanted:
+        began = time.monotonic()
+        r = runner.run(row)
+        rows.append(r)
+        base = rows[0]
+        speeds = [_ratio(r.decode.get(b), base.decode.get(b)) for b in shape.batches]
+        error = "-" if r.error is None else " ".join(f"{100 * e:.2f}" for e in r.error)
+        words = (r.executes if row.kv == "bf16" else r.attention)[:60]
+        table.add_row(r.row, f"{r.bits:.2f}", f"{r.prepare_s:.1f}", f"{r.weights / GIB:.2f}", f"{r.peak / GIB:.2f}",
+                      *speeds, _ratio(r.prefill, base.prefill), error, r.note or words)  # fmt: skip
+        seconds = time.monotonic() - began
+        console.print(f"{r.row:24} {seconds:5.1f} s  {'  '.join(speeds)}  error {error}  {r.note}", soft_wrap=True)
+    return [asdict(r) for r in rows], table
+
+
+def _title(shape: Shape, backend: str) -> str:
+    words = f"{shape.layers} layers of {shape.hidden}, tokens per second (x torch bf16), backend {backend}"
+    return words if shape.whole else f"{words}: NOT the model of 7 billion parameters"
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if not base else f"{value:.0f} ({value / base:.2f})"
+
+
+def warm(names: list[str], jobs: int, console: Console) -> None:
+    """Every row with one layer, in so many processes: Triton keeps what it compiles on disk."""
+    began = time.monotonic()
+    script = [sys.executable, __file__, *[a for a in sys.argv[1:] if a != "--json"], "--jobs", "0", "--layers", "1"]
+
+    def one(some: list[str]) -> None:
+        command = [*script, "--out", os.devnull, "--rows", *some]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OUT": ""})
+        if done.returncode:
+            console.print(f"compiling {' '.join(some)}: {(done.stdout + done.stderr)[-300:]}", soft_wrap=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, [names[i::jobs] for i in range(min(jobs, len(names)))]))
+    console.print(f"compiled in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
