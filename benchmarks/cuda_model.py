@@ -24,6 +24,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small kernels: no pool of processes for them
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 import torch
 from cuda_bars import facts
 from model_rows.rows import BASE, ROWS
@@ -34,7 +37,6 @@ from rich.table import Table
 import qhal
 from qhal.errors import QhalError
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small kernels: no pool of processes for them
 SIZES = [f for f in fields(Shape) if f.type == "int"]
 
 

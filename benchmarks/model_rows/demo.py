@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +80,6 @@ def _measured(name: str, arguments: argparse.Namespace, ops: QuantOps) -> Measur
 
 
 def _measure(name: str, arguments: argparse.Namespace, ops: QuantOps, found: Measured) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qhal_engines.generation import generate, perplexity

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Measured:
     """One row of the report. Times in seconds, sizes in bytes.
 
     decode      tokens per second by the number of sequences: plan, graph and next token of every step
+    device_s    seconds of one step without its plan, by the number of sequences: what the device needs
     error       relative RMS of the last hidden state against the definition: of the prompt, of one decoded token
     weights     what `prepare` keeps, embedding and head not counted
     peak        largest size that all tensors on the device had together while tokens were made
@@ -43,6 +45,7 @@ class Measured:
     caches: int = 0
     peak: int = 0
     decode: dict[int, float] = field(default_factory=dict)
+    device_s: dict[int, float] = field(default_factory=dict)
     prefill: float | None = None
     error: tuple[float, float] | None = None
     graph: bool = False
@@ -85,7 +88,8 @@ class Runner:
         given.clear()
         self._reset_peak()
         for batch in self.shape.batches:
-            found.decode[batch] = self._decode(model, caches, batch, graph=found.graph)
+            whole, found.device_s[batch] = self._decode(model, caches, batch, graph=found.graph)
+            found.decode[batch] = batch / whole
         found.prefill = self._prefill(model, caches)
         found.peak = ops.memory_stats().peak
 
@@ -124,8 +128,8 @@ class Runner:
         exact = definition.hidden(model, given, caches.kv.k, ids)
         return definition.error(first, exact[-2]), definition.error(second, exact[-1])
 
-    def _decode(self, model: Decoder, caches: Caches, batch: int, *, graph: bool) -> float:
-        """Tokens per second of all sequences, up to the last token of the context."""
+    def _decode(self, model: Decoder, caches: Caches, batch: int, *, graph: bool) -> tuple[float, float]:
+        """Seconds of one step up to the last token of the context: with its plan, and without."""
         shape, device = self.shape, self.ops.device
         planned, table = caches.batch("decode", batch, batch), caches.table[:batch]
         start = shape.context - shape.steps
@@ -143,19 +147,17 @@ class Runner:
 
         plan(start)
         replay: Callable[[], Any] = self.ops.capture(step) if graph else step
-        times = []
-        for turn in range(3):
+
+        def steps(*, planning: bool) -> None:
             positions.fill_(start - 1)
-            self.ops.synchronize()
-            began = time.perf_counter()
             for i in range(shape.steps):
-                plan(start + 1 + i)
+                if planning:
+                    plan(start + 1 + i)
                 replay()
-            self.ops.synchronize()
-            times.append(time.perf_counter() - began)
-            if turn == 0 and not graph:
-                break
-        return batch * shape.steps / min(times)
+
+        repeat = 3 if graph else 1
+        times = [min(self._timed(partial(steps, planning=p))[0] for _ in range(repeat)) for p in (True, False)]
+        return times[0] / shape.steps, times[1] / shape.steps
 
     def _prefill(self, model: Decoder, caches: Caches) -> float:
         """Tokens per second of one prompt, without a graph; the head reads its last row."""
