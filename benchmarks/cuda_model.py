@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,6 +30,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 from cuda_bars import facts
+from model_rows import demo
+from model_rows.measure import GIB, Measured, Runner
 from model_rows.rows import BASE, ROWS
 from model_rows.shape import Shape
 from rich.console import Console
@@ -49,27 +52,27 @@ def main() -> int:
     if arguments.backend == "cuda" and not torch.cuda.is_available():
         print("not run: no NVIDIA GPU here; --backend cpu_reference with small sizes runs the same", file=sys.stderr)
         return 0
-    try:
-        if arguments.demo is not None:
-            from model_rows.demo import run
+    out = arguments.out or (Path(os.environ["OUT"]) / "model.json" if os.environ.get("OUT") else None)
+    report: dict[str, Any] = {"device": _facts(arguments.backend), "rows": []}
+    if arguments.demo is None:
+        report["shape"] = asdict(_shape(arguments))
 
-            rows, table = run(arguments, console)
-        else:
-            rows, table = random_model(arguments, console)
+    def keep(row: dict[str, Any]) -> None:
+        """Written after every row, so that a run that ends early leaves what it measured."""
+        report["rows"].append(row)
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1) + "\n")
+
+    try:
+        console.print(demo.run(arguments, console, keep) if arguments.demo else random_model(arguments, console, keep))
     except QhalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = {"device": _facts(arguments.backend), "rows": rows}
-    if arguments.demo is None:
-        report["shape"] = asdict(_shape(arguments))
-    console.print(table)
-    out = arguments.out or (Path(os.environ["OUT"]) / "model.json" if os.environ.get("OUT") else None)
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"written: {out}")
     if arguments.json:
         print(json.dumps(report, indent=1))
-    failed = [row["row"] for row in rows if row["note"]]
+    failed = [row["row"] for row in report["rows"] if row["note"]]
     for name in failed:
         console.print(f"not whole: {name}")
     return 1 if failed else 0
@@ -103,10 +106,8 @@ def _facts(backend: str) -> dict[str, Any]:
     return facts() if backend.startswith("cuda") else {"gpu": None, "backend": backend, "torch": torch.__version__}
 
 
-def random_model(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Table]:
-    """The rows as they will be written, and the table."""
-    from model_rows.measure import GIB, Measured, Runner
-
+def random_model(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> Table:
+    """Every row measured and shown as it comes; the table of all."""
     shape = _shape(arguments)
     wanted = [row for row in ROWS if row is BASE or row.name.startswith(tuple(arguments.rows))]
     if arguments.jobs:
@@ -116,20 +117,23 @@ def random_model(arguments: argparse.Namespace, console: Console) -> tuple[list[
                   "prefill", "error %", "executes", title=_title(shape, runner.ops.name))  # fmt: skip
     for column in table.columns[1:-1]:
         column.justify = "right"
-    rows: list[Measured] = []
+    base = Measured("")
     for row in wanted:
         began = time.monotonic()
-        r = runner.run(row)
-        rows.append(r)
-        base = rows[0]
-        speeds = [_ratio(r.decode.get(b), base.decode.get(b)) for b in shape.batches]
-        error = "-" if r.error is None else " ".join(f"{100 * e:.2f}" for e in r.error)
-        words = (r.executes if row.kv == "bf16" else r.attention)[:60]
-        table.add_row(r.row, f"{r.bits:.2f}", f"{r.prepare_s:.1f}", f"{r.weights / GIB:.2f}", f"{r.peak / GIB:.2f}",
-                      *speeds, _ratio(r.prefill, base.prefill), error, r.note or words)  # fmt: skip
-        seconds = time.monotonic() - began
-        console.print(f"{r.row:24} {seconds:5.1f} s  {'  '.join(speeds)}  error {error}  {r.note}", soft_wrap=True)
-    return [asdict(r) for r in rows], table
+        found = runner.run(row)
+        base = found if row is BASE else base
+        keep(asdict(found))
+        speeds = [_ratio(found.decode.get(b), base.decode.get(b)) for b in shape.batches]
+        speeds.append(_ratio(found.prefill, base.prefill))
+        error = "-" if found.error is None else " ".join(f"{100 * e:.2f}" for e in found.error)
+        words = found.note or (found.executes if row.kv == "bf16" else found.attention)[:60]
+        sizes = (f"{found.weights / GIB:.2f}", f"{found.peak / GIB:.2f}")
+        table.add_row(
+            row.name, f"{found.bits:.2f}", f"{found.seconds.get('prepare', 0):.1f}", *sizes, *speeds, error, words
+        )
+        took = f"{time.monotonic() - began:5.1f} s"
+        console.print(f"{row.name:24} {took}  {'  '.join(speeds)}  error {error}  {found.note}", soft_wrap=True)
+    return table
 
 
 def _title(shape: Shape, backend: str) -> str:

@@ -6,6 +6,8 @@ the roundings of activations to bf16 between operations, and codes that flip bec
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
@@ -13,7 +15,7 @@ from torch.nn.functional import rms_norm, silu
 from model_rows.decoder import Decoder
 from qhal.encoding import encode
 from qhal.formats import Format
-from qhal.rotations import Diagonal, Rotation
+from qhal.rotations import Diagonal, Hadamard, Kronecker, Rotation
 from qhal.specs import LinearSpec
 
 
@@ -48,29 +50,42 @@ def error(found: Tensor, value: Tensor) -> float:
 
 
 class _Product:
-    """rotate_out(Q(rotate_in(x)) @ W.T): matrices are made once."""
+    """rotate_out(Q(rotate_in(x)) @ W.T)."""
 
     def __init__(self, spec: LinearSpec) -> None:
         self.weight = spec.stored()
-        n, k = self.weight.shape
         self.format = None if spec.input is None else spec.input.format
-        self.before = [_factor(r, k, self.weight.device) for r in spec.rotate_in]
-        self.after = [_factor(r, n, self.weight.device) for r in spec.rotate_out]
+        self.before = [_turn(r, self.weight.device) for r in spec.rotate_in]
+        self.after = [_turn(r, self.weight.device) for r in spec.rotate_out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        for factor in self.before:
-            x = x * factor if factor.dim() == 1 else x @ factor
+        for turn in self.before:
+            x = turn(x)
         if self.format is not None:
             x = encode(x.bfloat16(), self.format).dequantize()
         y = x @ self.weight.T
-        for factor in self.after:
-            y = y * factor if factor.dim() == 1 else y @ factor
+        for turn in self.after:
+            y = turn(y)
         return y
 
 
-def _factor(r: Rotation, n: int, device: torch.device) -> Tensor:
-    """float32: [n] that multiplies, or [n, n]."""
-    return (r.values if isinstance(r, Diagonal) else r.matrix(n)).to(device, torch.float32)
+def _turn(r: Rotation, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A rotation in float32; one of n features as the two factors whose Kronecker product its matrix is."""
+    if isinstance(r, Diagonal):
+        return lambda x: x * r.values
+    if isinstance(r, Hadamard):
+        m = r.n // r.k
+        left, right = Hadamard(r.k, r.k, r.table, r.transpose).matrix(r.k), Hadamard(m).matrix(m)
+    else:
+        assert isinstance(r, Kronecker) and r.left is not None and r.right is not None
+        left, right = r.left, r.right
+    left, right = left.to(device, torch.float32), right.to(device, torch.float32)
+
+    def turn(x: Tensor) -> Tensor:
+        parts = x.view(len(x), len(left), len(right))
+        return (left.T @ parts @ right).reshape(x.shape)
+
+    return turn
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

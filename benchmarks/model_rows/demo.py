@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Measured:
     note: str = ""
 
 
-def run(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Table]:
-    """The rows as they will be written, and the table."""
+def run(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> Table:
+    """Every row measured and shown as it comes; the table of all."""
     ops = qhal.select(arguments.backend)
     names = ["bf16", *(f"w/{name}" for name in WEIGHTS), *(f"kv/{name}" for name in CACHES)]
     wanted = [n for n in names if n == "bf16" or n.startswith(tuple(arguments.rows))]
@@ -54,11 +55,11 @@ def run(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str,
     )  # fmt: skip
     for column in table.columns[1:-1]:
         column.justify = "right"
-    rows: list[Measured] = []
+    base: float | None = None
     for name in wanted:
         found = _measured(name, arguments, ops)
-        rows.append(found)
-        base = rows[0].perplexity
+        keep(asdict(found))
+        base = found.perplexity if name == "bf16" else base
         change = 100 * (found.perplexity / base - 1) if base and found.perplexity else None
         cells = [
             found.row, _number(found.perplexity, ".3f"), _number(change, "+.2f"), _number(found.decode, ".1f"),
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str,
         ]  # fmt: skip
         table.add_row(*cells)
         console.print("  ".join(cells), soft_wrap=True)
-    return [asdict(r) for r in rows], table
+    return table
 
 
 def _measured(name: str, arguments: argparse.Namespace, ops: QuantOps) -> Measured:

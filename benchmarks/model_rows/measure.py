@@ -34,13 +34,12 @@ class Measured:
     error       relative RMS of the last hidden state against the definition: of the prompt, of one decoded token
     weights     what `prepare` keeps, embedding and head not counted
     peak        largest size that all tensors on the device had together while tokens were made
+    seconds     what making and measuring took: "prepare" is that of all layers
     graph       whether the steps were replayed from a captured graph
     """
 
     row: str
     bits: float = 0.0
-    quantize_s: float = 0.0
-    prepare_s: float = 0.0
     weights: int = 0
     caches: int = 0
     peak: int = 0
@@ -51,6 +50,7 @@ class Measured:
     graph: bool = False
     executes: str = ""
     attention: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
 
@@ -76,21 +76,27 @@ class Runner:
 
     def _measure(self, row: Row, found: Measured) -> None:
         ops = self.ops
-        caches = self._caches_of(row.kv)
-        found.quantize_s, given = self._timed(lambda: weights.specs(row, self.shape, ops.device))
-        found.prepare_s, model = self._timed(lambda: Decoder(ops, self.shape, row, given))
+
+        def timed(name: str, call: Callable[[], Any]) -> Any:
+            found.seconds[name], result = self._timed(call)
+            return result
+
+        caches = timed("caches", partial(self._caches_of, row.kv))
+        given = timed("quantize", partial(weights.specs, row, self.shape, ops.device))
+        model = timed("prepare", partial(Decoder, ops, self.shape, row, given))
         found.bits, found.weights, found.caches = weights.bits(row, given), model.nbytes, caches.nbytes
         products, cache = self._answers(row, given, caches)
         found.executes = " | ".join(dict.fromkeys(a.executes for a in products)) or "torch.nn.functional.linear"
         found.attention = cache[-1].executes
         found.graph = all(a.graph for a in (*products, *cache))
-        found.error = self._checked(model, given, caches)
+        found.error = timed("check", partial(self._checked, model, given, caches))
         given.clear()
         self._reset_peak()
         for batch in self.shape.batches:
-            whole, found.device_s[batch] = self._decode(model, caches, batch, graph=found.graph)
+            step = partial(self._decode, model, caches, batch, graph=found.graph)
+            whole, found.device_s[batch] = timed(f"decode {batch}", step)
             found.decode[batch] = batch / whole
-        found.prefill = self._prefill(model, caches)
+        found.prefill = timed("prefill", partial(self._prefill, model, caches))
         found.peak = ops.memory_stats().peak
 
     def _caches_of(self, kv: str) -> Caches:

@@ -74,6 +74,12 @@ CACHES = {
 }
 ROWS = (
     *WEIGHTS,
-    *(Row(f"kv/{name}/w-bf16", kv=kv, family="torch") for name, kv in CACHES.items()),
-    *(Row(f"kv/{name}/w-int4", "int4.g128*bf16", kv=kv) for name, kv in CACHES.items()),
+    *(
+        row
+        for name, kv in CACHES.items()
+        for row in (
+            Row(f"kv/{name}/w-bf16", kv=kv, family="torch"),
+            Row(f"kv/{name}/w-int4", "int4.g128*bf16", kv=kv),
+        )
+    ),
 )
