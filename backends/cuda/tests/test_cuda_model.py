@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,3 +90,31 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path) -> None:
 def test_without_a_gpu_nothing_is_run() -> None:
     done = subprocess.run([sys.executable, str(FOLDER / "cuda_model.py")], capture_output=True, text=True)
     assert done.returncode == 0 and "no NVIDIA GPU here" in done.stderr
+
+
+def test_the_demo_measures_perplexity_per_format_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "demo.json"
+    tokens = ["<unk>", "</s>", *("Ġ." + string.ascii_letters)]
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokens), hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, eos_token_id=1, bos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    text.write_text("the quick brown fox. " * 2000)
+    command = [sys.executable, str(FOLDER / "cuda_model.py"), "--backend", "cpu_reference", "--demo", str(folder)]
+    rows = ["--text", str(text), "--windows", "1", "--out", str(out), "--rows", "w/int4_g32", "kv/int8"]
+    done = subprocess.run([*command, *rows], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bf16, int4, int8 = json.loads(out.read_text())["rows"]
+    assert [r["row"] for r in (bf16, int4, int8)] == ["bf16", "w/int4_g32", "kv/int8"]
+    for row in (int4, int8):
+        assert row["perplexity"] != bf16["perplexity"] and abs(row["perplexity"] / bf16["perplexity"] - 1) < 0.1
+        assert row["decode"] > 0 and row["model_bytes"] > 0
