@@ -6,6 +6,7 @@ import json
 import string
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -92,10 +93,15 @@ def test_without_a_gpu_nothing_is_run() -> None:
     assert done.returncode == 0 and "no NVIDIA GPU here" in done.stderr
 
 
-def test_the_demo_measures_perplexity_per_format_in_transformers(tmp_path: Path) -> None:
+def test_the_demo_measures_perplexity_per_format_in_transformers(bench: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "demo.json"
+    from model_rows import demo
+    from rich.console import Console
+
+    from qhal_engines.transformers import uninstall
+
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
     tokens = ["<unk>", "</s>", *("Ġ." + string.ascii_letters)]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -109,12 +115,14 @@ def test_the_demo_measures_perplexity_per_format_in_transformers(tmp_path: Path)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
     text.write_text("the quick brown fox. " * 2000)
-    command = [sys.executable, str(FOLDER / "cuda_model.py"), "--backend", "cpu_reference", "--demo", str(folder)]
-    rows = ["--text", str(text), "--windows", "1", "--out", str(out), "--rows", "w/int4_g32", "kv/int8"]
-    done = subprocess.run([*command, *rows], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    bf16, int4, int8 = json.loads(out.read_text())["rows"]
-    assert [r["row"] for r in (bf16, int4, int8)] == ["bf16", "w/int4_g32", "kv/int8"]
+    asked = Namespace(demo=folder, text=text, windows=1, backend="cpu_reference", rows=["w/int4_g32", "kv/int8"])
+    rows: list[dict[str, Any]] = []
+    try:
+        demo.run(asked, Console(quiet=True), rows.append)
+    finally:
+        uninstall()
+    bf16, int4, int8 = rows
+    assert [r["row"] for r in rows] == ["bf16", "w/int4_g32", "kv/int8"] and not any(r["note"] for r in rows)
     for row in (int4, int8):
         assert row["perplexity"] != bf16["perplexity"] and abs(row["perplexity"] / bf16["perplexity"] - 1) < 0.1
         assert row["decode"] > 0 and row["model_bytes"] > 0
