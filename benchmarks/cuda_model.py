@@ -1,6 +1,6 @@
 """Whole models: a random one of 7 billion parameters, or the demo's, in every weight format and every cache format.
 
-    python benchmarks/cuda_model.py [--rows PREFIX ...] [--list] [--out FILE] [--json] [--jobs N] [--backend NAME]
+    python benchmarks/cuda_model.py [--rows PREFIX ...] [--seconds S] [--jobs N] [--out FILE] [--json] [--list]
     python benchmarks/cuda_model.py --demo FOLDER --text FILE
 
 Prints, for every row, how long preparing took, what the weights take, decoded tokens per second with 1, 16 and 64
@@ -80,7 +80,8 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=[""], metavar="PREFIX", help="rows whose name begins so")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="PREFIX", help="rows whose name begins so, in order")
+    parser.add_argument("--seconds", type=int, default=0, help="no row begins later, compiling aside [0: no limit]")
     parser.add_argument("--list", action="store_true", help="the names of all rows")
     parser.add_argument("--backend", default="cuda", help="as for qhal.select")
     parser.add_argument("--out", type=Path, help="where the JSON goes [$OUT/model.json if OUT is set]")
@@ -109,7 +110,8 @@ def _facts(backend: str) -> dict[str, Any]:
 def random_model(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> Table:
     """Every row measured and shown as it comes; the table of all."""
     shape = _shape(arguments)
-    wanted = [row for row in ROWS if row is BASE or row.name.startswith(tuple(arguments.rows))]
+    named = [row for prefix in arguments.rows for row in ROWS if row.name.startswith(prefix)]
+    wanted = list(dict.fromkeys([BASE, *named]))
     if arguments.jobs:
         warm([row.name for row in wanted], arguments.jobs, console)
     runner = Runner(qhal.select(arguments.backend), shape)
@@ -117,9 +119,12 @@ def random_model(arguments: argparse.Namespace, console: Console, keep: Callable
                   "prefill", "error %", "executes", title=_title(shape, runner.ops.name))  # fmt: skip
     for column in table.columns[1:-1]:
         column.justify = "right"
-    base = Measured("")
-    for row in wanted:
+    base, start = Measured(""), time.monotonic()
+    for i, row in enumerate(wanted):
         began = time.monotonic()
+        if arguments.seconds and began - start > arguments.seconds:
+            console.print(f"not run, {arguments.seconds} s are over: {' '.join(r.name for r in wanted[i:])}")
+            break
         found = runner.run(row)
         base = found if row is BASE else base
         keep(asdict(found))
@@ -148,7 +153,17 @@ def _ratio(value: float | None, base: float | None) -> str:
 def warm(names: list[str], jobs: int, console: Console) -> None:
     """Every row with one layer, in so many processes: Triton keeps what it compiles on disk."""
     began = time.monotonic()
-    script = [sys.executable, __file__, *[a for a in sys.argv[1:] if a != "--json"], "--jobs", "0", "--layers", "1"]
+    script = [
+        sys.executable,
+        __file__,
+        *[a for a in sys.argv[1:] if a != "--json"],
+        "--jobs",
+        "0",
+        "--seconds",
+        "0",
+        "--layers",
+        "1",
+    ]
 
     def one(some: list[str]) -> None:
         command = [*script, "--out", os.devnull, "--rows", *some]

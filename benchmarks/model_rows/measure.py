@@ -69,8 +69,8 @@ class Runner:
             self._measure(row, found)
         except Exception as error:  # one row that breaks must not take the others with it
             found.note = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        gc.collect()
         if self.ops.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         return found
 

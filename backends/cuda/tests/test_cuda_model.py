@@ -78,11 +78,12 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path) -> None:
     names = listed.split()
     assert len(names) == len(set(names)) and "w/int4-g128" in names and "kv/nvfp4/w-int4" in names
     sizes = [x for name, value in SIZES.items() for x in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, script, "--backend", "cpu_reference", *sizes, "--batches", "1", "--rows", "w/mxfp4"]
+    command = [sys.executable, script, "--backend", "cpu_reference", *sizes, "--batches", "1"]
+    command += ["--rows", "w/mxfp4", "w/int8-row", "w/mxfp4"]
     done = subprocess.run([*command, "--json", "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert [row["row"] for row in report["rows"]] == ["w/bf16-torch", "w/mxfp4"]
+    assert [row["row"] for row in report["rows"]] == ["w/bf16-torch", "w/mxfp4", "w/int8-row"]
     assert report == json.loads(out.read_text()) and report["shape"]["layers"] == 2
     assert "NOT the model of 7 billion parameters" in done.stderr
 
