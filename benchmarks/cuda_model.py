@@ -96,6 +96,10 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.demo is not None and arguments.text is None:
         parser.error("--demo needs --text")
+    known = demo.NAMES if arguments.demo is not None else [row.name for row in ROWS]
+    nothing = [p for p in arguments.rows if not any(name.startswith(p) for name in known)]
+    if nothing:
+        parser.error(f"--rows {' '.join(nothing)}: no row begins so; --list names those of the random model")
     return arguments
 
 
@@ -153,17 +157,8 @@ def _ratio(value: float | None, base: float | None) -> str:
 def warm(names: list[str], jobs: int, console: Console) -> None:
     """Every row with one layer, in so many processes: Triton keeps what it compiles on disk."""
     began = time.monotonic()
-    script = [
-        sys.executable,
-        __file__,
-        *[a for a in sys.argv[1:] if a != "--json"],
-        "--jobs",
-        "0",
-        "--seconds",
-        "0",
-        "--layers",
-        "1",
-    ]
+    asked = [a for a in sys.argv[1:] if a != "--json"]
+    script = [sys.executable, __file__, *asked, *"--jobs 0 --seconds 0 --layers 1".split()]
 
     def one(some: list[str]) -> None:
         command = [*script, "--out", os.devnull, "--rows", *some]

@@ -28,6 +28,7 @@ WEIGHTS = (  # no fp8_block: 576 columns are no whole blocks of 128, and such a 
     "int8", "fp8", "fp8_row", "mxfp8", "int4_g32", "uint4_g32", "int3_g32", "uint2_g32", "mxfp4", "nvfp4",
 )  # fmt: skip
 CACHES = ("bf16", "fp8", "fp8_row", "int8", "int4.g32*fp16", "nvfp4", "mxfp8")
+NAMES = ("bf16", *(f"w/{name}" for name in WEIGHTS), *(f"kv/{name}" for name in CACHES))
 MIB = 1 << 20
 
 
@@ -47,8 +48,7 @@ class Measured:
 def run(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> Table:
     """Every row measured and shown as it comes; the table of all."""
     ops = qhal.select(arguments.backend)
-    names = ["bf16", *(f"w/{name}" for name in WEIGHTS), *(f"kv/{name}" for name in CACHES)]
-    wanted = [n for n in names if n == "bf16" or n.startswith(tuple(arguments.rows))]
+    wanted = [n for n in NAMES if n == "bf16" or n.startswith(tuple(arguments.rows))]
     table = Table(
         "row", "perplexity", "change %", "decode tokens/s", "load s", "model MiB", "peak MiB", "",
         title=f"{arguments.demo.name}, {arguments.windows} windows of 512 tokens, backend {ops.name}",

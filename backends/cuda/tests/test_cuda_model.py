@@ -86,6 +86,8 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path) -> None:
     assert [row["row"] for row in report["rows"]] == ["w/bf16-torch", "w/mxfp4", "w/int8-row"]
     assert report == json.loads(out.read_text()) and report["shape"]["layers"] == 2
     assert "NOT the model of 7 billion parameters" in done.stderr
+    wrong = subprocess.run([sys.executable, script, "--rows", "w/int5"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--rows w/int5: no row begins so" in wrong.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
