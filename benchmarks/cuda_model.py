@@ -158,7 +158,7 @@ def warm(names: list[str], jobs: int, console: Console) -> None:
     """Every row with one layer, in so many processes: Triton keeps what it compiles on disk."""
     began = time.monotonic()
     asked = [a for a in sys.argv[1:] if a != "--json"]
-    script = [sys.executable, __file__, *asked, *"--jobs 0 --seconds 0 --layers 1".split()]
+    script = [sys.executable, __file__, *asked, *["--jobs", "0", "--seconds", "0", "--layers", "1"]]
 
     def one(some: list[str]) -> None:
         command = [*script, "--out", os.devnull, "--rows", *some]
