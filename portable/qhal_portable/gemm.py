@@ -152,6 +152,8 @@ def arriving(
         raise FormatError(f"x arrives as {x.format}: the request must name the result's dtype (out=)")
     if x.codes.dim() != axes or x.shape[-1] != request.k:
         raise FormatError(f"x is {x.shape}, must be {_shape(axes, request.k)}")
+    if x.codes.device != device:
+        raise FormatError(f"x is on {x.device}, must be on {device}")
     return request.out
 
 

@@ -100,10 +100,10 @@ class TritonOps(PortableOps):
     ) -> Tensor | QTensor:
         """See `grouped/`."""
         weight = self._weight(w)
-        path = self._path(weight.request)
-        if path is None or not isinstance(weight.request, GroupedRequest):
+        request = weight.request
+        if not isinstance(request, GroupedRequest) or (not grouped.known(weight) and self._path(request) is None):
             return super().grouped_gemm(x, w, groups, out=out)
-        return grouped.run(path, self, x, weight, groups, out)
+        return grouped.run(self, x, weight, groups, out)
 
     def quant_kv(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """See `kv/`."""

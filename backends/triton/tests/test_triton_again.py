@@ -47,3 +47,11 @@ def test_a_refit_and_what_does_not_fit_are_noticed() -> None:
             with pytest.raises(FormatError):
                 OPS.gemm(bad, p)
     assert OPS.gemm(x[:0], p).shape == (0, 48)
+
+
+def test_codes_elsewhere_are_refused_in_one_line() -> None:
+    f = Format.parse("int8.row*fp32")
+    w, x = (encode(torch.randn(n, 64, generator=torch.Generator().manual_seed(n)), f) for n in (48, 4))
+    p = OPS.prepare(w, GemmRequest(w=f, n=48, k=64, x=(f,), out=torch.bfloat16))
+    with pytest.raises(FormatError, match="x is on meta, must be on"):
+        OPS.gemm(x.to("meta"), p)

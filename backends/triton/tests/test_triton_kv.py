@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from triton_ops import DEVICE, Emulated
@@ -145,6 +148,9 @@ def test_a_plane_that_becomes_another_tensor_is_met_anew() -> None:
         OPS.quant_kv(k, v, cache, slots)
     old, wanted = cache.planes["k.codes"], cache.planes["k.codes"].clone()
     old.zero_()
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        OPS.quant_kv(k, v, twin, slots)
+        assert torch.equal(twin.planes["k.codes"], wanted) and not old.any()
     cache.planes["k.codes"] = torch.zeros(3, 4, 2, 32, dtype=torch.int8, device=DEVICE)[..., :16]
     OPS.quant_kv(k, v, cache, slots)
     assert torch.equal(cache.planes["k.codes"], wanted) and not old.any()

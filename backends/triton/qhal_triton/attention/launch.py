@@ -23,7 +23,7 @@ def run(
 ) -> Tensor:
     """See QuantOps.attention."""
     request, kv, a, c = batch.request, batch.request.kv, batch.arithmetic, batch.config
-    seen = remembered(cache, (kv, a.k, a.v), lambda: _Seen.of(cache, request, a))
+    seen = remembered(cache, request, lambda: _Seen.of(cache, request, a))
     mla = kv.kind == "mla"
     wide, width = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
     check_queries(q, request, sinks, batch.tokens, wide)

@@ -20,10 +20,14 @@ from qhal_portable.prepared import PreparedWeight
 from qhal_triton.gemm.launch import Bound, Rows, finished, given, spec_of
 from qhal_triton.grouped.paths import by_rows, plan
 from qhal_triton.grouped.rows import rows_of
-from qhal_triton.paths import Path
 
 
-def run(path: Path, ops: Any, x: Tensor | QTensor, p: PreparedWeight, groups: Groups, out: Any) -> Tensor | QTensor:
+def known(p: PreparedWeight) -> bool:
+    """Whether an earlier call found that the kernels take this weight."""
+    return "_bound" in vars(p)
+
+
+def run(ops: Any, x: Tensor | QTensor, p: PreparedWeight, groups: Groups, out: Any) -> Tensor | QTensor:
     """The grouped product, see QuantOps.grouped_gemm."""
     request = p.request
     assert isinstance(request, GroupedRequest)

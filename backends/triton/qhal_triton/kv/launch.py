@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -47,7 +48,8 @@ def run(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor, device: torch.devic
     Slots on the device are not read before the kernel does: one past the cache is skipped there, as -1 is. It is an
     error where the slots are on the host.
     """
-    first, second = remembered(cache, "rows", lambda: _checked(cache))
+    seen = remembered(cache, target, lambda: _Seen(cache, target))
+    first, second = seen.rows
     check_tokens(k, v, slots, first, second)
     if slots.is_cpu:
         check_slots(cache, slots)
@@ -60,7 +62,7 @@ def run(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor, device: torch.devic
     if not slots.numel():
         return
     k, v = _rows(k), _rows(v)
-    to = remembered(cache, (k.dtype, v.dtype, target), lambda: _Writing(cache, first, second, k.dtype, v.dtype, target))
+    to = seen.writing(k.dtype, v.dtype)
     count = slots.numel() * request.heads
     s = size(count, request.k_dim, request.v_dim)
     to.launcher(s)(
@@ -101,10 +103,23 @@ class _Writing:
         return found
 
 
-def _checked(cache: KVCache) -> tuple[RowOf, RowOf]:
-    rows = rows_of(cache)
-    check_planes(cache)
-    return rows
+class _Seen:
+    """A cache whose planes are those of its request: its two rows, and what it fixes for the types of k and v."""
+
+    def __init__(self, cache: KVCache, target: Target) -> None:
+        self.rows = rows_of(cache)
+        check_planes(cache)
+        self._cache, self._target = weakref.ref(cache), target  # the cache keeps this
+        self._writings: dict[tuple[torch.dtype, torch.dtype], _Writing] = {}
+
+    def writing(self, k: torch.dtype, v: torch.dtype) -> _Writing:
+        """For rows of these types, which `check_tokens` has let pass."""
+        found = self._writings.get((k, v))
+        if found is None:
+            cache = self._cache()
+            assert cache is not None
+            found = self._writings[k, v] = _Writing(cache, *self.rows, k, v, self._target)
+        return found
 
 
 def _rows(x: Tensor) -> Tensor:

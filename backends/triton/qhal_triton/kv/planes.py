@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,15 +40,34 @@ class Plane(NamedTuple):
         return Plane(_bytes(plane), strides[0], strides[1], head)
 
 
-def remembered(cache: KVCache, key: Hashable, read: Callable[[], T]) -> T:
-    """What `read` finds in the planes of a cache. It is asked again when one of them has become another tensor."""
-    kept: dict[Hashable, tuple[tuple[object, ...], tuple[Tensor, ...], T]] = vars(cache).setdefault("_remembered", {})
+_MOST = 64
+"""Readers that a cache remembers; they start anew beyond."""
+
+
+class _Kept(dict[int, tuple[object, tuple[object, ...], tuple[Tensor, ...], Any]]):
+    """By a reader's identity. Copies of a cache start without: what is kept holds addresses."""
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def remembered(cache: KVCache, reader: object, read: Callable[[], T]) -> T:
+    """What `read` finds in the planes of a cache, for one reader, which is told by its identity.
+
+    It is asked again when a plane has become another tensor.
+    """
+    kept = vars(cache).get("_remembered")
+    if kept is None:
+        kept = vars(cache)["_remembered"] = _Kept()
     planes = cache.planes
-    now = (*planes, *map(id, planes.values()))  # numbers that stay taken: the tensors are kept
-    found = kept.get(key)
-    if found is None or found[0] != now:
-        found = kept[key] = now, tuple(planes.values()), read()
-    return found[2]
+    now = (*planes, *map(id, planes.values()))  # numbers that stay taken: readers and tensors are kept
+    found = kept.get(id(reader))
+    if found is None or found[0] is not reader or found[1] != now:
+        if len(kept) >= _MOST:
+            kept.clear()
+        found = kept[id(reader)] = reader, now, tuple(planes.values()), read()
+    result: T = found[3]
+    return result
 
 
 class RowPlanes(NamedTuple):
