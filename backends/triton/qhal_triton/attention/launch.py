@@ -35,7 +35,7 @@ def run(
             raise FormatError(f"attention: {name} is on {t.device}, must be on {batch.device}")
     if not batch.tokens:
         return result
-    qs, rope = _queries(q.detach(), request, a, cache)
+    qs, rope = _queries(q.detach() if q.requires_grad else q, request, a, cache)
     weight_scale = _static(cache, "p.scale", request) if a.p_static else batch.tops
     none = batch.tops  # for what is not there: a kernel is compiled by the types of its arguments
     log, at = (none, (0, 0)) if logs is None else (logs, logs.stride())

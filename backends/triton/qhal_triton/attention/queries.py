@@ -42,7 +42,8 @@ class Held(NamedTuple):
 def hold(q: Tensor, f: Format, row: Row, cache: KVCache) -> Held:
     """q [T, H, D] in format `f`. The bits are those of `qhal.encoding.encode`."""
     if not row.kind:
-        codes = q.to(element(f.element).storage)
+        kind = element(f.element).storage
+        codes = q if q.dtype == kind else q.to(kind)
         codes = codes if codes.stride(-1) == 1 else codes.contiguous()
         return Held(codes, codes, codes, codes)
     if row.static:
