@@ -1,7 +1,8 @@
 """The bars of `bars.json`, held against a written run.
 
-A bar names a row and one of: `at_most` times the best peer of the same arithmetic, or `at_most` times the peer
-`against`, or times the row `against_row`; `share_of_bandwidth` of bytes per second; `value_at_most`.
+A bar names a row and one of: `at_most` times the best peer of the same arithmetic (where there is none, of a looser one),
+or `at_most` times the peer `against`, or times the row `against_row`; `share_of_bandwidth` of bytes per second;
+`value_at_most`.
 `needs` limits an absolute bar to the GPU that it was stated for.
 """
 
@@ -49,12 +50,19 @@ def _against(bar: dict[str, Any], row: dict[str, Any], rows: dict[str, Any]) -> 
     elif "against" in bar:
         name, peer = bar["against"], row["peers"].get(bar["against"])
     else:
-        name, peer = row["best"] or ("a peer of the same arithmetic", None)
+        name, peer = row["best"] or _looser(row)
     if not isinstance(peer, float):
         return f"{name} was not measured ({peer})" if peer else f"{name} was not measured"
     ratio = row["us"] / peer
     most = bar["at_most"]
     return None if ratio <= most else f"{row['us']:.1f} us, {ratio:.2f} x {name} ({peer:.1f} us), at most {most}"
+
+
+def _looser(row: dict[str, Any]) -> tuple[str, float | None]:
+    """Where no peer has the same arithmetic, the fastest of those with a looser one is what not to be slower than."""
+    found = {name: us for name, us in row["peers"].items() if isinstance(us, float) and name in row["looser"]}
+    name, us = min(found.items(), key=lambda item: item[1], default=("a peer", None))
+    return f"{name}, whose arithmetic is looser," if found else name, us
 
 
 def _above(value: float | None, most: float, unit: str) -> str | None:
