@@ -1,6 +1,6 @@
 """The bars of `bars.json`, held against a written run.
 
-A bar names a row and one of: `at_most` times the best peer of the same arithmetic (where there is none, of a looser one),
+A bar names a row and one of: `at_most` times the best peer of the same arithmetic (or of a looser one, without any),
 or `at_most` times the peer `against`, or times the row `against_row`; `share_of_bandwidth` of bytes per second;
 `value_at_most`.
 `needs` limits an absolute bar to the GPU that it was stated for.
