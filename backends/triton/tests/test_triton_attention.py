@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton_ops import DEVICE, Emulated
 
 from qhal import AttentionRequest, BatchError, Format, FormatError, KVCache, KVRequest, Limits
 from qhal.caches import canonical_planes
+from qhal.elements import element
 from qhal.requests import NumericsClass
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
@@ -20,6 +23,8 @@ from qhal_portable import kv as portable
 from qhal_portable.attention import PagedBatch, attend
 from qhal_triton.attention import TritonBatch
 from qhal_triton.attention.config import _fill
+from qhal_triton.bits import widen
+from qhal_triton.kv.kernels.packed import ELEMENTS, word_numbers
 
 OPS = Emulated()
 ALL = [case for case in catalogue(0) if case.operation == "attention"]
@@ -145,6 +150,63 @@ def test_every_cache_format(mla: bool, k: str, v: str) -> None:
     path = OPS._path(request)
     assert path is not None and path.kernel == "attend" and path.numerics == NumericsClass.REDUCED_ACC
     Step(request, LENS[:4] if mla else LENS).check()
+
+
+WORDS = (
+    ("e4m3fn.head*fp32", "int8.row*fp32"),
+    ("int8.tensor*fp32", "e5m2.tensor*fp32"),
+    ("e5m2.row*fp32", "e4m3fn.row*fp32"),
+)
+
+
+@pytest.mark.parametrize(("k", "v"), WORDS, ids=[f"{k}~{v}" for k, v in WORDS])
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_codes_of_eight_bits_are_read_as_words(mla: bool, k: str, v: str) -> None:
+    request = request_of(k, v, mla=mla, p=Format.parse("fp32"), phase="decode")
+    request = replace(request, kv=replace(request.kv, v_dim=64))
+    step = Step(request, ((1, 40), (1, 64), (1, 3)))
+    made = OPS.attention_batch(request, step.limits)
+    assert isinstance(made, TritonBatch) and made.words == (True, True)
+    step.check(made)
+    codes = step.cache.planes["latent.codes" if mla else "v.codes"]
+    if codes.dtype.is_floating_point:
+        codes[step.table[1, 3], 2, ..., 5] = float("nan")  # of one head or of the latent row, in the second sequence
+        spoilt = torch.isnan(step.got(made)[0])
+        assert torch.equal(spoilt, torch.isnan(step.expected()[0]))
+        assert bool(spoilt[1].any()) and not bool(spoilt[[0, 2]].any())
+
+
+@pytest.mark.parametrize("k", ["bf16", "e4m3fn.tensor*fp32", "e4m3fn.row*fp32", "int8.row*fp32"])
+def test_many_heads_over_latent_rows(k: str) -> None:
+    """Tiles of 64 heads, whose masks are at edges only."""
+    request = request_of(k, "bf16", mla=True, phase="decode", sinks=True)
+    kv = replace(request.kv, k_dim=512, v_dim=64, page=64)
+    step = Step(replace(request, kv=kv, heads=80, scale=0.05), ((1, 130), (1, 64), (1, 0)))
+    made = OPS.attention_batch(step.request, step.limits)
+    assert isinstance(made, TritonBatch) and made.config.m == 64 and made.config.edges
+    step.check(made)
+    step.table[1, 0] = -1
+    spoilt = torch.isnan(step.got(made)[0]).all(-1).all(-1)
+    assert spoilt.tolist() == [False, True, False]
+
+
+@triton.jit
+def both(words, low, high, ELEMENT: tl.constexpr, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    code = tl.load(words + at)
+    tl.store(low + at, widen(word_numbers(code, ELEMENT, 0)))
+    tl.store(high + at, widen(word_numbers(code, ELEMENT, 1)))
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_every_word_of_two_codes(name: str) -> None:
+    low, high = torch.arange(256).repeat(256), torch.arange(256).repeat_interleave(256)
+    words = (low + 256 * high).to(torch.int16).to(DEVICE)
+    found = torch.empty(2, 1 << 16, device=DEVICE)
+    both[(64,)](words, found[0], found[1], ELEMENT=name, N=1024, num_warps=4)
+    values = torch.arange(256, dtype=torch.uint8).view(element(name).storage).float()
+    assert torch.equal(found[0].cpu().nan_to_num(7e7), values[low].nan_to_num(7e7))
+    assert torch.equal(found[1].cpu().nan_to_num(7e7), values[high].nan_to_num(7e7))
 
 
 @pytest.mark.parametrize(

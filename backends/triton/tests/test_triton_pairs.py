@@ -1,4 +1,4 @@
-"""The packed instructions of `pairs.py`, executed one by one on the processor: every code, both orders of a word."""
+"""Packed instructions of `pairs.py` and `packed.py`, executed one by one on the processor: every code, every place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from qhal.elements import values
 from qhal_triton.gemm.kernels import pairs
+from qhal_triton.kv.kernels import packed
 
 MASK = 0xFFFFFFFF
 
@@ -25,8 +26,8 @@ def register(value: torch.Tensor, half: bool) -> int:
     return int(words[0]) | int(words[1]) << 16
 
 
-def execute(text: str, operands: dict[str, int]) -> int:
-    """$0 after the instructions of `text`: those of PTX that `pairs.py` uses."""
+def execute(text: str, operands: dict[str, int]) -> dict[str, int]:
+    """What registers hold after the instructions of `text`: those of PTX that `pairs.py` and `packed.py` use."""
     held = dict(operands)
 
     def read(name: str) -> int:
@@ -48,6 +49,8 @@ def execute(text: str, operands: dict[str, int]) -> int:
             held[to] = given[0] << given[1] & MASK
         elif name == "and.b32":
             held[to] = given[0] & given[1]
+        elif name == "or.b32":
+            held[to] = given[0] | given[1]
         elif name == "lop3.b32":
             bits = (int(given[3] >> (a << 2 | b << 1 | c) & 1) for a, b, c in zip(*map(_bits, given[:3]), strict=True))
             held[to] = sum(bit << i for i, bit in enumerate(bits))
@@ -57,7 +60,7 @@ def execute(text: str, operands: dict[str, int]) -> int:
             held[to] = register(a * b + c, half)
         else:
             raise AssertionError(f"{name} is no instruction of this machine")
-    return held["$0"]
+    return held
 
 
 def _bits(number: int) -> list[int]:
@@ -77,7 +80,7 @@ def decoded(text: str, part: int, half: bool, less: float = 0.0) -> list[tuple[f
         operands = {"$1": words(first), "$2": words(second), "$3": 4 * (part % 4), "$4": 4 * (part % 4)}
         selector = 0x7632 if part >= 4 else 0x5410
         operands |= {"$5": selector, "$6": selector, "$7": register(torch.tensor([less, less]).double(), half)}
-        low, high = lanes(execute(text, operands), half).tolist()
+        low, high = lanes(execute(text, operands)["$0"], half).tolist()
         found.append((low, high))
     return found
 
@@ -102,3 +105,12 @@ def test_e2m1(part: int, half: bool) -> None:
     assert table is not None
     found = decoded((pairs._E2M1_FP16 if half else pairs._E2M1_BF16).value, part, half)
     assert found == [(float(table[code]), float(table[15 - code])) for code in range(16)]
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_bytes_of_two_words(odd: int) -> None:
+    text = (packed._INT8_HIGH if odd else packed._INT8_LOW).value
+    for byte in range(256):
+        four = [byte, 255 - byte, byte ^ 0x5A, (byte * 7) & 0xFF]
+        held = execute(text, {"$1": int.from_bytes(bytes(four), "little")})
+        assert lanes(held["$0"], False).tolist() == [float((b ^ 128) - 128) for b in four[odd::2]]

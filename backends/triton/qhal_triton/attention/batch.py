@@ -12,15 +12,14 @@ from qhal.caches import AttentionBatch, Limits
 from qhal.errors import BatchError
 from qhal.requests import AttentionRequest
 from qhal_portable.attention import check_plan, check_roots, check_tree
-from qhal_triton.attention.config import Config, blocks, power
+from qhal_triton.attention.config import Config, blocks, merged_columns, power, words
 from qhal_triton.attention.kernels.attend import attend
 from qhal_triton.attention.kernels.merge import merge
 from qhal_triton.attention.paths import Arithmetic
+from qhal_triton.bits import INTERPRETED
 from qhal_triton.launching import Launcher
 from qhal_triton.target import Target
 
-COLUMNS = 64
-"""Of a program that merges parts."""
 _TENSORS = (
     "q", "q_scale", "q_zero", "q_outer", "p", "p_scale_of_q",
     "k", "k_scale", "k_zero", "k_outer", "v", "v_scale", "v_zero", "v_outer", "sinks", "weight_scale", "out", "lse",
@@ -56,6 +55,8 @@ class TritonBatch(AttentionBatch):
         self.request, self.limits, self.device, self.target = request, limits, device, target
         self.arithmetic, self.config = arithmetic, c
         self.constants = constants(request, arithmetic, c, target)
+        self.words = words(request, arithmetic, c.m, target)
+        self.reader = (request, self.words)  # what a cache remembers for it
         self.blocks, self.tokens = blocks(limits, c), 0
         self.steps = torch.zeros(4 * limits.batch + 2 * self.blocks, dtype=torch.int32, device=device)
         self.steps[4 * limits.batch :] = -1
@@ -85,7 +86,8 @@ class TritonBatch(AttentionBatch):
         options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
         one = Launcher(attend, _TENSORS, _NUMBERS, {**held, **sizes, **self.constants}, **options)
         wide = request.kv.k_dim if request.kv.kind == "mla" else request.kv.v_dim
-        fixed = {**parts, "splits": c.splits, "heads": request.heads, "dim": wide, "COLS": COLUMNS}
+        fixed = {**parts, "splits": c.splits, "heads": request.heads, "dim": wide}
+        fixed["COLS"] = self.columns = merged_columns(c.splits, wide)
         numbers = ("o_token", "o_head", "l_token", "l_head", "has_sinks", "has_lse")
         two = Launcher(
             merge, ("sinks", "out", "lse"), numbers, {**fixed, "ALL": power(c.splits)}, num_warps=4,
@@ -158,6 +160,6 @@ def constants(request: AttentionRequest, a: Arithmetic, c: Config, target: Targe
         TYPE=_TYPES[a.type], QK_ROPE=_TYPES[a.rope_type],
         P=a.p, P_STATIC=a.p_static, P_DIVIDES=a.p_divides, P_PARTS=a.p_parts, PV=_TYPES[a.pv],
         MLA=kv.kind == "mla", DK=kv.k_dim, DV=kv.v_dim, **dict(zip(("BK", "BV"), columns, strict=True)),
-        ONE=kv.page % c.n == 0, M=c.m, N=c.n, TREE=request.tree, SOFTCAP=request.softcap is not None,
-        NATIVE=target.kind == "cuda" and "e4m3fn" in target.fp8,
+        ONE=kv.page % c.n == 0, M=c.m, N=c.n, TREE=request.tree, EDGES=c.edges, SOFTCAP=request.softcap is not None,
+        NATIVE=target.kind == "cuda" and "e4m3fn" in target.fp8 and not INTERPRETED,
     )  # fmt: skip

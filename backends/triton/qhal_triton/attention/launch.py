@@ -12,7 +12,7 @@ from qhal.errors import FormatError
 from qhal.requests import AttentionRequest
 from qhal_portable.attention import buffer, check_queries, same_cache
 from qhal_portable.kv import check_planes, rows_of
-from qhal_triton.attention.batch import COLUMNS, TritonBatch
+from qhal_triton.attention.batch import TritonBatch
 from qhal_triton.attention.paths import Arithmetic
 from qhal_triton.attention.queries import Held, hold
 from qhal_triton.kv.planes import RowPlanes, remembered
@@ -23,7 +23,7 @@ def run(
 ) -> Tensor:
     """See QuantOps.attention."""
     request, kv, a, c = batch.request, batch.request.kv, batch.arithmetic, batch.config
-    seen = remembered(cache, request, lambda: _Seen.of(cache, request, a))
+    seen = remembered(cache, batch.reader, lambda: _Seen.of(cache, request, a, batch.words))
     mla = kv.kind == "mla"
     wide, width = (kv.k_dim + kv.v_dim, kv.k_dim) if mla else (kv.k_dim, kv.v_dim)
     check_queries(q, request, sinks, batch.tokens, wide)
@@ -47,7 +47,7 @@ def run(
         (*qs.numbers(), *rope.numbers(), *seen.numbers, *into.stride()[:2], *at, *has),
     )
     if c.splits > 1:
-        grid = (batch.tokens * request.heads, -(-width // COLUMNS), 1)
+        grid = (batch.tokens * request.heads, -(-width // batch.columns), 1)
         batch.merge(grid, (given, into, log), (*into.stride()[:2], *at, *has))
     return result if into is result else result.copy_(into)
 
@@ -59,13 +59,14 @@ class _Seen(NamedTuple):
     numbers: tuple[int, ...]
 
     @staticmethod
-    def of(cache: KVCache, request: AttentionRequest, a: Arithmetic) -> _Seen:
+    def of(cache: KVCache, request: AttentionRequest, a: Arithmetic, words: tuple[bool, bool]) -> _Seen:
         """FormatError for a cache that is not of the batch's kind, or whose planes are not canonical."""
         if not same_cache(cache.request, request.kv):
             raise FormatError(f"the cache is {cache.request}, the batch was made for {request.kv}")
         (first, _, _), (second, _, _) = rows_of(cache)
         check_planes(cache)
         k, v = RowPlanes.of(cache, first, a.k), RowPlanes.of(cache, second, a.v)
+        k, v = (planes.in_words() if both else planes for planes, both in zip((k, v), words, strict=True))
         return _Seen((*k.tensors(), *v.tensors()), (*k.strides(), *v.strides(), cache.pages))
 
 

@@ -10,7 +10,7 @@ from qhal.caches import Limits
 from qhal.formats import Format
 from qhal.requests import AttentionRequest, KVRequest
 from qhal_triton.attention.batch import constants
-from qhal_triton.attention.config import config
+from qhal_triton.attention.config import config, words
 from qhal_triton.attention.kernels.attend import attend
 from qhal_triton.attention.kernels.merge import merge
 from qhal_triton.attention.paths import arithmetic
@@ -77,6 +77,7 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
     }
     known |= {"q_scale": kind(a.q.scale), "p_scale_of_q": kind(a.rope.scale), "q_zero": kind(a.q.zero)}
     known |= pointers(a.k, "k", "k_scale", "k_zero", "k_outer") | pointers(a.v, "v", "v_scale", "v_zero", "v_outer")
+    known |= {plane: "*i16" for plane, paired in zip("kv", words(request, a, c.m, target), strict=True) if paired}
     formats = f"{request.kv.k} {request.kv.v} q={request.q} p={request.p}"
     return Tile(
         name=f"attention.attend[{request.kv.kind} {request.phase} {formats}]",

@@ -90,6 +90,13 @@ class RowPlanes(NamedTuple):
         outer = cache.planes[f"{name}.scale.scale"] if row.outer else codes.data
         return RowPlanes(codes, scale, zero, outer)
 
+    def in_words(self) -> RowPlanes:
+        """Codes of eight bits as words of two, where every row begins at a multiple of 32 bytes; else as they are."""
+        data, *strides = self.codes
+        if data.data_ptr() % 16 or any(n % 32 for n in strides):
+            return self
+        return self._replace(codes=Plane(data.view(torch.int16), *(n // 2 for n in strides)))
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes, scales, zero points, the numbers above scales."""
         return self.codes.data, self.scale.data, self.zero.data, self.outer

@@ -14,8 +14,9 @@ from qhal_triton.attention.kernels.scores import (
     query_scale,
     row_scale,
     tanh,
+    visible,
 )
-from qhal_triton.bits import narrow
+from qhal_triton.bits import dot, narrow
 from qhal_triton.kv.kernels.decode import parts, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -47,13 +48,24 @@ def attend(
     TYPE: tl.constexpr, QK_ROPE: tl.constexpr,
     P: tl.constexpr, P_STATIC: tl.constexpr, P_DIVIDES: tl.constexpr, P_PARTS: tl.constexpr, PV: tl.constexpr,
     MLA: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TREE: tl.constexpr, SOFTCAP: tl.constexpr, NATIVE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TREE: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of query rows, key-value heads times blocks of their query heads, parts of the keys).
 
     A block's M rows are `together` of the `share` query heads of one key-value head, for M // together tokens of one
     sequence. Pages have 1 << shift slots; ONE: a tile lies in one. window 0: none;
     causal, has_sinks, has_lse: 0 or 1.
+
+    What is rounded, each time to fp32 unless said: sums inside the products; a score times its key's scale, if rows
+    have their own, then times one factor for all that its query row shares (scale of Q, static scale of K, the
+    request's scale, log2 e); exp; P as the request holds it; P times the scale of the value's row, kept in two 16-bit
+    parts (2^-17). Codes less zero points, and codes times scales inside of a row, enter the products exactly or in two
+    parts. The static scale of V multiplies the sums.
+
+    EDGES: only tiles that some row does not see whole are masked, by a branch; what addresses share stays in
+    registers; a page outside of the cache spoils the sums of the block. Else every tile is masked and has its addresses
+    made anew, for which fewer registers are enough, and the page spoils the rows that see it.
     """
     block = tl.program_id(0)
     sequence = tl.load(plan + 4 * batch + block)
@@ -83,6 +95,9 @@ def attend(
     low = 0
     if window > 0:
         low = tl.maximum(length - count + first - window + 1, 0)
+    # every row of the block sees every key between these
+    calm_low = tl.where(window > 0, tl.maximum(length - count + first + tokens - window, 0), 0)
+    calm_high = tl.where(causal != 0, length - count + first + 1, length - count if TREE else length)
     begin = low // N * N
     tiles = tl.cdiv(tl.maximum(high - begin, 0), N)
     each = tl.cdiv(tiles, splits)
@@ -91,30 +106,38 @@ def attend(
 
     row = (start + token).to(tl.int64)
     q_at = row * q_token + head * q_head
-    STEP: tl.constexpr = 2 if K.element == "int4" or K.element == "uint4" or K.element == "e2m1" else 1
+    K_WORDS: tl.constexpr = k.dtype.element_ty == tl.int16
+    V_WORDS: tl.constexpr = v.dtype.element_ty == tl.int16
+    STEP: tl.constexpr = 2 if K_WORDS or K.element == "int4" or K.element == "uint4" or K.element == "e2m1" else 1
+    V_STEP: tl.constexpr = 2 if V_WORDS or V.element == "int4" or V.element == "uint4" or V.element == "e2m1" else 1
+    KC: tl.constexpr = BK // 2 if K_WORDS else BK
+    VC: tl.constexpr = BV // 2 if V_WORDS else BV
     s_at = (row * heads + head) * q_groups
-    qa, qa_rest = queries(q, q_at, q_scale, s_at, head, q_zero, q_outer, real, 0, STEP, Q, DK, BK,
+    qa, qa_rest = queries(q, q_at, q_scale, s_at, head, q_zero, q_outer, real, 0, STEP, Q, DK, KC,
                           Q_PARTS, TYPE, M)  # fmt: skip
     if STEP == 2:
-        qb, qb_rest = queries(q, q_at, q_scale, s_at, head, q_zero, q_outer, real, 1, STEP, Q, DK, BK,
+        qb, qb_rest = queries(q, q_at, q_scale, s_at, head, q_zero, q_outer, real, 1, STEP, Q, DK, KC,
                               Q_PARTS, TYPE, M)  # fmt: skip
     else:
         qb, qb_rest = qa, qa_rest
     row_q = query_scale(q_scale, s_at, head, q_outer, real, Q, M)
     if MLA:
-        ROPE_STEP: tl.constexpr = 2 if V.element == "int4" or V.element == "uint4" or V.element == "e2m1" else 1
         r_at = row * p_token + head * p_head
         rs_at = (row * heads + head) * p_groups
-        ra, ra_rest = queries(p, r_at, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 0, ROPE_STEP, QR,
-                              DV, BV, QR_PARTS, QK_ROPE, M)  # fmt: skip
-        if ROPE_STEP == 2:
-            rb, rb_rest = queries(p, r_at, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 1, ROPE_STEP,
-                                  QR, DV, BV, QR_PARTS, QK_ROPE, M)  # fmt: skip
+        ra, ra_rest = queries(p, r_at, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 0, V_STEP, QR,
+                              DV, VC, QR_PARTS, QK_ROPE, M)  # fmt: skip
+        if V_STEP == 2:
+            rb, rb_rest = queries(p, r_at, p_scale_of_q, rs_at, head, q_zero, q_outer, real, 1, V_STEP,
+                                  QR, DV, VC, QR_PARTS, QK_ROPE, M)  # fmt: skip
         else:
             rb, rb_rest = ra, ra_rest
         row_r = query_scale(p_scale_of_q, rs_at, head, q_outer, real, QR, M)
     fixed_k = fixed_scale(k_scale + group * ks_head, k_outer, K)
     fixed_v = fixed_scale(v_scale + group * vs_head, v_outer, V)
+    unit = scale if SOFTCAP else scale * LOG2E
+    row_q *= fixed_k * unit if EDGES else fixed_k
+    if MLA:
+        row_r *= fixed_v * unit if EDGES else fixed_v
     p_scale = 1.0
     if P_STATIC:
         p_scale = tl.load(weight_scale).to(tl.float32)
@@ -122,11 +145,15 @@ def attend(
     top = tl.full([M], float("-inf"), tl.float32)
     sink = tl.load(sinks + head, mask=real & (rows < has_sinks * M), other=float("-inf")) * LOG2E
     total = tl.zeros([M], tl.float32)
-    WIDE_V: tl.constexpr = BK if MLA else BV
+    WIDE_V: tl.constexpr = KC if MLA else VC
     acc = tl.zeros([M, WIDE_V], tl.float32)
-    VALUES: tl.constexpr = K if MLA else V
-    TWO: tl.constexpr = VALUES.element == "int4" or VALUES.element == "uint4" or VALUES.element == "e2m1"
+    TWO: tl.constexpr = (STEP if MLA else V_STEP) == 2
     acc_odd = tl.zeros([M, WIDE_V if TWO else 1], tl.float32)
+
+    in_page = (1 << shift) - 1
+    slots = tl.arange(0, N) if ONE else tl.arange(0, N) & in_page
+    branch = tree + tl.load(plan + 3 * batch + sequence)
+    spoilt = begin < 0 if ONE else tl.full([N], 0, tl.int1)  # pages outside of the cache
 
     # a static scale of P may saturate: that is of exp(s - max) with the maximum of all keys, so it is found first
     PASSES: tl.constexpr = 2 if P_STATIC else 1
@@ -138,22 +165,27 @@ def attend(
         for at in range(begin, high, N):
             key = at + tl.arange(0, N)
             ok = (key < high) & (key >= low)
-            if ONE:  # a tile lies in one page: 64-bit addresses are those of the page only
-                page = tl.load(table + sequence * table_row + (at >> shift)).to(tl.int64)
+            if ONE:
+                page = tl.load(table + sequence * table_row + (at >> shift))
             else:
-                page = tl.load(table + sequence * table_row + (key >> shift), mask=ok, other=0).to(tl.int64)
-            slot = key & ((1 << shift) - 1)
+                page = tl.load(table + sequence * table_row + (key >> shift), mask=ok, other=0)
             fault = (page < 0) | (page >= pages)
+            if EDGES:
+                spoilt |= fault
             page = tl.where(fault, 0, page)
-            k_in, k_at = place(k, page, slot, group, k_page, k_slot, k_head, ONE)
-            ks_in, ks_at = place(k_scale, page, slot, group, ks_page, ks_slot, ks_head, ONE)
-            kz_in, kz_at = place(k_zero, page, slot, group, kz_page, kz_slot, kz_head, ONE)
-            v_in, v_at = place(v, page, slot, group, v_page, v_slot, v_head, ONE)
-            vs_in, vs_at = place(v_scale, page, slot, group, vs_page, vs_slot, vs_head, ONE)
-            vz_in, vz_at = place(v_zero, page, slot, group, vz_page, vz_slot, vz_head, ONE)
+            slot = at & in_page
+            if not EDGES:  # addresses that are made anew take no registers
+                slots = key & in_page
+                slot = 0
+            k_in, k_at = place(k, page, slot, slots, group, k_page, k_slot, k_head, ONE)
+            ks_in, ks_at = place(k_scale, page, slot, slots, group, ks_page, ks_slot, ks_head, ONE)
+            kz_in, kz_at = place(k_zero, page, slot, slots, group, kz_page, kz_slot, kz_head, ONE)
+            v_in, v_at = place(v, page, slot, slots, group, v_page, v_slot, v_head, ONE)
+            vs_in, vs_at = place(v_scale, page, slot, slots, group, vs_page, vs_slot, vs_head, ONE)
+            vz_in, vz_at = place(v_zero, page, slot, slots, group, vz_page, vz_slot, vz_head, ONE)
 
             ka, ka_rest, kb, kb_rest = tile(
-                k_in, k_at, ks_in, ks_at, kz_in, kz_at, ok, K, DK, N, BK,
+                k_in, k_at, ks_in, ks_at, kz_in, kz_at, ok, K, DK, N, KC,
                 NATIVE, K_PARTS, TYPE,
             )  # fmt: skip
             s = product(qa, qa_rest, tl.trans(ka), tl.trans(ka_rest), tl.zeros([M, N], tl.float32), Q_PARTS, K_PARTS)
@@ -161,33 +193,31 @@ def attend(
                 s = product(qb, qb_rest, tl.trans(kb), tl.trans(kb_rest), s, Q_PARTS, K_PARTS)
             if K.kind == "row":
                 s = s * row_scale(ks_in, ks_at, ok, K)[None, :]
-            s = s * (row_q * fixed_k)[:, None]
+            s = s * row_q[:, None]
             if MLA:
                 ra_k, ra_k_rest, rb_k, rb_k_rest = tile(
-                    v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV, N, BV, NATIVE, V_PARTS,
+                    v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV, N, VC, NATIVE, V_PARTS,
                     QK_ROPE,
                 )  # fmt: skip
-                r = product(ra, ra_rest, tl.trans(ra_k), tl.trans(ra_k_rest), tl.zeros([M, N], tl.float32),
-                            QR_PARTS, V_PARTS)  # fmt: skip
-                if ROPE_STEP == 2:
+                r = product(ra, ra_rest, tl.trans(ra_k), tl.trans(ra_k_rest),
+                            tl.zeros([M, N], tl.float32), QR_PARTS, V_PARTS)  # fmt: skip
+                if V_STEP == 2:
                     r = product(rb, rb_rest, tl.trans(rb_k), tl.trans(rb_k_rest), r, QR_PARTS, V_PARTS)
                 if V.kind == "row":
                     r = r * row_scale(vs_in, vs_at, ok, V)[None, :]
-                s += r * (row_r * fixed_v)[:, None]
-            s = s * scale
+                s += r * row_r[:, None]
+            if not EDGES:
+                s = s * unit
             if SOFTCAP:
-                s = tanh(s / softcap) * softcap
-            s = s * LOG2E
-            seen = ok[None, :] & real[:, None]
-            if TREE:
-                new = key - (length - count)
-                inside = seen & (new >= 0)[None, :]
-                at_tree = tl.load(plan + 3 * batch + sequence) + token[:, None] * count + new[None, :]
-                seen = seen & (tl.load(tree + at_tree, mask=inside, other=1) != 0)
+                s = tanh(s / softcap) * (softcap * LOG2E)
+            if EDGES:
+                if (at < calm_low) | (at + N > calm_high):
+                    seen = visible(key, token, last, before, count, length, branch, ok, TREE)
+                    s = tl.where(seen, s, float("-inf"))
             else:
-                seen = seen & (key[None, :] <= last[:, None]) & (key[None, :] > before[:, None])
-            s = tl.where(fault[None, :] if not ONE else fault, float("nan"), s)
-            s = tl.where(seen, s, float("-inf"))
+                s = tl.where(fault[None, :] if not ONE else fault, float("nan"), s)
+                seen = visible(key, token, last, before, count, length, branch, ok, TREE)
+                s = tl.where(seen, s, float("-inf"))
             if P_STATIC and turn == 0:
                 top = tl.maximum(top, tl.max(s, 1))
             else:
@@ -209,13 +239,18 @@ def attend(
                     if K.kind == "row":
                         w = w * row_scale(ks_in, ks_at, ok, K)[None, :]
                     wa, wa_rest = parts(w, P_PARTS, PV)
-                    acc = product(wa, wa_rest, ka.to(PV), ka_rest.to(PV), acc, P_PARTS, K_PARTS)
+                    if EDGES and P_PARTS == 2 and K_PARTS == 1:
+                        if high > begin:  # always; products that do not see each other keep the same layout of sums
+                            acc = dot(wa, ka.to(PV), acc)
+                        acc = dot(wa_rest, ka.to(PV), acc)
+                    else:
+                        acc = product(wa, wa_rest, ka.to(PV), ka_rest.to(PV), acc, P_PARTS, K_PARTS)
                     if TWO:
                         acc_odd = product(wa, wa_rest, kb.to(PV), kb_rest.to(PV), acc_odd, P_PARTS, K_PARTS)
                 else:
                     va, va_rest, vb, vb_rest = tile(
                         v_in, v_at, vs_in, vs_at, vz_in, vz_at, ok, V, DV,
-                        N, BV, NATIVE, V_PARTS, PV,
+                        N, VC, NATIVE, V_PARTS, PV,
                     )  # fmt: skip
                     if V.kind == "row":
                         w = w * row_scale(vs_in, vs_at, ok, V)[None, :]
@@ -226,6 +261,10 @@ def attend(
 
     if not P_STATIC:
         of_keys = top
+    if ONE:
+        total = tl.where(spoilt, float("nan"), total)
+    else:
+        total = tl.where(tl.max(spoilt.to(tl.int32), 0) != 0, float("nan"), total)
     seen_any = (of_keys != float("-inf")) | (total != 0)
     grow = fixed_k if MLA else fixed_v
     if P_STATIC:

@@ -117,12 +117,27 @@ def row_scale(scale, at, ok, R: tl.constexpr):
 
 
 @triton.jit
-def place(plane, page, slot, head, in_page, in_slot, in_head, ONE: tl.constexpr):
-    """(pointer, offsets [ROWS]) of a head's rows at these slots of their pages; ONE: they lie in one page."""
+def place(plane, page, first, slots, head, in_page, in_slot, in_head, ONE: tl.constexpr):
+    """(pointer, offsets [ROWS]) of a head's rows at `slots` after slot `first` of their pages; ONE: of one page.
+
+    What does not depend on the page is the same in every step, so that it leaves the loop.
+    """
     to = plane + head.to(tl.int64) * in_head
     if ONE:
-        to += page * in_page
-        at = slot * in_slot
+        to += page.to(tl.int64) * in_page + first * in_slot
+        at = slots * in_slot
     else:
-        at = page * in_page + slot.to(tl.int64) * in_slot
+        at = page.to(tl.int64) * in_page + slots.to(tl.int64) * in_slot
     return to, at
+
+
+@triton.jit
+def visible(key, token, last, before, count, length, tree, ok, TREE: tl.constexpr):
+    """[M, N]: which keys a row sees; tree: where the sequence's entries begin."""
+    if TREE:
+        new = key - (length - count)
+        inside = (ok & (new >= 0))[None, :] & (token < count)[:, None]
+        seen = tl.load(tree + token[:, None] * count + new[None, :], mask=inside, other=1) != 0
+    else:
+        seen = (key[None, :] <= last[:, None]) & (key[None, :] > before[:, None])
+    return seen & ok[None, :]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import INTERPRETED, narrow, value_of
+from qhal_triton.bits import narrow, value_of
+from qhal_triton.kv.kernels.packed import word_numbers
 
 
 @triton.jit
@@ -30,6 +31,13 @@ def numbers(code, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def native(code, ELEMENT: tl.constexpr, TYPE: tl.constexpr):
+    """fp8 codes by the chip's conversion to fp16, and on by way of fp32: from there to bf16 it is quick."""
+    KIND: tl.constexpr = tl.float8e4nv if ELEMENT == "e4m3fn" else tl.float8e5
+    return code.to(KIND, bitcast=True).to(tl.float16).to(tl.float32).to(TYPE)
+
+
+@triton.jit
 def spread(value, EACH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS / EACH] to [ROWS, COLS]: every number EACH times."""
     GROUPS: tl.constexpr = COLS // EACH
@@ -38,11 +46,12 @@ def spread(value, EACH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def inner(plane, at, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-          ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """The scale or zero point of every element of a tile, fp32, in a shape that broadcasts to [ROWS, COLS].
+          ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    """The scale or zero point of every element of a tile, in a shape that broadcasts to [ROWS, COLS].
 
     at    [ROWS] where the plane has the row's first number; a static plane begins with the head's
     ODD   0, or 1 for the high halves of bytes
+    TYPE  what holds each exactly
     """
     STEP: tl.constexpr = 2 if R.element == "int4" or R.element == "uint4" or R.element == "e2m1" else 1
     if R.kind == "group":
@@ -50,11 +59,12 @@ def inner(plane, at, ELEMENT: tl.constexpr, ok, ODD: tl.constexpr, R: tl.constex
         GROUPS: tl.constexpr = COLS // EACH
         groups = tl.arange(0, GROUPS)
         here = ok[:, None] & (groups * (EACH * STEP) < D)[None, :]
-        value = numbers(tl.load(plane + at[:, None] + groups[None, :], mask=here, other=1), ELEMENT)
+        code = tl.load(plane + at[:, None] + groups[None, :], mask=here, other=1)
+        value = native(code, ELEMENT, TYPE) if ELEMENT == "e4m3fn" and NATIVE else numbers(code, ELEMENT).to(TYPE)
         value = spread(value, EACH, ROWS, COLS)
     elif R.kind == "col":
         cols = tl.arange(0, COLS) * STEP + ODD
-        value = numbers(tl.load(plane + cols, mask=cols < D, other=1), ELEMENT)[None, :]
+        value = numbers(tl.load(plane + cols, mask=cols < D, other=1), ELEMENT).to(TYPE)[None, :]
     elif R.kind == "row":
         value = numbers(tl.load(plane + at, mask=ok, other=1), ELEMENT)[:, None]
     else:
@@ -79,24 +89,30 @@ def parts(value, PARTS: tl.constexpr, TYPE: tl.constexpr):
 def operand(code, scale, s_at, zero, z_at, ok, ODD: tl.constexpr, R: tl.constexpr,
             D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
             TYPE: tl.constexpr):  # fmt: skip
-    """The parts of a tile of codes [ROWS, COLS]; NATIVE: the compiler's own conversions of fp8 are exact and fast."""
+    """The parts of a tile of codes [ROWS, COLS]; NATIVE: by the instructions of a chip that has fp8."""
     INSIDE: tl.constexpr = R.kind == "group" or R.kind == "col"
-    PLAIN: tl.constexpr = R.zero == "" and not INSIDE and PARTS == 1
-    if PLAIN and (R.element == "bf16" or R.element == "fp16"):
+    ONE: tl.constexpr = R.zero == "" and PARTS == 1
+    PLAIN: tl.constexpr = ONE and not INSIDE
+    FP8: tl.constexpr = R.element == "e4m3fn" or R.element == "e5m2"
+    NIBBLES: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
+    if code.dtype == tl.int16:
+        tl.static_assert(PLAIN and tl.bfloat16 == TYPE, "words of two codes have their scale outside")
+        upper = word_numbers(code, tl.constexpr(R.element), ODD)
+        rest = upper
+    elif PLAIN and (R.element == "bf16" or R.element == "fp16"):
         upper = code.to(TYPE)
         rest = upper
-    elif PLAIN and R.element == "e4m3fn" and NATIVE and not INTERPRETED:
-        upper = code.to(tl.float8e4nv, bitcast=True).to(TYPE)
-        rest = upper
-    elif PLAIN and R.element == "e5m2" and NATIVE and not INTERPRETED:
-        upper = code.to(tl.float8e5, bitcast=True).to(TYPE)
+    elif PLAIN and FP8 and NATIVE:
+        upper = native(code, tl.constexpr(R.element), TYPE)
         rest = upper
     else:
+        if NIBBLES:
+            code = code >> 4 if ODD else code & 0xF
         value = numbers(code, tl.constexpr(R.element))
         if R.zero != "":
-            value = value - inner(zero, z_at, tl.constexpr(R.zero), ok, ODD, R, D, ROWS, COLS)
+            value = value - inner(zero, z_at, tl.constexpr(R.zero), ok, ODD, R, D, ROWS, COLS, NATIVE, tl.float32)
         if INSIDE:
-            s = inner(scale, s_at, tl.constexpr(R.scale), ok, ODD, R, D, ROWS, COLS)
+            s = inner(scale, s_at, tl.constexpr(R.scale), ok, ODD, R, D, ROWS, COLS, NATIVE, tl.float32)
             value = tl.div_rn(value, s + tl.zeros_like(value)) if R.divides else value * s
         upper, rest = parts(value, PARTS, TYPE)
     return upper, rest
@@ -106,22 +122,25 @@ def operand(code, scale, s_at, zero, z_at, ok, ODD: tl.constexpr, R: tl.constexp
 def tile(codes, c_at, scale, s_at, zero, z_at, ok, R: tl.constexpr, D: tl.constexpr,
          ROWS: tl.constexpr, COLS: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
          TYPE: tl.constexpr):  # fmt: skip
-    """Rows from memory as parts of [ROWS, COLS]: (upper, lower) and, of packed codes, those of the odd columns.
+    """Rows from memory as parts of [ROWS, COLS]: (upper, lower) and, of paired codes, those of the odd columns.
+
+    Paired are codes of four bits, two to a byte, and those of eight bits where `codes` points to words of 16.
 
     c_at, s_at, z_at  [ROWS] where each row begins; ok [ROWS]: which rows are read at all
-    COLS              columns of a tile: a power of two, of packed codes half of the row's
+    COLS              columns of a tile: a power of two, of paired codes half of the row's
     """
     PACKED: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
-    WIDTH: tl.constexpr = (D + 1) // 2 if PACKED else D
+    WORDS: tl.constexpr = codes.dtype.element_ty == tl.int16
+    WIDTH: tl.constexpr = (D + 1) // 2 if PACKED or WORDS else D
     cols = tl.arange(0, COLS)
     here = ok[:, None]
     if WIDTH != COLS:
         here = here & (cols < WIDTH)[None, :]
     code = tl.load(codes + c_at[:, None] + cols[None, :], mask=here, other=0)
-    if PACKED:
-        upper, rest = operand(code & 0xF, scale, s_at, zero, z_at, ok, 0, R, D, ROWS, COLS, NATIVE,
+    if PACKED or WORDS:
+        upper, rest = operand(code, scale, s_at, zero, z_at, ok, 0, R, D, ROWS, COLS, NATIVE,
                               PARTS, TYPE)  # fmt: skip
-        odd, odd_rest = operand(code >> 4, scale, s_at, zero, z_at, ok, 1, R, D, ROWS, COLS, NATIVE,
+        odd, odd_rest = operand(code, scale, s_at, zero, z_at, ok, 1, R, D, ROWS, COLS, NATIVE,
                                 PARTS, TYPE)  # fmt: skip
     else:
         upper, rest = operand(code, scale, s_at, zero, z_at, ok, 0, R, D, ROWS, COLS, NATIVE, PARTS,
