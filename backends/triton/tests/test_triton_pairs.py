@@ -107,6 +107,19 @@ def test_e2m1(part: int, half: bool) -> None:
     assert found == [(float(table[code]), float(table[15 - code])) for code in range(16)]
 
 
+@pytest.mark.parametrize("name", ["e2m1", "int4", "uint4"])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_nibbles_of_four_bytes(name: str, odd: int) -> None:
+    text = getattr(packed, f"_{name.upper()}_{'HIGH' if odd else 'LOW'}").value
+    table = values(name)
+    for byte in range(256):
+        four = [byte, 255 - byte, byte ^ 0x5A, (byte * 7) & 0xFF]
+        held = execute(text, {"$2": int.from_bytes(bytes(four), "little")})
+        codes = [b >> 4 if odd else b & 15 for b in four]
+        wanted = [float(table[c]) if table is not None else c if name == "uint4" else (c ^ 8) - 8 for c in codes]
+        assert lanes(held["$0"], False).tolist() + lanes(held["$1"], False).tolist() == wanted
+
+
 @pytest.mark.parametrize("odd", [0, 1])
 def test_bytes_of_two_words(odd: int) -> None:
     text = (packed._INT8_HIGH if odd else packed._INT8_LOW).value

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from qhal_triton.bits import narrow, value_of
-from qhal_triton.kv.kernels.packed import word_numbers
+from qhal_triton.kv.kernels.packed import nibble_numbers, times, word_numbers
 
 
 @triton.jit
@@ -104,6 +104,15 @@ def operand(code, scale, s_at, zero, z_at, ok, ODD: tl.constexpr, R: tl.constexp
         rest = upper
     elif PLAIN and FP8 and NATIVE:
         upper = native(code, tl.constexpr(R.element), TYPE)
+        rest = upper
+    elif (NIBBLES or FP8) and ONE and tl.bfloat16 == TYPE and NATIVE and not R.divides:
+        if NIBBLES:
+            upper = nibble_numbers(code, tl.constexpr(R.element), ODD)
+        else:
+            upper = native(code, tl.constexpr(R.element), TYPE)
+        if INSIDE:  # one part holds the bits of code and scale together
+            s = inner(scale, s_at, tl.constexpr(R.scale), ok, ODD, R, D, ROWS, COLS, NATIVE, TYPE)
+            upper = times(upper, tl.broadcast_to(s, upper.shape))
         rest = upper
     else:
         if NIBBLES:
