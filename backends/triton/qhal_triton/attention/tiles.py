@@ -29,6 +29,8 @@ _OPERANDS = (
 _ALIGNED = ("k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head")
 _SPILLS = {"mla": 1024, "prefill": 384}
 """Bytes (AMD: registers) of a thread: values of 512 features, or of 128 rows, leave few registers for their keys."""
+_FEW_WARPS = 128
+"""The same where one or two warps hold a tile: addresses of the results, put aside before the loop over keys."""
 
 
 def tiles(target: Target) -> Iterator[Tile]:
@@ -87,5 +89,5 @@ def _tile(request: AttentionRequest, limits: Limits, target: Target) -> Tile:
         options={"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True},
         matrix=True,
         native="16",
-        spills=_SPILLS.get(request.kv.kind, _SPILLS.get(request.phase, 0)),
+        spills=_SPILLS.get(request.kv.kind, _SPILLS.get(request.phase, _FEW_WARPS if c.warps < 4 else 0)),
     )
