@@ -39,7 +39,7 @@ from qhal_triton.gpu import GpuOps
 from qhal_triton.paths import Path
 from qhal_triton.tuning import Table
 
-_MANY = 64
+_MANY = 512
 """Rows from which humming comes before the shared kernels: a block sums a whole K there, so few rows leave SMs idle."""
 
 

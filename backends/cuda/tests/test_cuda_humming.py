@@ -300,7 +300,7 @@ def test_many_rows_are_its_where_a_shared_kernel_takes_few() -> None:
 
     ops = Shared("sm_90", "cpu", {"humming"})
     assert ops._humming(request_of("int4.g128*bf16", m=(1, 8192))) is None
-    assert ops._humming(request_of("int4.g128*bf16", m=(64, 8192))) is not None
+    assert ops._humming(request_of("int4.g128*bf16", m=(512, 8192))) is not None
 
 
 def test_what_is_no_weight_of_its_own_is_refitted_as_before() -> None:

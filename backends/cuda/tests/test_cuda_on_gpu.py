@@ -48,7 +48,7 @@ def test_humming_lays_weights_as_we_read_it(w: str) -> None:
     from humming.transform import transform_humming_tensors
 
     x = "fp16" if w.endswith("fp16") else "bf16"
-    request = GemmRequest(w=Format.parse(w), n=256, k=512, x=(Format(x),), m=(64, 512), graph=True)
+    request = GemmRequest(w=Format.parse(w), n=256, k=512, x=(Format(x),), m=(512, 1024), graph=True)
     k = choice.kind(request)
     assert k is not None
     plain = datasets.weight("gpu", w, request.w, 256, 512, "normal").to("cuda:0")
@@ -100,7 +100,7 @@ def test_humming_is_in_its_class(case: Case) -> None:
 
 @pytest.mark.skipif("humming" not in USABLE, reason="humming-kernels as pinned and a GPU of sm_90")
 def test_humming_repeats_itself_in_a_graph() -> None:
-    request = GemmRequest(w=Format.parse("int4.g128*bf16"), n=256, k=512, x=(Format("bf16"),), m=(64, 512), graph=True)
+    request = GemmRequest(w=Format.parse("int4.g128*bf16"), n=256, k=512, x=(Format("bf16"),), m=(512, 1024), graph=True)
     device = ops()
     prepared = device.prepare(datasets.weight("gpu", "w", request.w, 256, 512, "normal"), request)
     assert isinstance(prepared, humming.HummingWeight)
