@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -57,14 +58,29 @@ def main() -> int:
 
 
 def facts() -> dict[str, Any]:
-    """GPU, driver and versions that the figures belong to."""
+    """GPU, driver, versions, commit and kernels that the figures belong to."""
+    import pynvml
+
+    from qhal_triton.tuning import sources
+
+    pynvml.nvmlInit()
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    found |= {"driver": str(pynvml.nvmlSystemGetDriverVersion()), "kernels": sources(), "commit": commit()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def commit() -> str | None:
+    """Of the folder that this file is in; None outside of a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def measure(prefixes: list[str], without: list[str]) -> list[Measured]:

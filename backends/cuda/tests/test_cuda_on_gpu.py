@@ -100,7 +100,8 @@ def test_humming_is_in_its_class(case: Case) -> None:
 
 @pytest.mark.skipif("humming" not in USABLE, reason="humming-kernels as pinned and a GPU of sm_90")
 def test_humming_repeats_itself_in_a_graph() -> None:
-    request = GemmRequest(w=Format.parse("int4.g128*bf16"), n=256, k=512, x=(Format("bf16"),), m=(512, 1024), graph=True)
+    fw = Format.parse("int4.g128*bf16")
+    request = GemmRequest(w=fw, n=256, k=512, x=(Format("bf16"),), m=(512, 1024), graph=True)
     device = ops()
     prepared = device.prepare(datasets.weight("gpu", "w", request.w, 256, 512, "normal"), request)
     assert isinstance(prepared, humming.HummingWeight)
