@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,10 @@ from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_triton.gemm.config import Config, candidates, config, problem
 from qhal_triton.gemm.kernels.dense import dense
-from qhal_triton.gemm.kernels.finish import finish
 from qhal_triton.gemm.kernels.product import product
 from qhal_triton.gemm.paths import DENSE_FROM, Plan, Spec, plan
 from qhal_triton.gemm.planes import activation, planes
+from qhal_triton.gemm.results import finished, given, place
 from qhal_triton.gemm.sides import WIDE_KIND
 from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
@@ -43,8 +42,6 @@ _STRIDES = (
 """Of a weight, in the order of `planes`."""
 _MOST = 4096
 """Row counts for which a weight remembers its tile; they start anew beyond."""
-_BLOCK = 256
-"""Columns of a program of `finish`."""
 _FIXED = 64
 """Rows of the tile of products whose rows must not depend on each other's number."""
 
@@ -293,37 +290,6 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
         return given(part if part.dim() == 2 else finished(part, rows, request.n, dtype, out), out)
 
     return run
-
-
-def place(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, out: Tensor | None) -> Tensor:
-    """`out` where a kernel can write the result into it, else a new tensor."""
-    fits = isinstance(out, Tensor) and (tuple(out.shape), out.dtype, out.device) == (shape, dtype, device)
-    return out if fits and out.stride(1) == 1 else torch.empty(shape, dtype=dtype, device=device)  # type: ignore[union-attr, return-value]
-
-
-def given(y: Tensor, out: Tensor | None) -> Tensor:
-    """The result in `out`, where the kernel may have written it; FormatError if it does not fit."""
-    return out if out is not None and y.data_ptr() == out.data_ptr() and y.shape == out.shape else write(y, out)
-
-
-def finished(part: Tensor, rows: int, width: int, dtype: torch.dtype, out: Tensor | None = None, **more: Any) -> Tensor:
-    """[rows, width] of the parts [parts, rows * TOP, N] of a product, see `kernels/finish.py`."""
-    y = place((rows, width), dtype, part.device, out)
-    asked = {"weights": None, "ids": None, "alpha": 1.0, "limit": 0.0, "shift": 0.0, **more}
-    flags = {"TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False, "PARTS": part.shape[0]}
-    flags |= {name: asked.pop(name) for name in list(asked) if name in flags}
-    _finishing(**flags)(
-        (rows, -(-width // _BLOCK), 1),
-        (part, y, asked["weights"], asked["ids"]),
-        (part.stride(0), part.shape[2], width, y.stride(0), asked["alpha"], asked["limit"], asked["shift"]),
-    )
-    return y
-
-
-@lru_cache(maxsize=256)
-def _finishing(**flags: Any) -> Launcher:
-    numbers = ("part_stride", "n", "width", "y_row", "alpha", "limit", "shift")
-    return Launcher(finish, ("part", "y", "weights", "ids"), numbers, {**flags, "BLOCK": _BLOCK}, num_warps=4)
 
 
 def spec_of(bound: Bound, q: Tensor | QTensor, rows: int) -> Spec:

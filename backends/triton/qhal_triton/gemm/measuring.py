@@ -20,8 +20,9 @@ from qhal.requests import GemmRequest, Support
 from qhal.specs import Operand
 from qhal.tensors import QTensor
 from qhal_triton.gemm.config import Config, candidates, problem
-from qhal_triton.gemm.launch import Bound, finished, spec_of
+from qhal_triton.gemm.launch import Bound, spec_of
 from qhal_triton.gemm.paths import DENSE_FROM, plan
+from qhal_triton.gemm.results import finished
 from qhal_triton.timing import microseconds
 from qhal_triton.tuning import Entry, measure
 

@@ -17,7 +17,8 @@ from qhal.tensors import QTensor
 from qhal_portable.gemm import accept, quantized
 from qhal_portable.grouped import width
 from qhal_portable.prepared import PreparedWeight
-from qhal_triton.gemm.launch import Bound, Rows, finished, given, spec_of
+from qhal_triton.gemm.launch import Bound, Rows, spec_of
+from qhal_triton.gemm.results import finished, given
 from qhal_triton.grouped.paths import by_rows, plan
 from qhal_triton.grouped.rows import rows_of
 

@@ -82,7 +82,9 @@ def exact(
     elif BY_HAND and PARTS == 8 and KIND == "e2m1":
         value = e2m1_pairs(word, TYPE, PART)
     elif BY_HAND and KIND == "e4m3fn":
-        value = fp8(word, KIND, False).to(TYPE)
+        value = fp8(word, KIND, False).to(tl.float16)
+        if tl.bfloat16 == TYPE:  # by way of fp32: the compiler's own way to bf16 takes four times as long
+            value = value.to(tl.float32).to(TYPE)
     else:
         value = number(code_of(word, KIND, PART, PARTS), KIND, table)
         if ZERO != "":
