@@ -116,17 +116,22 @@ def test_tuning_says_what_nothing_is_measured_for(golden: Path) -> None:
     assert shown.returncode == 1 and "not tuned: gemm" in " ".join(shown.stdout.split())
 
 
-def test_kernels_are_built_ahead_or_the_reason_is_said(golden: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "arch"), [("rocm", "gfx942"), ("cuda", "sm_90")])
+def test_kernels_are_built_ahead(golden: Path, tmp_path: Path, backend: str, arch: str) -> None:
+    folder, out = str(golden / CASE / "checkpoint"), str(tmp_path / "b")
+    asked = ("build", folder, "--backend", backend, "--arch", arch, "--out", out)
+    made = run(*asked, "--json", TRITON_INTERPRET="0")
+    assert made.returncode == 0, made.stderr
+    record = json.loads(made.stdout)
+    assert record["arch"] == arch and record["requests"] and (tmp_path / "b" / "manifest.json").is_file()
+    again = run(*asked)
+    assert again.returncode == 1 and "is there already" in again.stderr
+
+
+def test_a_backend_that_compiles_nothing_ahead_says_so(golden: Path, tmp_path: Path) -> None:
     folder = str(golden / CASE / "checkpoint")
     nothing = run("build", folder, "--backend", "cpu_reference", "--arch", "cpu", "--out", str(tmp_path / "a"))
     assert nothing.returncode == 1 and "compiles nothing ahead of time" in nothing.stderr
-    made = run("build", folder, "--backend", "rocm", "--arch", "gfx942", "--out", str(tmp_path / "b"), "--json",
-               TRITON_INTERPRET="0")  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    record = json.loads(made.stdout)
-    assert record["arch"] == "gfx942" and record["requests"] and (tmp_path / "b" / "manifest.json").is_file()
-    again = run("build", folder, "--backend", "rocm", "--arch", "gfx942", "--out", str(tmp_path / "b"))
-    assert again.returncode == 1 and "is there already" in again.stderr
 
 
 @pytest.mark.parametrize("case", [CASE, "gptq/b4_g128_sym_desc_act_v1", "awq/autoawq_b4_g128_gemm"])

@@ -34,6 +34,7 @@ def _load(device: Device) -> QuantOps:
     from qhal_triton.tuning import fingerprint, load
 
     _same_chip(device)
+    ahead.require_cache()
     ahead.used(target(device.arch))
     return RocmOps(device.arch, f"{_TORCH_DEVICE}:{device.index}", usable(), load(fingerprint(device)))
 

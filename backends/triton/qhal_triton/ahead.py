@@ -91,6 +91,20 @@ def use(folder: Path, target: Target) -> int:
     return new
 
 
+def require_cache() -> None:
+    """BackendError where Triton could not keep what it compiles: every kernel would end in its error."""
+    cache = Path(triton.knobs.cache.dir)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise BackendError(
+            f"Triton keeps compiled kernels in {cache}, which cannot be written ({error.strerror}); "
+            "set TRITON_CACHE_DIR to a folder that can be"
+        ) from None
+
+
 def used(target: Target) -> None:
     """`use` of the folder that the environment names; nothing if it names none."""
     folder = os.environ.get(ENVIRONMENT)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 import qhal
 from qhal_triton import ahead
@@ -40,6 +41,17 @@ def test_a_second_process_compiles_nothing(folder: Path, tmp_path: Path) -> None
     found = process("use", "gfx942", str(folder), str(tmp_path))
     assert found["placed"] >= 2 and found["again"] == 0
     assert found["compiled"] == 0 and found["launches"] >= 10
+
+
+def test_a_cache_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(taken / "cache"))
+    with pytest.raises(qhal.BackendError, match=r"file/cache, which cannot be written .*set TRITON_CACHE_DIR"):
+        ahead.require_cache()
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "new" / "cache"))
+    ahead.require_cache()
+    assert list((tmp_path / "new" / "cache").iterdir()) == []
 
 
 def test_another_chip_is_refused(folder: Path) -> None:
