@@ -22,9 +22,9 @@ def tune(
     """Measure on this device which tiles are fastest for every product of a checkpoint, and keep that in a table.
 
     The table belongs to this GPU, driver, these versions and these kernels; operations read it when they are loaded,
-    and nothing is measured while they run. Where the table lies: QHAL_TUNED, else the cache folder. Takes a minute for
-    each format, shape and bucket of rows. Only formats and sizes are read of the checkpoint. Exits with 1 if nothing
-    was measured.
+    and nothing is measured while they run. Where the table lies: QHAL_TUNED, else the cache folder. Each format, shape
+    and bucket of rows takes seconds on a machine of many cores, which compile side by side, and a minute on one. Only
+    formats and sizes are read of the checkpoint. Exits with 1 if nothing was measured.
 
     Examples:
       qhal tune CKPT --backend auto --rows 64

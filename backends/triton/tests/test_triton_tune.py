@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -74,7 +78,7 @@ def test_what_is_measured_is_written_and_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(measuring, "ROWS", (1, 16))
     seen: list[str] = []
 
-    def measured(ops: Any, bound: Any, f: Format, m: int) -> Entry:
+    def measured(ops: Any, bound: Any, f: Format, m: int, compiler: Any) -> Entry:
         return Entry((16, 32, 2, 4, 3), (((16, 64, 1, 4, 4), 9.0), ((16, 32, 2, 4, 3), 7.0)))
 
     monkeypatch.setattr(measuring, "_measured", measured)
@@ -102,3 +106,12 @@ def test_a_kernel_that_a_library_replaces_is_not_measured() -> None:
 
     with pytest.raises(UnsupportedError, match="measuring"):
         Library(CHIP, DEVICE).tune(request_of())
+
+
+def test_processes_compile_what_a_launch_finds(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compiling_calls.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for before, after in json.loads(done.stdout):
+        assert before >= 3 and after == 0

@@ -5,7 +5,7 @@ Width and parts are measured first, warps and stages then for the best of these:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from qhal.formats import Format
 from qhal.requests import GemmRequest, Support
 from qhal.specs import Operand
 from qhal.tensors import QTensor
+from qhal_triton.gemm.compiling import Compiler, jobs
 from qhal_triton.gemm.config import Config, candidates, problem
 from qhal_triton.gemm.launch import Bound, spec_of
 from qhal_triton.gemm.paths import DENSE_FROM, plan
@@ -36,7 +37,8 @@ _REPEATS = 9
 def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> dict[str, Entry]:
     """Entries for the buckets of rows within request.m, for each format of x. seen: told before each problem.
 
-    Takes 256 MiB of memory, and a minute for each problem: every shape of tile is compiled.
+    Takes 256 MiB of memory, and seconds for each problem, or a minute where there is one core: every shape of tile is
+    compiled, on a GPU by processes of their own.
     """
     made = plan(request, ops._target)
     if made is None or not isinstance(request.w, Format) or request.operand is not None or request.batch_invariant:
@@ -52,12 +54,13 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
         kept.append(ops.prepare(w, asked, inputs=inputs, bias=bias))
     bound = [Bound(p, asked, made, ops._target) for p in kept]
     found = {}
-    for m in (m for m in ROWS if request.m[0] <= m <= request.m[1] and m < DENSE_FROM):
-        for f in request.x:
-            name = problem(request, f, m)
-            if seen is not None:
-                seen(name)
-            found[name] = _measured(ops, bound, f, m)
+    with Compiler(ops._target, asked, jobs() if ops.device.type == "cuda" else 1) as compiler:
+        for m in (m for m in ROWS if request.m[0] <= m <= request.m[1] and m < DENSE_FROM):
+            for f in request.x:
+                name = problem(request, f, m)
+                if seen is not None:
+                    seen(name)
+                found[name] = _measured(ops, bound, f, m, compiler)
     return found
 
 
@@ -103,7 +106,7 @@ def _codes(
     return torch.randint(low, high + 1, shape, dtype=torch.int16, device=device, generator=generator).to(e.storage)
 
 
-def _measured(ops: Any, bound: list[Bound], f: Format, m: int) -> Entry:
+def _measured(ops: Any, bound: list[Bound], f: Format, m: int, compiler: Compiler) -> Entry:
     first = bound[0]
     request, weight = first.request, first.weight
     x = torch.randn(m, request.k, device=weight.device).to(element(f.element).storage if f.plain else torch.bfloat16)
@@ -121,10 +124,14 @@ def _measured(ops: Any, bound: list[Bound], f: Format, m: int) -> Entry:
 
         return microseconds([partial(call, one) for one in bound], _REPEATS)
 
+    def tried(some: Sequence[Config]) -> Entry:
+        compiler((f, m, c) for c in some)
+        return measure(some, time)
+
     steps = -(-request.k // spec.span)
     some = candidates(spec, m, request.n, steps, ops._target)
     usual = some[0]
-    shape = measure([c for c in some if (c.warps, c.stages) == (usual.warps, usual.stages)], time)
+    shape = tried([c for c in some if (c.warps, c.stages) == (usual.warps, usual.stages)])
     best = Config(*shape.best)
-    rest = measure([c for c in some if (c.bn, c.parts) == (best.bn, best.parts)], time)
+    rest = tried([c for c in some if (c.bn, c.parts) == (best.bn, best.parts)])
     return Entry(rest.best, tuple(dict([*shape.measured, *rest.measured]).items()))
