@@ -267,7 +267,8 @@ def check_queries(q: Tensor, request: AttentionRequest, sinks: Tensor | None, to
         found = f"{q.dtype} {tuple(q.shape)}"
         raise FormatError(f"attention: q is {found}, must be bf16, fp16 or fp32 [T, {request.heads}, {dim}]")
     if q.shape[0] != tokens:
-        raise BatchError(f"attention: q has {q.shape[0]} tokens, the batch was planned with {tokens}")
+        found = f"attention: q has {q.shape[0]} tokens, the batch was planned with {tokens}"
+        raise BatchError(f"{found}; call its plan() with the lengths of this step first")
     if (sinks is not None) != request.sinks:
         raise FormatError(f"attention: sinks {'given' if sinks is not None else 'missing'}, request: {request.sinks}")
     if sinks is not None and (sinks.dtype != torch.float32 or tuple(sinks.shape) != (request.heads,)):

@@ -292,8 +292,10 @@ def test_bad_arguments() -> None:
     batch = OPS.attention_batch(request, step.limits)
     with pytest.raises(BatchError, match="21 query tokens, the batch was made for 20"):
         batch.plan(step.queries + torch.tensor([1, 0, 0, 0, 0]), step.keys, step.table)
-    batch.plan(step.queries, step.keys, step.table)
     cache = KVCache(request.kv, {n: p.to(DEVICE) for n, p in step.cache.planes.items()})
+    with pytest.raises(BatchError, match=r"planned with 0; call its plan\(\) with the lengths of this step first"):
+        OPS.attention(step.q.to(DEVICE), cache, batch)
+    batch.plan(step.queries, step.keys, step.table)
     with pytest.raises(BatchError, match="q has 19 tokens"):
         OPS.attention(step.q[1:].to(DEVICE), cache, batch)
     with pytest.raises(FormatError, match="sinks given"):
