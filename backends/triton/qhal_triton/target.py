@@ -24,3 +24,8 @@ class Target:
     shared: int
     fp8: frozenset[str] = frozenset()
     mx: bool = False
+
+    @property
+    def from_memory(self) -> bool:
+        """Whether matrix instructions read an operand from fast memory; else both are in registers."""
+        return self.arch.startswith(("sm_90", "sm_10"))

@@ -195,7 +195,7 @@ def test_an_instruction_of_coarser_sums_is_not_taken_where_it_is_not_allowed() -
 
 
 @pytest.mark.parametrize("w", ["int4.g32*bf16", "nf4.g64*fp32", "e2m1.g16*(e4m3fn.tensor*fp32)", "e4m3fn.128x128*fp32"])
-@pytest.mark.parametrize("m", [80, DENSE_FROM])
+@pytest.mark.parametrize("m", [80, DENSE_FROM[1]])
 def test_many_rows_are_multiplied_with_a_decoded_weight(w: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix_product(monkeypatch)
     request = request_of(w, n=16, k=128, m=(1, 4096), bias=True)
@@ -236,6 +236,15 @@ def test_weights_of_many_rows_are_rounded_once(w: str, x: str, least: int | None
     rounded = weight.dequantize(kind).double()
     exact, size = rows.double() @ rounded.T, rows.double().abs() @ rounded.abs().T
     assert bool(((y - exact).abs() <= (request.k + 4) * 2.0**-24 * size).all())
+
+
+def test_a_weight_that_fp16_cannot_hold_is_refused_where_many_rows_round_it() -> None:
+    f = Format.parse("int4.g128*fp16")
+    w = QTensor(f, torch.full((16, 256), 7, dtype=torch.int8), torch.full((16, 2), 20000.0, dtype=torch.float16))
+    few, many = (request_of("int4.g128*fp16", "fp16", n=16, m=(1, most)) for most in (64, 65))
+    OPS.prepare(w.to(DEVICE), few)
+    with pytest.raises(qhal.FormatError, match="magnitude 140000 overflows fp16"):
+        OPS.prepare(w.to(DEVICE), many)
 
 
 def test_rows_do_not_depend_on_their_number_if_that_is_asked() -> None:

@@ -241,3 +241,12 @@ def test_what_no_kernel_takes_is_portable() -> None:
     rowwise = request_of(ROW, "int8.col*fp32", "offsets", static=(True,))
     for request in (exact, rowwise):
         assert plan(request, HOPPER) is None and "Triton" not in OPS.supports(request).executes
+
+
+def test_weights_of_many_rows_are_rounded_to_bf16_only() -> None:
+    """fp16 could overflow, and the weights of all experts are not searched for that when they are prepared."""
+    for x, least in (("bf16", 65), ("fp16", None)):
+        gemm = GemmRequest(w=Format.parse(f"int4.g128*{x}"), n=64, k=256, x=(Format(x),))
+        made = plan(GroupedRequest(gemm=gemm, experts=4, groups="offsets"), HOPPER)
+        assert made is not None and not made.dense and (made.many is None) == (least is None)
+        assert made.numerics == (NumericsClass.FP32_ACC if least is None else NumericsClass.DEQUANT_16)

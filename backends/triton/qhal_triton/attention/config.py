@@ -69,7 +69,7 @@ def candidates(request: AttentionRequest, a: Arithmetic, limits: Limits, target:
         if target.kind == "hip" and target.warp == 32:  # a thread holds twice as much of a matrix
             wide = {kv.k.element, kv.v.element} <= WIDE.keys()
             shapes = [(m, 32, 8 if m > 16 else 4, 1) if wide else (min(m, 32), 16, 4, 1)]
-        elif m > 16 and target.kind == "cuda" and not target.arch.startswith(("sm_90", "sm_10")):
+        elif m > 16 and target.kind == "cuda" and not target.from_memory:
             shapes = [_registers(kv, m, small)]
         else:
             shapes = [(m, 32 if two else 64, 8 if m > 64 else 4, 2 if small else 3)]

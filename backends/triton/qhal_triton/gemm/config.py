@@ -31,7 +31,9 @@ def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | 
     bm = min(next((b for b in (16, 32, 64, 128) if m <= b), 256), most)
     while bm > 16 and memory(s, bm, bn, 2) > target.shared:
         bm //= 2
-    alone = bm >= 64 and _wgmma(target)  # one program to a multiprocessor; scales that are staged too need some of it
+    alone = (
+        bm >= 64 and target.from_memory
+    )  # one program to a multiprocessor; scales that are staged too need some of it
     room = target.shared if alone and s.packed else target.shared * 3 // 4 if alone else target.shared >> 1
     stages = max([2, *(deep for deep in range(3, deep + 1) if memory(s, bm, bn, deep) <= room)])
     if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
@@ -72,7 +74,7 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
         return 16, 64, 4, stages
     step, units = s.mode == "step", s.span // s.unit
     many = step and units >= 4 and s.chunk >= 32
-    shared = _wgmma(target)
+    shared = target.from_memory
     if step and units >= 4 and s.x.group:  # a thread reads the scales of its rows for every unit
         narrow = many and not shared and s.type != "int8"
         return 16 if narrow else 32, 64, 8 if shared and m > 16 else 4, 2
@@ -97,11 +99,6 @@ def memory(s: Spec, bm: int, bn: int, stages: int) -> int:
     size = {"fp32": 4, "bf16": 2, "fp16": 2}.get(s.type, 1)
     x, w = s.span * bm * size, s.span * bn // (2 if s.parts > 1 else 1)
     return stages * x + (stages if s.native else stages - 1) * w
-
-
-def _wgmma(target: Target) -> bool:
-    """Whether matrix instructions read x from shared memory; else from registers, both operands."""
-    return target.arch.startswith(("sm_90", "sm_10"))
 
 
 def problem(r: GemmRequest, x: Format, m: int) -> str:

@@ -19,7 +19,7 @@ from qhal_portable.prepared import PreparedWeight, Run
 from qhal_triton.gemm.config import Config, candidates, config, problem
 from qhal_triton.gemm.kernels.dense import dense
 from qhal_triton.gemm.kernels.product import product
-from qhal_triton.gemm.paths import DENSE_FROM, Plan, Spec, plan
+from qhal_triton.gemm.paths import Plan, Spec, plan
 from qhal_triton.gemm.planes import activation, planes
 from qhal_triton.gemm.results import finished, given, place
 from qhal_triton.gemm.sides import WIDE_KIND
@@ -278,7 +278,7 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
         spec = spec_of(bound, q, rows)
         if rows == 0:
             return write(torch.empty(0, request.n, dtype=dtype, device=p.device), out)
-        if wide is not None and rows >= DENSE_FROM:
+        if wide is not None and 0 < made.dense <= rows:
             value = q.codes if isinstance(q, QTensor) else q.detach()
             y = float_product(value, bound.decoded(wide).T)
             return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)

@@ -22,7 +22,7 @@ from qhal.tensors import QTensor
 from qhal_triton.gemm.compiling import Compiler, jobs
 from qhal_triton.gemm.config import Config, candidates, problem
 from qhal_triton.gemm.launch import Bound, spec_of
-from qhal_triton.gemm.paths import DENSE_FROM, plan
+from qhal_triton.gemm.paths import plan
 from qhal_triton.gemm.results import finished
 from qhal_triton.timing import microseconds
 from qhal_triton.tuning import Entry, measure
@@ -55,7 +55,7 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
     bound = [Bound(p, asked, made, ops._target) for p in kept]
     found = {}
     with Compiler(ops._target, asked, jobs() if ops.device.type == "cuda" else 1) as compiler:
-        for m in (m for m in ROWS if request.m[0] <= m <= request.m[1] and m < DENSE_FROM):
+        for m in (m for m in ROWS if request.m[0] <= m <= request.m[1] and (m < made.dense or not made.dense)):
             for f in request.x:
                 name = problem(request, f, m)
                 if seen is not None:

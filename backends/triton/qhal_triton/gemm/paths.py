@@ -15,8 +15,9 @@ from qhal_triton.gemm.sides import WIDE_KIND, Side, side
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
 
-DENSE_FROM = 512
-"""Rows from which decoding the whole weight once and multiplying 16-bit floats is faster than decoding it per tile."""
+DENSE_FROM = (192, 512)
+"""Rows from which decoding the whole weight once and multiplying 16-bit floats is faster than decoding it per tile;
+the second number where tiles of many rows have one sum for the whole of K (H200)."""
 MANY_FROM = (65, 33)
 """Rows from which rounded weights, summed by the matrix instruction alone, are faster than scaling the sums of groups
 (H200); the second number where a step has four or more groups."""
@@ -64,14 +65,14 @@ class Plan:
     """What a request becomes: a Spec for each format of x, the weight's layout, and the ways of many rows.
 
     many   instead of the first Spec, from `many_from` rows
-    dense  whether the weight is decoded as a whole from DENSE_FROM rows
+    dense  rows from which the weight is decoded as a whole; 0: never
     """
 
     specs: tuple[Spec, ...]
     many: Spec | None
     many_from: int
     layout: str
-    dense: bool
+    dense: int
     numerics: NumericsClass
 
 
@@ -95,7 +96,7 @@ def path(request: GemmRequest, made: Plan) -> Path:
         accumulate="int32" if whole and not any(s.w.group or s.x.group for s in made.specs) else "fp32",
         invariant=request.batch_invariant,
         layouts=(made.layout,),
-        rounded=element(request.x[0].element).storage if made.dense else None,
+        rounded=element(request.x[0].element).storage if made.dense or made.many is not None else None,
         made=made.specs[0].w.made,
     )
 
@@ -133,8 +134,11 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
         and laid[0].type in ("bf16", "fp16")
     )
     least = MANY_FROM[laid[0].mode == "step" and laid[0].span // laid[0].unit >= 4]
-    many = _packed(laid[0], multiplied) if rounding and request.m[1] >= least else None
-    dense = rounding and request.m[1] >= DENSE_FROM
+    fits = rounding and target.from_memory and request.m[1] >= least  # elsewhere sums and both operands spill
+    many = _packed(laid[0], multiplied) if fits else None
+    whole = many is not None or (laid[0].mode == "late" and laid[0].w.bits > 4)
+    dense = DENSE_FROM[whole and target.from_memory] if rounding else 0
+    dense = dense if request.m[1] >= dense else 0
     worst = NumericsClass.DEQUANT_16 if dense or many is not None else max(s.numerics for s in laid)
     return Plan(specs=tuple(laid), many=many, many_from=least, layout=layout, dense=dense, numerics=worst)
 
@@ -238,8 +242,8 @@ def _words(made: Plan) -> str:
     many = (
         "" if made.many is None else f"; from {made.many_from} rows: weights rounded to {made.many.type} in registers"
     )
-    dense = f"; from {DENSE_FROM} rows: the weight decoded to 16 bits once per call, torch.mm with fp32 result"
-    return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + many + dense * made.dense
+    dense = f"; from {made.dense} rows: the weight decoded to 16 bits once per call, torch.mm with fp32 result"
+    return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + many + dense * bool(made.dense)
 
 
 def _word(s: Spec) -> str:

@@ -82,8 +82,7 @@ class Chip:
     def of(target: Target) -> Chip:
         """AMD's compiler keeps the right factor in registers, all of it for every warp."""
         if target.kind == "cuda":
-            apart = target.arch.startswith(("sm_90", "sm_10"))  # operands lie in fast memory, sums in registers
-            return Chip(target.shared, 256, 1024, low=256 if apart else 64)
+            return Chip(target.shared, 256, 1024, low=256 if target.from_memory else 64)
         return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512, fused=False)
 
     def warps(self, rows: int, columns: int) -> int:
