@@ -23,7 +23,7 @@ from qhal.groups import Indexed
 from qhal.requests import GemmRequest, GroupedRequest
 from qhal.selection import select
 from qhal.specs import Operand
-from qhal_triton.gemm.measuring import random_weight
+from qhal_triton.gemm.weights import random_weight
 from qhal_triton.timing import microseconds
 
 N = K = 8192

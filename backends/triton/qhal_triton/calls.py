@@ -18,7 +18,7 @@ from qhal.groups import Groups, Indexed, Masked, Offsets
 from qhal.requests import AttentionRequest, GemmRequest, GroupedRequest, KVRequest, QuantizeRequest, Request
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_triton.gemm.measuring import random_weight
+from qhal_triton.gemm.weights import random_weight
 from qhal_triton.ops import TritonOps
 
 ROWS = (1, 2, 16, 24, 32, 48, 64, 72, 128, 136, 256, 264, 512, 1000, 1024, 2048)

@@ -180,7 +180,7 @@ class TritonOps(PortableOps):
         if path is None or self.supports(request).executes != path.executes:  # a backend may prefer a library
             raise self._refusal("kernel of this request whose tiles are chosen by measuring")
         assert isinstance(request, GemmRequest)
-        found = gemm.tune(self, request, seen)
+        found = gemm.tune(self, request, seen, here)
         save(self._table.facts, found)
         return [entry.words(problem) for problem, entry in found.items()]
 
@@ -225,3 +225,15 @@ def _path(request: Request, target: Target, copies: tuple[torch.dtype, ...], tab
     """The choice while the named tables are at that revision."""
     choose = _CHOOSE.get(type(request))
     return None if choose is None or not support(request, copies, graphs=True) else choose(request, target)
+
+
+class Here(TritonOps):
+    """The kernels of a target, called on the processor: for compiling them, under `absent.absent`."""
+
+    name: ClassVar[str] = "here"
+    interface: ClassVar[tuple[int, int]] = (1, 0)
+
+
+def here(target: Target) -> Here:
+    """Operations that only compile."""
+    return Here(target, torch.device("cpu"))

@@ -14,6 +14,7 @@ from qhal.requests import GemmRequest
 from qhal_triton.compile import target_of
 from qhal_triton.gemm.compiling import Compiler, compiled
 from qhal_triton.gemm.config import Config
+from qhal_triton.ops import here
 
 
 def main(cache: Path) -> None:
@@ -23,11 +24,11 @@ def main(cache: Path) -> None:
         f = Format.parse(x)
         request = GemmRequest(w=Format.parse("int4.g128*bf16"), n=256, k=512, x=(f,), m=(1, 128), out=torch.bfloat16)
         tiles = [(f, 16, Config(16, 64, parts, 4, 3)) for parts in (1, 2)] + [(f, 128, Config(128, 128, 1, 8, 2))]
-        with Compiler(target, request, 2) as compiler:
+        with Compiler(here, target, request, 2) as compiler:
             compiler([*tiles, (f, 16, Config(16, 64, 1, 4, -1))])  # the last one is none
         before = set(cache.iterdir())
         for one in tiles:
-            compiled(target, request, *one, str(cache))
+            compiled(here, target, request, *one, str(cache))
         counts.append([len(before), len(set(cache.iterdir()) - before)])
     print(json.dumps(counts))
 

@@ -19,8 +19,8 @@ from qhal.formats import Format
 from qhal.requests import GemmRequest, Request, Support
 from qhal_triton.gemm import config as sizes
 from qhal_triton.gemm import measuring
-from qhal_triton.gemm.measuring import random_weight
 from qhal_triton.gemm.paths import plan
+from qhal_triton.gemm.weights import random_weight
 from qhal_triton.ops import TritonOps
 from qhal_triton.target import Target
 from qhal_triton.tuning import Entry, Table, load

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from qhal_triton.absent import absent
 from qhal_triton.gemm.config import Config
 from qhal_triton.gemm.launch import Bound, spec_of
 from qhal_triton.gemm.paths import plan
+from qhal_triton.gemm.weights import random_weight
 from qhal_triton.target import Target
 
 Todo = tuple[Format, int, Config]
@@ -32,11 +33,14 @@ Todo = tuple[Format, int, Config]
 class Compiler:
     """`compiler(todo)` returns when the products of all of these are compiled; one that cannot be is left out.
 
-    Its processes begin with the first call and end with the `with` block. jobs: 1 compiles nothing ahead.
+    Its processes begin with the first call and end with the `with` block.
+
+    here  makes operations of a target on the processor; a function of a module, so that processes can import it
+    jobs  1 compiles nothing ahead
     """
 
-    def __init__(self, target: Target, request: GemmRequest, jobs: int) -> None:
-        self._target, self._request, self._jobs = target, request, jobs
+    def __init__(self, here: Callable[[Target], Any], target: Target, request: GemmRequest, jobs: int) -> None:
+        self._asked, self._jobs = (here, target, request), jobs
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, todo: Iterable[Todo]) -> None:
@@ -46,7 +50,7 @@ class Compiler:
         if self._pool is None:  # a fork of a process with a device has a broken one
             self._pool = ProcessPoolExecutor(self._jobs, mp_context=multiprocessing.get_context("spawn"))
         cache = str(triton.knobs.cache.dir)
-        asked = [self._pool.submit(compiled, self._target, self._request, *one, cache) for one in todo]
+        asked = [self._pool.submit(compiled, *self._asked, *one, cache) for one in todo]
         for one in asked:
             one.exception()  # measuring says of a tile why it does not run
 
@@ -63,10 +67,12 @@ def jobs() -> int:
     return max(min(os.cpu_count() or 1, 17) - 1, 1)
 
 
-def compiled(target: Target, request: GemmRequest, f: Format, m: int, c: Config, cache: str) -> None:
+def compiled(
+    here: Callable[[Target], Any], target: Target, request: GemmRequest, f: Format, m: int, c: Config, cache: str
+) -> None:
     """Compiles what `measuring` launches for this tile."""
     with absent(target, Path(cache)):
-        ops, bound = _bound(target, request)
+        ops, bound = _bound(here, target, request)
         x = torch.zeros(m, request.k, dtype=element(f.element).storage if f.plain else torch.bfloat16)
         q = x if f.plain else ops.quantize(x, f)
         kind = torch.float32 if c.parts > 1 else request.out or x.dtype
@@ -74,20 +80,11 @@ def compiled(target: Target, request: GemmRequest, f: Format, m: int, c: Config,
 
 
 @lru_cache(maxsize=1)
-def _bound(target: Target, request: GemmRequest) -> tuple[Any, Bound]:
-    from qhal_triton.gemm.measuring import random_weight  # these two import this file
-    from qhal_triton.ops import TritonOps
-
-    class Here(TritonOps):
-        """The kernels of the target, called on the processor and not run."""
-
-        name: ClassVar[str] = "compiling"
-        interface: ClassVar[tuple[int, int]] = (1, 0)
-
-    ops, made = Here(target, torch.device("cpu")), plan(request, target)
+def _bound(here: Callable[[Target], Any], target: Target, request: GemmRequest) -> tuple[Any, Bound]:
+    ops, made = here(target), plan(request, target)
     assert made is not None and isinstance(request.w, Format)
     w = random_weight(request.w, (request.n, request.k), torch.Generator().manual_seed(0), index=request.group_index)
     inputs = [] if all(f.plain for f in request.x) else [Operand(f) for f in request.x]
     bias = torch.zeros(request.n) if request.bias else None
     p = ops.prepare(w, replace(request, graph=False), inputs=inputs, bias=bias)
-    return ops, Bound(p, request, made, target)  # type: ignore[arg-type]
+    return ops, Bound(p, request, made, target)

@@ -11,19 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qhal.elements import element, values
+from qhal.elements import element
 from qhal.errors import UnsupportedError
 from qhal.formats import Format
 from qhal.requests import GemmRequest, Support
 from qhal.specs import Operand
-from qhal.tensors import QTensor
 from qhal_triton.gemm.compiling import Compiler, jobs
 from qhal_triton.gemm.config import Config, candidates, problem
 from qhal_triton.gemm.launch import Bound, spec_of
 from qhal_triton.gemm.paths import plan
 from qhal_triton.gemm.results import finished
+from qhal_triton.gemm.weights import random_weight
+from qhal_triton.target import Target
 from qhal_triton.timing import microseconds
 from qhal_triton.tuning import Entry, measure
 
@@ -34,8 +34,12 @@ _COLD = 256 << 20
 _REPEATS = 9
 
 
-def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> dict[str, Entry]:
-    """Entries for the buckets of rows within request.m, for each format of x. seen: told before each problem.
+def tune(
+    ops: Any, request: GemmRequest, seen: Callable[[str], None] | None, here: Callable[[Target], Any]
+) -> dict[str, Entry]:
+    """Entries for the buckets of rows within request.m, for each format of x.
+
+    seen: told before each problem; here: makes operations of a target on the processor, which only compile.
 
     Takes 256 MiB of memory, and seconds for each problem, or a minute where there is one core: every shape of tile is
     compiled, on a GPU by processes of their own.
@@ -54,7 +58,7 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
         kept.append(ops.prepare(w, asked, inputs=inputs, bias=bias))
     bound = [Bound(p, asked, made, ops._target) for p in kept]
     found = {}
-    with Compiler(ops._target, asked, jobs() if ops.device.type == "cuda" else 1) as compiler:
+    with Compiler(here, ops._target, asked, jobs() if ops.device.type == "cuda" else 1) as compiler:
         for m in (m for m in ROWS if request.m[0] <= m <= request.m[1] and (m < made.dense or not made.dense)):
             for f in request.x:
                 name = problem(request, f, m)
@@ -62,48 +66,6 @@ def tune(ops: Any, request: GemmRequest, seen: Callable[[str], None] | None) -> 
                     seen(name)
                 found[name] = _measured(ops, bound, f, m, compiler)
     return found
-
-
-def random_weight(f: Format, shape: tuple[int, ...], generator: torch.Generator, *, index: bool = False) -> QTensor:
-    """[..., N, K] of random codes with scales near one, on the generator's device: values decide no kernel's time."""
-    assert f.block is not None
-    device, k = generator.device, shape[-1]
-    order = torch.arange(k, device=device, dtype=torch.int32) // max(f.block.cols, 1) if index else None
-    return replace(_random(f, shape, device, generator), group_index=order)
-
-
-def _random(
-    f: Format, shape: tuple[int, ...], device: torch.device, generator: torch.Generator, near_one: bool = False
-) -> QTensor:
-    """near_one: it is a plane of scales itself."""
-    assert f.block is not None
-    grid = (*shape[:-2], *f.block.grid(*shape[-2:]))
-
-    def plane(p: Format | None) -> Tensor | QTensor | None:
-        if p is None:
-            return None
-        return _codes(p, grid, device, generator, True) if p.plain else _random(p, grid, device, generator, True)
-
-    codes = _codes(f, shape, device, generator, near_one)
-    e = element(f.element)
-    own = e.kind == "lut" and values(f.element) is None
-    table = torch.linspace(0.5, 1, 1 << e.bits, device=device) if own else None
-    return QTensor(f, codes, plane(f.scale), plane(f.zero), plane(f.offset), table=table)
-
-
-def _codes(
-    f: Format, shape: tuple[int, ...], device: torch.device, generator: torch.Generator, near_one: bool = False
-) -> Tensor:
-    e = element(f.element)
-    if e.wide:
-        return torch.ones(shape, dtype=e.storage, device=device)
-    if e.kind == "exponent":
-        return torch.full(shape, 127, dtype=torch.uint8, device=device)
-    if e.kind == "float":  # codes of fp8: exponents in the middle, no special ones
-        low, high = (0x38, 0x39) if near_one else (0, 0x70)
-        return torch.randint(low, high, shape, dtype=torch.uint8, device=device, generator=generator).view(e.storage)
-    low, high = (int(e.smallest), int(e.largest)) if e.integer else (0, (1 << e.bits) - 1)
-    return torch.randint(low, high + 1, shape, dtype=torch.int16, device=device, generator=generator).to(e.storage)
 
 
 def _measured(ops: Any, bound: list[Bound], f: Format, m: int, compiler: Compiler) -> Entry:
