@@ -55,6 +55,20 @@ def dot(a, b, acc):
     return total
 
 
+_TIMES = "{{ .reg .b32 no; mov.b32 no, 0x80008000; fma.rn.{} $0, $1, $2, no; }}"
+TIMES_BF16, TIMES_FP16 = tl.constexpr(_TIMES.format("bf16x2")), tl.constexpr(_TIMES.format("f16x2"))
+
+
+@triton.jit
+def times(a, b):
+    """a * b of one 16-bit type and shape, rounded once, by NVIDIA's packed instructions; not interpreted."""
+    if a.dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(TIMES_BF16, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        y = tl.inline_asm_elementwise(TIMES_FP16, "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+    return y
+
+
 @triton.jit
 def store(pointer, value, mask):
     """A number, rounded once, or the low byte of a code, to a plane of any type."""

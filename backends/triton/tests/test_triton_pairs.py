@@ -1,4 +1,4 @@
-"""Packed instructions of `pairs.py` and `packed.py`, executed one by one on the processor: every code, every place."""
+"""Packed instructions of the kernels, executed one by one on the processor: every code, every place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qhal.elements import values
+from qhal_triton import bits
 from qhal_triton.gemm.kernels import pairs
 from qhal_triton.kv.kernels import packed
 
@@ -127,3 +128,17 @@ def test_bytes_of_two_words(odd: int) -> None:
         four = [byte, 255 - byte, byte ^ 0x5A, (byte * 7) & 0xFF]
         held = execute(text, {"$1": int.from_bytes(bytes(four), "little")})
         assert lanes(held["$0"], False).tolist() == [float((b ^ 128) - 128) for b in four[odd::2]]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["bf16", "fp16"])
+def test_a_product_is_rounded_once_and_keeps_its_sign(half: bool) -> None:
+    text = (bits.TIMES_FP16 if half else bits.TIMES_BF16).value
+    kind = torch.float16 if half else torch.bfloat16
+    numbers = torch.arange(-15, 16).double()
+    scales = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(kind).double()
+    for scale in [*scales, torch.tensor(0.0).double()]:
+        for at in range(30):
+            a, b = numbers[at : at + 2], torch.stack([scale, -scale])
+            got = lanes(execute(text, {"$1": register(a, half), "$2": register(b, half)})["$0"], half)
+            wanted = (a * b).float().to(kind).double()
+            assert torch.equal(got, wanted) and torch.equal(got.signbit(), wanted.signbit())

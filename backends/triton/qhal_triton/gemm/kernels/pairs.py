@@ -82,18 +82,3 @@ def e2m1_pairs(words, TYPE: tl.constexpr, PART: tl.constexpr):
             _E2M1_FP16, "=r,r,r,r,r,r,r", [words, shift, bytes_of], dtype=tl.float16, is_pure=True, pack=2
         )
     return pairs
-
-
-_TIMES = "{{ .reg .b32 no; mov.b32 no, 0x80008000; fma.rn.{} $0, $1, $2, no; }}"
-_TIMES_BF16, _TIMES_FP16 = tl.constexpr(_TIMES.format("bf16x2")), tl.constexpr(_TIMES.format("f16x2"))
-
-
-@triton.jit
-def scaled_pairs(pairs, s, TYPE: tl.constexpr):
-    """Numbers [BN, columns] in bf16 or fp16 times s [BN] of that type, rounded once."""
-    s = tl.broadcast_to(s[:, None], pairs.shape)
-    if tl.bfloat16 == TYPE:
-        y = tl.inline_asm_elementwise(_TIMES_BF16, "=r,r,r", [pairs, s], dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        y = tl.inline_asm_elementwise(_TIMES_FP16, "=r,r,r", [pairs, s], dtype=tl.float16, is_pure=True, pack=2)
-    return y

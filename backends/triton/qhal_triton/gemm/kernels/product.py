@@ -22,8 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import INTERPRETED, dot, narrow
-from qhal_triton.gemm.kernels.pairs import scaled_pairs
+from qhal_triton.bits import INTERPRETED, dot, narrow, times
 from qhal_triton.gemm.kernels.values import (
     code_of,
     decoded,
@@ -197,7 +196,7 @@ def product(
                     wv = fp8(word, WKIND, FOREIGN)
                 elif PACKED and PTX and not INTERPRETED:
                     wv = exact(word, WKIND, TYPE, part_of, PARTS, table, z, ZW, PTX)
-                    wv = scaled_pairs(wv, s.to(TYPE), TYPE)
+                    wv = times(wv, tl.broadcast_to(s.to(TYPE)[:, None], wv.shape))
                 elif MODE == "early":
                     code = code_of(word, WKIND, part_of, PARTS)
                     wv = narrow(decoded(code, WKIND, table, s, z, f, SW, ZW, FW, INDEXED), TYPE)

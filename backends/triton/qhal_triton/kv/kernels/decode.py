@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhal_triton.bits import narrow, value_of
-from qhal_triton.kv.kernels.packed import nibble_numbers, times, word_numbers
+from qhal_triton.bits import narrow, times, value_of
+from qhal_triton.kv.kernels.packed import nibble_numbers, word_numbers
 
 
 @triton.jit

@@ -67,7 +67,6 @@ def _e2m1(odd: bool) -> tl.constexpr:
     )
 
 
-_TIMES = tl.constexpr("{ .reg .b32 d; mov.b32 d, 0x80008000; fma.rn.bf16x2 $0, $1, $2, d; }")
 _E4M3FN_LOW, _E4M3FN_HIGH = _e4m3fn(False), _e4m3fn(True)
 _E5M2_LOW, _E5M2_HIGH = _e5m2(False), _e5m2(True)
 _INT8_LOW, _INT8_HIGH = _int8(False), _int8(True)
@@ -102,9 +101,3 @@ def nibble_numbers(codes, ELEMENT: tl.constexpr, ODD: tl.constexpr):
         tl.static_assert(ELEMENT == "uint4", "codes of nibbles")
         ASM: tl.constexpr = _UINT4_HIGH if ODD else _UINT4_LOW
     return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
-
-
-@triton.jit
-def times(a, b):
-    """bf16 a * b, rounded once: exact where both together have eight significant bits; not interpreted."""
-    return tl.inline_asm_elementwise(_TIMES, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)
