@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -27,17 +28,21 @@ def register(value: torch.Tensor, half: bool) -> int:
     return int(words[0]) | int(words[1]) << 16
 
 
-def execute(text: str, operands: dict[str, int]) -> dict[str, int]:
+def execute(text: str, operands: dict[str, Any]) -> dict[str, Any]:
     """What registers hold after the instructions of `text`: those of PTX that `pairs.py` and `packed.py` use."""
     held = dict(operands)
 
-    def read(name: str) -> int:
+    def read(name: str) -> Any:
         return held[name] if name in held else int(name, 0)
 
     for line in (part.strip() for part in text.strip("{ }").split(";")):
         if not line or line.startswith(".reg"):
             continue
-        name, *arguments = re.split(r"[ ,]+", line)
+        name, *arguments = re.split(r"[ ,]+", re.sub(r"[{}]", "", line))
+        if "{" in line:  # a register to its two halves
+            low, high, whole = arguments
+            held[low], held[high] = read(whole) & 0xFFFF, read(whole) >> 16
+            continue
         to, given = arguments[0], [read(a) for a in arguments[1:]]
         if name == "mov.b32":
             held[to] = given[0]
@@ -59,6 +64,13 @@ def execute(text: str, operands: dict[str, int]) -> dict[str, int]:
             half = name == "fma.rn.f16x2"
             a, b, c = (lanes(g, half) for g in given)
             held[to] = register(a * b + c, half)
+        elif name == "cvt.rn.f16x2.e4m3x2":
+            two = torch.tensor([given[0] & 0xFF, given[0] >> 8], dtype=torch.uint8).view(torch.float8_e4m3fn)
+            held[to] = register(two.double(), True)
+        elif name == "cvt.f32.f16":  # the number itself: fp32 holds it
+            held[to] = lanes(given[0], True)[0]
+        elif name == "cvt.rn.bf16x2.f32":
+            held[to] = register(torch.stack([given[1], given[0]]), False)
         else:
             raise AssertionError(f"{name} is no instruction of this machine")
     return held
@@ -128,6 +140,18 @@ def test_bytes_of_two_words(odd: int) -> None:
         four = [byte, 255 - byte, byte ^ 0x5A, (byte * 7) & 0xFF]
         held = execute(text, {"$1": int.from_bytes(bytes(four), "little")})
         assert lanes(held["$0"], False).tolist() == [float((b ^ 128) - 128) for b in four[odd::2]]
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2"])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_small_floats_of_two_words(name: str, odd: int) -> None:
+    text = getattr(packed, f"_{name.upper()}_{'HIGH' if odd else 'LOW'}").value
+    kind = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[name]
+    for byte in range(256):
+        four = torch.tensor([byte, 255 - byte, byte ^ 0x5A, (byte * 7) & 0xFF], dtype=torch.uint8)
+        held = execute(text, {"$1": int.from_bytes(bytes(four.tolist()), "little")})
+        wanted = four.view(kind).double()[odd::2]
+        assert torch.equal(lanes(held["$0"], False).nan_to_num(1e9), wanted.nan_to_num(1e9))
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["bf16", "fp16"])
