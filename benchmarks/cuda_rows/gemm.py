@@ -2,6 +2,9 @@
 
 humming is called as it is shipped: its split sums ("stream-K") add partial results in 16 bits, in the order in which
 blocks finish. Where that happens the row shows it and does not judge by it: the contract here is one rounding.
+
+Products of two quantized operands begin with x in bf16, so their peers are a library's quantization followed by a
+library's product. A product alone, of codes that are there already, is shown beside them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from qhal.tensors import QTensor
 
 MS = (1, 8, 16, 64, 256, 4096)
 _LOOSER = {"humming": "partial sums added in 16 bits"}
+_PART = "x is quantized already"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +89,7 @@ KINDS = (
         ms=(1, 16, 64, 256, 4096),
         humming=_grouped("int8", 0),
         act={"dtype": "int8"},
-        other=("int_mm",),
+        other=("int_mm", "humming quantize, int_mm"),
     ),
     Kind(
         "w8a8-fp8-row",
@@ -95,7 +99,7 @@ KINDS = (
         ms=(1, 16, 64, 256, 4096),
         humming=_grouped("float8e4m3", 0),
         act={"dtype": "float8e4m3"},
-        other=("scaled_mm row",),
+        other=("scaled_mm row", "humming quantize, scaled_mm row"),
     ),
     Kind(
         "w8a8-fp8-tensor",
@@ -112,7 +116,7 @@ KINDS = (
         "fp8",
         humming=_grouped("float8e4m3", 128, group_size_n=128),
         act={"dtype": "float8e4m3", "group_size": 128},
-        other=("flashinfer blockscale", "scaled_mm block"),
+        other=("flashinfer blockscale", "scaled_mm block", "humming quantize, scaled_mm block"),
     ),
 )
 
@@ -153,7 +157,7 @@ def run(kind: Kind, bench: Bench, wanted: Sequence[str]) -> Iterator[Measured]:
         bits = element(xf.element).bits
         yield Measured(
             row, us, answer.executes, answer.numerics.label if answer.numerics is not None else "",
-            bench.peers(peers), dict(_LOOSER) if kind.humming else {},
+            bench.peers(peers), (_LOOSER if kind.humming else {}) | {p: _PART for p in kind.other if p in _ALONE},
             bench.floor(nbytes + m * k * bits / 8 + 2 * m * n, 2.0 * m * n * k, kind.unit), nbytes, note=note,
         )  # fmt: skip
 
@@ -186,6 +190,28 @@ def _scaled(x: Tensor, weights: list[QTensor], count: int, *, scales: str) -> li
     return [partial(torch._scaled_mm, a, w.codes.T, **how) for w in _many(weights, count)]
 
 
+def _after(x: Tensor, weights: list[QTensor], count: int, *, mode: str, dtype: str, scales: str = "") -> list[Call]:
+    """The product of what humming's kernel quantizes x to; int8: without scales, which are one more kernel."""
+    from humming import ops
+
+    if not scales and x.shape[0] <= 16:
+        raise ValueError("torch._int_mm takes more than 16 rows")
+    n, device = weights[0].codes.shape[0], x.device
+    how = {"quant_mode": mode, "quant_dtype": dtype} | ({"quant_group_size": 128} if scales == "block" else {})
+    one = torch.ones(1, n, device=device)
+    blocks = torch.ones(n // 128, x.shape[1] // 128, device=device).t()
+
+    def call(w: QTensor) -> Tensor:
+        a, s = ops.process_input(x, **how)[:2]  # type: ignore[arg-type]
+        if not scales:
+            return torch._int_mm(a, w.codes.T)
+        given = s.reshape(-1, 1) if scales == "row" else s.t().contiguous().t()
+        b = one if scales == "row" else blocks
+        return torch._scaled_mm(a, w.codes.T, scale_a=given, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=False)
+
+    return [partial(call, w) for w in _many(weights, count)]
+
+
 def _blockscale(x: Tensor, weights: list[QTensor], count: int) -> list[Call]:
     from flashinfer.gemm import fp8_blockscale_gemm_sm90
 
@@ -210,7 +236,11 @@ _OTHER = {
     "scaled_mm tensor": partial(_scaled, scales="tensor"),
     "scaled_mm block": partial(_scaled, scales="block"),
     "flashinfer blockscale": _blockscale,
+    "humming quantize, int_mm": partial(_after, mode="dynamic_token", dtype="int8"),
+    "humming quantize, scaled_mm row": partial(_after, mode="dynamic_token", dtype="float8e4m3", scales="row"),
+    "humming quantize, scaled_mm block": partial(_after, mode="dynamic_group", dtype="float8e4m3", scales="block"),
 }
+_ALONE = ("int_mm", "scaled_mm row", "scaled_mm block")
 GROUPS = tuple(
     Group(kind.rows, partial(run, kind), {} if kind.humming is None else {"humming": partial(_made, kind)})
     for kind in KINDS

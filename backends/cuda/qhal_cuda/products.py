@@ -1,15 +1,15 @@
 """gemm through the matrix instructions that torch reaches: which request takes which path, and the paths.
 
-    16 bits   x in bf16 or fp16, not quantized: the weight is decoded to the type of x, `mm` with a float32 result.
+    16 bits   x in bf16 or fp16, not quantized: the weight is decoded to the type of x, `mm` with float32 sums.
               Class dequant-16: the weight is rounded, sums are float32.
-    int8      both operands int8 with one scale per row or tensor: `_int_mm`, exact int32 sums. Class fp32-acc: what is
-              not exact are the products of scales.
     fp8       both operands e4m3fn with one scale per row or tensor: `_scaled_mm` without fast accumulation. Class
               reduced-acc: sums of 128 products inside the instruction keep 14 bits, then float32.
+    block     e4m3fn in blocks of 128 x 128 and activations in groups of 128, sm_90: `_scaled_mm`, which scales the sum
+              of 128 products in float32. Class reduced-acc.
 
-A product ends in float32 or int32, and one more kernel applies scales and bias in float32 and rounds once; or, without
-bias, torch's own kernel applies the scales and rounds once to bf16. None of torch's global switches (TF32, sums in 16
-bits, split-K in the output's type) reaches a number: they are about products of 16 and 32 bits, which end in float32.
+A product ends in float32, and one more kernel applies scales and bias in float32 and rounds once; or, without bias,
+torch's own kernel applies the scales and rounds once to bf16. None of torch's global switches (TF32, sums in 16 bits,
+split-K in the output's type) reaches a number: what they touch is asked to end in float32, or switched for the call.
 
 Anything else is a shared kernel's (`qhal_triton`), or the portable product in float64.
 """
@@ -37,13 +37,17 @@ from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import layout
 from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
+from qhal_triton.wide import float_product
 
 HALVES = (torch.bfloat16, torch.float16)
 _FP8 = (8, 9)
 """Compute capability from which there are matrix instructions for fp8."""
-_ROWS, _ALIGNED = 17, 16
-"""What `_int_mm` and `_scaled_mm` ask: more rows than 16, columns in multiples of 16."""
-FEW = {"int8": 65, "fp8": 17}
+_ALIGNED = 16
+"""What `_scaled_mm` asks: columns in multiples of 16."""
+_BLOCK_ARCH, _BLOCK = (9, 0), 128
+_SCALES = 4
+"""Rows of scales that `_scaled_mm` wants aligned: of x in blocks of 128 columns, and of the weight's along K."""
+FEW = {"fp8": 17, "block": 33}
 """Rows below which a shared kernel, where one takes the product, is faster than torch's (H200)."""
 _WHOLE = 192
 """Rows from which `_scaled_mm` with scales per row is faster than with one scale and a kernel for the rest (H200)."""
@@ -62,7 +66,7 @@ def _sixteen(r: GemmRequest) -> Path | None:
     if not kinds <= set(HALVES) or len(kinds) != 1:
         return None
     name = r.x[0].element
-    words = f"weight decoded to {name} in every call, torch.mm in {name} with fp32 sums and result, one rounding"
+    words = f"weight decoded to {name} in every call, torch.mm in {name} with fp32 sums, one rounding"
     return Path(
         kernel="16 bits",
         executes=words,
@@ -76,11 +80,11 @@ def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
     if not isinstance(r.w, Format) or r.group_index or r.k % _ALIGNED or r.n % _ALIGNED:
         return None
     names = {f.element for f in (*r.x, r.w)}
+    if names == {"e4m3fn"} and capability == _BLOCK_ARCH and _blocks(r):
+        words = "W8A8: torch._scaled_mm over blocks of 128, no fast accumulation, bias in fp32, one rounding"
+        return Path(kernel="block", executes=words, numerics=NumericsClass.REDUCED_ACC)
     if not all(_one_scale(f) for f in (*r.x, r.w)):
         return None
-    if names == {"int8"} and r.k <= 1 << 16:  # 2^16 * 2^14 sums to 2^30: no int32 overflows
-        words = "W8A8: torch._int_mm, exact int32 sums, scales and bias in fp32, one rounding"
-        return Path(kernel="int8", executes=words, numerics=NumericsClass.FP32_ACC, accumulate="int32")
     if names == {"e4m3fn"} and capability >= _FP8:
         words = "W8A8: torch._scaled_mm, no fast accumulation, scales and bias in fp32, one rounding"
         return Path(kernel="fp8", executes=words, numerics=NumericsClass.REDUCED_ACC)
@@ -92,6 +96,16 @@ def _one_scale(f: Format) -> bool:
     if f.scale is None or not f.scale.plain or f.scale.element not in WIDE or f.op != "*" or f.block is None:
         return False
     return f.block.kind in ("row", "tensor") and f.zero is None and f.offset is None and f.sparsity is None
+
+
+def _blocks(r: GemmRequest) -> bool:
+    """Whether the weight has a float32 scale for every 128 x 128 codes and x one for every 128."""
+    assert isinstance(r.w, Format)
+    if str(r.w.block) != "128x128" or any(str(f.block) != "g128" for f in r.x):
+        return False
+    bare = all(f.op == "*" and f.zero is None and f.offset is None and f.sparsity is None for f in (r.w, *r.x))
+    scales = all(f.scale is not None and f.scale.plain and f.scale.element == "fp32" for f in (r.w, *r.x))
+    return bare and scales and r.n % _BLOCK == 0 and r.k % (_BLOCK * _SCALES) == 0
 
 
 def bind(p: PreparedWeight, path: Path, by: Quantize) -> Run:
@@ -161,7 +175,7 @@ def _plain(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
         value = q.codes if isinstance(q, QTensor) else q.detach()
         if value.dtype != kind:
             raise FormatError(f"x arrives as {value.dtype}, the weight was prepared for {request}")
-        return torch.mm(value, decoded(p, kind).T, out_dtype=torch.float32), None, dtype
+        return float_product(value, decoded(p, kind).T, dtype if p.bias is None else torch.float32), None, dtype
 
     return product
 
@@ -177,19 +191,6 @@ def _planes(p: PreparedWeight) -> tuple[Tensor, Tensor]:
     w = storage.canonical(p.stored)
     assert isinstance(w, QTensor) and isinstance(w.scale, Tensor)
     return w.codes, w.scale
-
-
-def _int8(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
-    codes, scale = _planes(p)
-
-    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor], torch.dtype]:
-        q, dtype = quantized(x, request, p, index, by=by)
-        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
-        rows = q.codes.shape[0]
-        a = q.codes if rows >= _ROWS else pad(q.codes, (0, 0, 0, _ROWS - rows))
-        return torch._int_mm(a, codes.T)[:rows], (q.scale.contiguous(), scale), dtype
-
-    return product
 
 
 def _fp8(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
@@ -214,8 +215,28 @@ def _fp8(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
     return product
 
 
+def _block(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
+    codes, scale = _planes(p)
+    kept = scale.T
+
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
+        q, dtype = quantized(x, request, p, index, by=by)
+        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
+        rows, a, given = q.codes.shape[0], q.codes, q.scale
+        if not rows:
+            return torch.zeros(0, request.n, device=p.device), None, dtype
+        if rows % _SCALES:
+            more = (0, 0, 0, -rows % _SCALES)
+            a, given = pad(a.view(torch.uint8), more).view(a.dtype), pad(given, more)
+        direct = p.bias is None and dtype == torch.bfloat16
+        y = _multiply(a, codes, given.T.contiguous().T, kept, dtype if direct else torch.float32)
+        return y[:rows], None, dtype
+
+    return product
+
+
 def _multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch._scaled_mm(a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=False)
 
 
-_PRODUCTS = {"16 bits": _plain, "int8": _int8, "fp8": _fp8}
+_PRODUCTS = {"16 bits": _plain, "fp8": _fp8, "block": _block}

@@ -280,8 +280,7 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
             return write(torch.empty(0, request.n, dtype=dtype, device=p.device), out)
         if wide is not None and 0 < made.dense <= rows:
             value = q.codes if isinstance(q, QTensor) else q.detach()
-            y = float_product(value, bound.decoded(wide).T)
-            return write((y if p.bias is None else y.add_(p.bias)).to(dtype), out)
+            return write(float_product(value, bound.decoded(wide).T, dtype, p.bias), out)
         part = bound.partial(spec, q, rows, dtype, None, out)
         if plain and q is x:
             if len(known) >= _MOST:

@@ -121,8 +121,8 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
     specs = [s for s in found if s is not None]
     if len(specs) < len(found):
         return None
-    layout = _layout(specs, request.k)
-    laid = [_laid(s, layout) for s in specs]
+    layout = _layout(specs, request.k, target)
+    laid = [_laid(s, layout, target) for s in specs]
     if any(s.chunk == 0 for s in laid):
         return None
     rounding = (
@@ -214,23 +214,24 @@ def _wide(w: Side, x: Side) -> bool:
     return all(s.group % 32 == 0 for s in (w, x))
 
 
-def _layout(specs: list[Spec], k: int) -> str:
+def _layout(specs: list[Spec], k: int, target: Target) -> str:
     """How `prepare` keeps the codes: eight in a word or two in a byte, as far apart as scales let them be."""
     if specs[0].w.bits > 4:
         return "canonical"
     for layout in ("word32", "word16", "nibble64", "nibble32", "nibble16", "nibble"):
         apart, size = packing(layout)
-        if k % (2 * size * apart) == 0 and all(_laid(s, layout).chunk for s in specs):
+        if k % (2 * size * apart) == 0 and all(_laid(s, layout, target).chunk for s in specs):
             return layout
     return "canonical"
 
 
-def _laid(s: Spec, layout: str) -> Spec:
+def _laid(s: Spec, layout: str, target: Target) -> Spec:
     """The Spec with the columns of a step: the longest run without a change of scale; 0 if there is none."""
     apart, size = packing(layout)
     groups = [g for g in (0 if s.indexed else s.w.group, s.x.group) if g]
     shortest = 32 if s.type in ("int8", "fp8") else 16
-    longest = 128 if s.type in ("int8", "fp8") else 64
+    late = s.mode == "late" and s.w.bits == 8 and s.x.kind == WIDE_KIND and target.from_memory  # decoded in registers
+    longest = 128 if s.type in ("int8", "fp8") or late else 64
     reach = 2 if apart == 1 else 1
     fitting = [c for c in _RUNS if shortest <= c <= longest and all(g % (c * reach) == 0 for g in groups)]
     if apart > 1:
@@ -242,7 +243,7 @@ def _words(made: Plan) -> str:
     many = (
         "" if made.many is None else f"; from {made.many_from} rows: weights rounded to {made.many.type} in registers"
     )
-    dense = f"; from {made.dense} rows: the weight decoded to 16 bits once per call, torch.mm with fp32 result"
+    dense = f"; from {made.dense} rows: the weight decoded to 16 bits once per call, torch.mm, fp32 sums, one rounding"
     return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + many + dense * bool(made.dense)
 
 

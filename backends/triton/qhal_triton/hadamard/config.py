@@ -68,21 +68,23 @@ class Plan:
 class Chip:
     """What bounds a tile: bytes of fast memory, columns of a right factor, sums of a program that a warp has.
 
-    fused: there are registers for a quantization in the same pass. low: rows of a left factor above which features in
-    two parts do not fit the registers; such a tile is taken where no other holds the transform.
+    fused: there are registers for a quantization in the same pass. deep: one tile more is in flight where one product
+    is the whole transform. low: rows of a left factor above which features in two parts do not fit the registers; such
+    a tile is taken where no other holds the transform.
     """
 
     shared: int
     columns: int
     sums: int
     fused: bool = True
+    deep: bool = False
     low: int = 256
 
     @staticmethod
     def of(target: Target) -> Chip:
         """AMD's compiler keeps the right factor in registers, all of it for every warp."""
         if target.kind == "cuda":
-            return Chip(target.shared, 256, 1024, low=256 if target.from_memory else 64)
+            return Chip(target.shared, 256, 1024, deep=True, low=256 if target.from_memory else 64)
         return Chip(target.shared, 64, 2048) if target.warp == 64 else Chip(target.shared, 32, 512, fused=False)
 
     def warps(self, rows: int, columns: int) -> int:
@@ -109,7 +111,8 @@ def plan(order: int, k: int, before: bool, chip: Chip) -> Plan | None:
             found.append(Plan(order, group, width, rows, width, used, True, chip.warps(rows, width)))
     found = [p for p in found if p.used and p.columns <= chip.columns and p.rows * p.columns <= MOST]
     for stages in (2, 1):
-        fits = [p for p in (replace(p, stages=stages) for p in found) if p.shared(before) <= chip.shared]
+        staged = [replace(p, stages=stages + (chip.deep and not (p.left or before))) for p in found]
+        fits = [p for p in staged if p.shared(before) <= chip.shared]
         if fits:
             low = [p for p in fits if not (p.left and before) or p.rows <= chip.low]
             return min(low or fits, key=lambda p: p.cost)

@@ -189,14 +189,14 @@ _NUMBERS = ("units", "across", "tiles", "stride", "ystride")
 
 
 def constants(p: Plan, before: bool, after: bool, fused: RotationPath | None) -> dict[str, Any]:
-    """The kernel's constants. LIFT keeps the sums of the left product below 2^15."""
+    """The kernel's constants. LIFT keeps the sums of the left product below 2^15, those of one product in fp32."""
     return {
         "M": p.rows,
         "B": p.columns,
         "USED": p.used,
         "WIDTH": p.width,
         "GROUP": p.group,
-        "LIFT": 268 - ((p.rows - 1).bit_length() if p.left else 0),
+        "LIFT": 268 - (p.rows - 1).bit_length() if p.left else 268 if before else (p.order - 1).bit_length(),
         "LEFT": p.left,
         "BEFORE": before,
         "AFTER": after,

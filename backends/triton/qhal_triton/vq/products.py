@@ -76,10 +76,7 @@ def bind(p: PreparedWeight, target: Target) -> Run | None:
             return write(_gathered(value, w, p.bias, dtype, target), out)
         dense = torch.empty(w.shape, dtype=kind, device=w.device)
         decode(w, dense, target)
-        y = float_product(value, dense.T)
-        if p.bias is not None:
-            y += p.bias
-        return write(y.to(dtype), out)
+        return write(float_product(value, dense.T, dtype, p.bias), out)
 
     return run
 

@@ -5,6 +5,9 @@ never overflow. The first product has the features themselves as operand. Its fp
 numbers, the rounded one and what it lacks: 23 bits and a sign, an error of 2^-24 of each sum. Features below 2^-39 of
 the largest one may vanish in that. Transforms share a tile but no number: one with NaN or Inf enters as zeros and
 leaves as NaN.
+
+One product of the features themselves needs none of that: signs times 1 / order keep its sums in fp32, and only a
+transform with NaN or Inf has a sum that is none.
 """
 
 import triton
@@ -31,11 +34,15 @@ def rotate_kernel(
     """Tiles of M units; a unit is WIDTH features beside each other, `across` of them in a row, `units` in all.
 
     y: the result, or codes if F is a Recipe; then scale and zero are written too, one for BLOCK features.
-    LIFT: minus the largest feature's exponent field, that of the scaling; factor: 1 / sqrt(order).
+    LIFT: minus the largest feature's exponent field, that of the scaling; of one product: the bits of its order.
+    factor: 1 / sqrt(order).
     """
     m = tl.arange(0, M)
     c = tl.arange(0, B)
+    PLAIN: tl.constexpr = not (LEFT or BEFORE)
     h = tl.load(right + c[:, None] * B + c[None, :])
+    if PLAIN:
+        h = narrow(widen(h) * 2.0**-LIFT, x.dtype.element_ty)
     if LEFT:
         g = tl.load(left + m[:, None] * M + m[None, :])
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -44,39 +51,41 @@ def rotate_kernel(
         col = (unit % across)[:, None] * WIDTH + c[None, :]
         inside = ((m < USED) & (unit < units))[:, None] & (c < WIDTH)[None, :]
         loaded = tl.load(x + row[:, None] * stride + col, mask=inside, other=0.0)
-        v = widen(loaded)
-        if BEFORE:
-            v *= tl.load(before + col, mask=inside, other=0.0)
-        top = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-        if GROUP > 1:
-            if USED == M:  # whole powers of two: as many transforms as the tile has groups
-                most = tl.max(tl.reshape(top, [M // GROUP, GROUP]), 1)
-                top = tl.reshape(tl.broadcast_to(most[:, None], [M // GROUP, GROUP]), [M])
-            else:
-                of = m // GROUP
-                each = top
-                for i in tl.static_range(USED // GROUP):
-                    top = tl.where(of == i, tl.max(tl.where(of == i, each, 0), 0), top)
-        lost = top >= 0x7F800000
-        field = tl.minimum(tl.maximum(LIFT - (top >> 23), 1), 253)
-        up = (field << 23).to(tl.float32, bitcast=True)
-        down = ((254 - field) << 23).to(tl.float32, bitcast=True)
-        v = tl.where(lost[:, None], 0.0, v * up[:, None])
-        if LEFT:
-            if BEFORE:
-                high, low = _halves(v)
-                z = dot(g, low, dot(g, high, tl.zeros([M, B], tl.float32)))
-            else:
-                z = dot(g, narrow(v, x.dtype.element_ty), tl.zeros([M, B], tl.float32))
-            high, low = _halves(z)
-            z = dot(low, h, dot(high, h, tl.zeros([M, B], tl.float32)))
-        elif BEFORE:
-            high, low = _halves(v)
-            z = dot(low, h, dot(high, h, tl.zeros([M, B], tl.float32)))
+        if PLAIN:
+            z = dot(loaded, h, tl.zeros([M, B], tl.float32))
+            z = tl.where(tl.abs(z) < float("inf"), (z * factor) * 2.0**LIFT, float("nan"))
         else:
-            z = dot(narrow(v, x.dtype.element_ty), h, tl.zeros([M, B], tl.float32))
-        z = (z * factor) * down[:, None]
-        z = tl.where(lost[:, None], float("nan"), z)
+            v = widen(loaded)
+            if BEFORE:
+                v *= tl.load(before + col, mask=inside, other=0.0)
+            top = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+            if GROUP > 1:
+                if USED == M:  # whole powers of two: as many transforms as the tile has groups
+                    most = tl.max(tl.reshape(top, [M // GROUP, GROUP]), 1)
+                    top = tl.reshape(tl.broadcast_to(most[:, None], [M // GROUP, GROUP]), [M])
+                else:
+                    of = m // GROUP
+                    each = top
+                    for i in tl.static_range(USED // GROUP):
+                        top = tl.where(of == i, tl.max(tl.where(of == i, each, 0), 0), top)
+            lost = top >= 0x7F800000
+            field = tl.minimum(tl.maximum(LIFT - (top >> 23), 1), 253)
+            up = (field << 23).to(tl.float32, bitcast=True)
+            down = ((254 - field) << 23).to(tl.float32, bitcast=True)
+            v = tl.where(lost[:, None], 0.0, v * up[:, None])
+            if LEFT:
+                if BEFORE:
+                    high, low = _halves(v)
+                    z = dot(g, low, dot(g, high, tl.zeros([M, B], tl.float32)))
+                else:
+                    z = dot(g, narrow(v, x.dtype.element_ty), tl.zeros([M, B], tl.float32))
+                high, low = _halves(z)
+                z = dot(low, h, dot(high, h, tl.zeros([M, B], tl.float32)))
+            else:
+                high, low = _halves(v)
+                z = dot(low, h, dot(high, h, tl.zeros([M, B], tl.float32)))
+            z = (z * factor) * down[:, None]
+            z = tl.where(lost[:, None], float("nan"), z)
         if AFTER:
             z *= tl.load(after + col, mask=inside, other=0.0)
         z = narrow(z, x.dtype.element_ty)

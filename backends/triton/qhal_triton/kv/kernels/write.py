@@ -46,7 +46,7 @@ def write_rows(
     cols = tl.arange(0, COLS)
     inside = ok[:, None] & (cols < D)[None, :]
     from_ = x + (token * x_token + head * x_head)[:, None] + cols[None, :]
-    v = tl.load(from_, mask=inside, other=0.0)
+    v = tl.load(from_, mask=(row < count)[:, None] & (cols < D)[None, :], other=0.0)  # does not wait for slots
     PACKED: tl.constexpr = R.element == "int4" or R.element == "uint4" or R.element == "e2m1"
     to = codes + (page * c_page + place * c_slot + head * c_head)[:, None]
     if F is None:
