@@ -19,7 +19,7 @@ from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.outcome import Status
 from qhal_conformance.runner import run_case
 from qhal_triton.gemm.config import config, memory
-from qhal_triton.gemm.paths import DENSE_FROM, plan
+from qhal_triton.gemm.paths import DENSE_FROM, SHORT_FROM, plan
 from qhal_triton.target import Target
 
 OPS = Emulated()
@@ -202,6 +202,20 @@ def test_many_rows_are_multiplied_with_a_decoded_weight(w: str, m: int, monkeypa
     assert OPS.supports(request).numerics == NumericsClass.DEQUANT_16
     y, expected = product_and_reference(OPS, request, m)
     assert (y - expected).norm() <= 2.0**-7 * expected.norm()
+
+
+@pytest.mark.parametrize("w", ["int8.row*bf16", "e4m3fn.row*bf16", "e3m2.g128*bf16"])
+@pytest.mark.parametrize("m", [SHORT_FROM - 1, SHORT_FROM])
+def test_codes_in_bytes_take_longer_steps_at_few_rows(w: str, m: int) -> None:
+    """On Hopper, where a tile of many rows has no memory for them; the class is the same."""
+    request = request_of(w, n=48, k=256, m=(1, 256), out=torch.float32, numerics=NumericsClass.FP32_ACC)
+    made = plan(request, HOPPER)
+    assert made is not None and made.many is not None and not made.packed and made.many_from == SHORT_FROM
+    assert (made.specs[0].chunk, made.many.chunk, made.numerics) == (128, 64, NumericsClass.FP32_ACC)
+    assert plan(replace(request, batch_invariant=True), HOPPER).many is None  # type: ignore[union-attr]
+    assert plan(replace(request, m=(1, SHORT_FROM - 1)), HOPPER).many is None  # type: ignore[union-attr]
+    y, expected = product_and_reference(OPS, request, m)
+    assert (y - expected).norm() <= 2.0**-20 * expected.norm()
 
 
 @pytest.mark.parametrize(

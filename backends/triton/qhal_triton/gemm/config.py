@@ -56,7 +56,7 @@ def _programs(s: Spec, bm: int, target: Target) -> int:
     """
     if bm <= 16 or target.kind != "cuda":
         return 6 * PROCESSORS - 1
-    long = s.type == "int8" or (s.mode == "late" and s.chunk == 128)
+    long = s.type == "int8" or (s.x.kind == WIDE_KIND and s.chunk == 128)
     return 2 * PROCESSORS if bm <= 32 or (bm <= 128 and s.w.bits > 4 and not long) else PROCESSORS
 
 

@@ -21,6 +21,8 @@ the second number where tiles of many rows have one sum for the whole of K (H200
 MANY_FROM = (65, 33)
 """Rows from which rounded weights, summed by the matrix instruction alone, are faster than scaling the sums of groups
 (H200); the second number where a step has four or more groups."""
+SHORT_FROM = 129
+"""Rows from which steps of 64 columns are faster than those of 128: larger tiles need the memory (H200)."""
 _RUNS = (128, 64, 32, 16)
 
 
@@ -64,7 +66,7 @@ class Spec:
 class Plan:
     """What a request becomes: a Spec for each format of x, the weight's layout, and the ways of many rows.
 
-    many   instead of the first Spec, from `many_from` rows
+    many   instead of the first Spec, from `many_from` rows: rounded weights, or shorter steps
     dense  rows from which the weight is decoded as a whole; 0: never
     """
 
@@ -74,6 +76,11 @@ class Plan:
     layout: str
     dense: int
     numerics: NumericsClass
+
+    @property
+    def packed(self) -> bool:
+        """Whether many rows meet rounded weights."""
+        return self.many is not None and self.many.packed
 
 
 def choose(request: GemmRequest, target: Target) -> Path | None:
@@ -96,7 +103,7 @@ def path(request: GemmRequest, made: Plan) -> Path:
         accumulate="int32" if whole and not any(s.w.group or s.x.group for s in made.specs) else "fp32",
         invariant=request.batch_invariant,
         layouts=(made.layout,),
-        rounded=element(request.x[0].element).storage if made.dense or made.many is not None else None,
+        rounded=element(request.x[0].element).storage if made.dense or made.packed else None,
         made=made.specs[0].w.made,
     )
 
@@ -136,10 +143,14 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
     least = MANY_FROM[laid[0].mode == "step" and laid[0].span // laid[0].unit >= 4]
     fits = rounding and target.from_memory and request.m[1] >= least  # elsewhere sums and both operands spill
     many = _packed(laid[0], multiplied) if fits else None
-    whole = many is not None or (laid[0].mode == "late" and laid[0].w.bits > 4)
+    long = laid[0].chunk == 128 and laid[0].x.kind == WIDE_KIND and not request.batch_invariant
+    if many is None and long and request.m[1] >= SHORT_FROM:
+        many, least = replace(laid[0], chunk=64), SHORT_FROM
+    rounded = many is not None and many.packed
+    whole = rounded or (laid[0].mode == "late" and laid[0].w.bits > 4)
     dense = DENSE_FROM[whole and target.from_memory] if rounding else 0
     dense = dense if request.m[1] >= dense else 0
-    worst = NumericsClass.DEQUANT_16 if dense or many is not None else max(s.numerics for s in laid)
+    worst = NumericsClass.DEQUANT_16 if dense or rounded else max(s.numerics for s in laid)
     return Plan(specs=tuple(laid), many=many, many_from=least, layout=layout, dense=dense, numerics=worst)
 
 
@@ -230,8 +241,8 @@ def _laid(s: Spec, layout: str, target: Target) -> Spec:
     apart, size = packing(layout)
     groups = [g for g in (0 if s.indexed else s.w.group, s.x.group) if g]
     shortest = 32 if s.type in ("int8", "fp8") else 16
-    late = s.mode == "late" and s.w.bits == 8 and s.x.kind == WIDE_KIND and target.from_memory  # decoded in registers
-    longest = 128 if s.type in ("int8", "fp8") or late else 64
+    bytes_ = s.w.bits > 4 and s.mode != "early" and s.type in ("bf16", "fp16") and target.from_memory
+    longest = 128 if s.type in ("int8", "fp8") or (bytes_ and s.x.kind == WIDE_KIND) else 64
     reach = 2 if apart == 1 else 1
     fitting = [c for c in _RUNS if shortest <= c <= longest and all(g % (c * reach) == 0 for g in groups)]
     if apart > 1:
@@ -240,9 +251,9 @@ def _laid(s: Spec, layout: str, target: Target) -> Spec:
 
 
 def _words(made: Plan) -> str:
-    many = (
-        "" if made.many is None else f"; from {made.many_from} rows: weights rounded to {made.many.type} in registers"
-    )
+    many = ""
+    if made.many is not None and made.packed:
+        many = f"; from {made.many_from} rows: weights rounded to {made.many.type} in registers"
     dense = f"; from {made.dense} rows: the weight decoded to 16 bits once per call, torch.mm, fp32 sums, one rounding"
     return " | ".join(dict.fromkeys(_word(s) for s in made.specs)) + many + dense * bool(made.dense)
 

@@ -76,7 +76,7 @@ def tiles(target: Target) -> Iterator[Tile]:
             if made.many is not None:
                 for m in (made.many_from, 256):
                     c = config(made.many, m, _N, _K // 128, target)
-                    name = f"gemm.product[{w} x {x} m={m} rounded]"
+                    name = f"gemm.product[{w} x {x} m={m} {'rounded' if made.packed else 'in short steps'}]"
                     yield replace(product_tile(request, made.many, c, target, name), variant=m == 256)
             if made.dense:
                 yield _dense_tile(request, made.specs[0], target, f"gemm.dense[{w} as {x}{' indexed' * indexed}]")

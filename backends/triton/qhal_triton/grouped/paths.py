@@ -31,7 +31,7 @@ def plan(request: GroupedRequest, target: Target) -> Plan | None:
     given = [f for f, fixed in zip(request.gemm.x, request.gemm.static, strict=False) if fixed]
     if any(outermost(f).block != Block("tensor") for f in given):
         return None  # each expert may have its own
-    many = made.many if made.many is not None and made.many.type == "bf16" else None  # fp16: no weight may overflow it
+    many = None if made.packed and made.specs[0].type != "bf16" else made.many  # fp16: no weight may overflow it
     numerics = max(s.numerics for s in (*made.specs, *([] if many is None else [many])))
     return replace(made, dense=0, many=many, numerics=numerics)
 

@@ -34,7 +34,7 @@ def tiles(target: Target) -> Iterator[Tile]:
             assert made is not None
             c = config(made.specs[0], 1, _N, _K // 128, target)
             yield product_tile(request, made.specs[0], c, target, f"grouped.product[{form} {w} x {x}]", form)
-            if made.many is not None and form == "indexed":
+            if made.many is not None and made.packed and form == "indexed":
                 c = config(made.many, 128, _N, _K // 128, target)
                 yield product_tile(request, made.many, c, target, f"grouped.product[{form} {w} x {x} rounded]", form)
     constants = {"PARTS": 2, "TOP": 4, "WEIGHTED": True, "LIMITED": True, "BLOCK": 256}

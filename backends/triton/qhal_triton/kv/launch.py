@@ -39,7 +39,7 @@ def size(count: int, k_dim: int, v_dim: int) -> Size:
     k, v = (max(1 << (dim - 1).bit_length(), 2) for dim in (k_dim, v_dim))
     share = _SHARE if count * max(k, v) >= _SHARE * _BUSY else _SHARE // 8
     rows = max(share // max(k, v), 1)
-    return Size(rows, k, v, min(max(rows * max(k, v) // 512, 1), 8))
+    return Size(rows, k, v, min(max(rows * max(k, v) // 1024, 1), 8))
 
 
 def run(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor, device: torch.device, target: Target) -> None:
