@@ -51,6 +51,11 @@ class Plan:
         return not LEAST <= size <= MANY, work / (self.used * self.width), self.rows
 
     @property
+    def deep(self) -> bool:
+        """Whether one more tile in flight pays, and fits beside the factor and its scaled copy."""
+        return not self.left and self.columns <= 128
+
+    @property
     def programs(self) -> int:
         """The most programs of a launch: each loads the factors once, then takes tile after tile."""
         return 1056 if self.rows * self.columns <= 8192 else 264
@@ -111,7 +116,7 @@ def plan(order: int, k: int, before: bool, chip: Chip) -> Plan | None:
             found.append(Plan(order, group, width, rows, width, used, True, chip.warps(rows, width)))
     found = [p for p in found if p.used and p.columns <= chip.columns and p.rows * p.columns <= MOST]
     for stages in (2, 1):
-        staged = [replace(p, stages=stages + (chip.deep and not (p.left or before))) for p in found]
+        staged = [replace(p, stages=stages + (chip.deep and p.deep and not before)) for p in found]
         fits = [p for p in staged if p.shared(before) <= chip.shared]
         if fits:
             low = [p for p in fits if not (p.left and before) or p.rows <= chip.low]

@@ -18,7 +18,7 @@ from qhal_triton.target import Target
 from qhal_triton.tiles import Tile, sized
 
 ORDERS = ((64, 1, ""), (128, 1, ""), (512, 1, ""), (1024, 1, ""), (4096, 1, ""), (8192, 1, ""), (16384, 1, ""),
-          (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
+          (160, 40, "quarot-40"), (5120, 20, "quarot-20"), (14336, 28, "quarot-28"))  # fmt: skip
 STANDING = (4096, 5120, 8192)
 """Orders that stand for all: one and two factors of 2^k, and a table."""
 QUANTIZED = (None, "e4m3fn.row*fp32", "int8.row*fp32", "e2m1.g32*e8m0")
