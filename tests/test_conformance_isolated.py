@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from qhal_conformance import isolated, messages
 from qhal_conformance.cases import Case
+from qhal_conformance.comm_ranks import START_S
 from qhal_conformance.commands import app
 from qhal_conformance.isolated import CRASHES, CUT, Session
 from qhal_conformance.operations import catalogue
@@ -200,6 +201,7 @@ class _Answers(Session):
 
     def __init__(self) -> None:
         self.told: Status | type[Lost] = Status.PASS
+        self.given: list[float] = []
         super().__init__("nothing")
 
     def _start(self) -> dict[str, Any]:
@@ -210,6 +212,7 @@ class _Answers(Session):
             raise Lost(self.gone)
 
     def _ask(self, message: dict[str, Any], usual: float) -> dict[str, Any]:
+        self.given.append(usual)
         if not isinstance(self.told, Status):
             raise self.told("no answer")
         outcome = Outcome(self.told, reason="so it is", elements=self.told == Status.PASS)
@@ -221,6 +224,17 @@ class _Answers(Session):
         for self.told in told:
             found.append(self.run(CASE).outcome.reason)
         return found
+
+
+def test_the_start_of_ranks_is_not_the_time_of_the_first_collective() -> None:
+    """Of every worker: a lost one takes its ranks with it."""
+    session, case = _Answers(), next(c for c in catalogue(0) if c.operation == "comm_quant")
+    usual = isolated.TIMEOUTS[case.level]
+    for session.told in (Silent, Status.PASS, Status.PASS, Silent, Status.PASS):
+        session.run(case)
+    session.run(CASE)
+    first = usual + START_S
+    assert session.given == [first, first, usual, usual, first, isolated.TIMEOUTS[CASE.level]]
 
 
 def test_after_three_hangs_in_a_row_nothing_more_is_run() -> None:

@@ -22,6 +22,7 @@ from qhal.errors import BackendError
 from qhal.requests import Request
 from qhal_conformance import messages
 from qhal_conformance.cases import Case
+from qhal_conformance.comm_ranks import START_S
 from qhal_conformance.operations import OPERATIONS
 from qhal_conformance.outcome import Outcome, Status
 from qhal_conformance.runner import Record
@@ -54,7 +55,7 @@ class Session:
     def __init__(self, spec: str, *, timeout: float | None = None, until: float = inf) -> None:
         self.spec, self.timeout, self.until = spec, timeout, until
         self.gone = self.made = ""
-        self._cut = False
+        self._cut = self._joined = False
         self._worker: WorkerProcess | None = None
         self._unanswered: dict[str, list[str]] = {"hung": [], "ended its process": []}
         self.about = self._start()
@@ -70,6 +71,7 @@ class Session:
         if self._worker is not None:
             self._worker.end()
             self._worker = None
+        self._joined = False
 
     def run(self, case: Case) -> Record:
         """One case; a lost worker is its outcome and not an exception."""
@@ -77,7 +79,10 @@ class Session:
         try:
             if self._worker is None:
                 self._again()
-            found = self._ask({"case": messages.case_to(case)}, TIMEOUTS[case.level])
+            together = case.operation == "comm_quant"
+            joining = START_S if together and not self._joined else 0.0  # the ranks' start is not the case's time
+            found = self._ask({"case": messages.case_to(case)}, TIMEOUTS[case.level] + joining)
+            self._joined |= together
             record = messages.record_from(case, found["record"])
         except Lost as lost:
             cut = isinstance(lost, Silent) and self._cut
