@@ -75,10 +75,14 @@ def facts() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the folder that this file is in; None outside of a repository."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
+    """Of the folder that this file is in, with a "+" where its files are others; None outside of a repository."""
+
+    def git(*words: str) -> str:
+        asked = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return None
 

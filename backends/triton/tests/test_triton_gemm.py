@@ -204,7 +204,7 @@ def test_many_rows_are_multiplied_with_a_decoded_weight(w: str, m: int, monkeypa
     assert (y - expected).norm() <= 2.0**-7 * expected.norm()
 
 
-@pytest.mark.parametrize("w", ["int8.row*bf16", "e4m3fn.row*bf16", "e3m2.g128*bf16"])
+@pytest.mark.parametrize("w", ["int8.row*bf16", "e4m3fn.row*bf16", "e3m2.row*bf16"])
 @pytest.mark.parametrize("m", [SHORT_FROM - 1, SHORT_FROM])
 def test_codes_in_bytes_take_longer_steps_at_few_rows(w: str, m: int) -> None:
     """On Hopper, where a tile of many rows has no memory for them; the class is the same."""
@@ -214,6 +214,8 @@ def test_codes_in_bytes_take_longer_steps_at_few_rows(w: str, m: int) -> None:
     assert (made.specs[0].chunk, made.many.chunk, made.numerics) == (128, 64, NumericsClass.FP32_ACC)
     assert plan(replace(request, batch_invariant=True), HOPPER).many is None  # type: ignore[union-attr]
     assert plan(replace(request, m=(1, SHORT_FROM - 1)), HOPPER).many is None  # type: ignore[union-attr]
+    groups = plan(replace(request, w=Format.parse(w.replace("row", "g128"))), HOPPER)
+    assert groups is not None and groups.specs[0].chunk == 64 and groups.many is None
     y, expected = product_and_reference(OPS, request, m)
     assert (y - expected).norm() <= 2.0**-20 * expected.norm()
 

@@ -241,8 +241,8 @@ def _laid(s: Spec, layout: str, target: Target) -> Spec:
     apart, size = packing(layout)
     groups = [g for g in (0 if s.indexed else s.w.group, s.x.group) if g]
     shortest = 32 if s.type in ("int8", "fp8") else 16
-    bytes_ = s.w.bits > 4 and s.mode != "early" and s.type in ("bf16", "fp16") and target.from_memory
-    longest = 128 if s.type in ("int8", "fp8") or (bytes_ and s.x.kind == WIDE_KIND) else 64
+    rows = s.w.bits > 4 and s.mode == "late" and s.x.kind == WIDE_KIND and s.type != "fp32"
+    longest = 128 if s.type in ("int8", "fp8") or (rows and target.from_memory) else 64
     reach = 2 if apart == 1 else 1
     fitting = [c for c in _RUNS if shortest <= c <= longest and all(g % (c * reach) == 0 for g in groups)]
     if apart > 1:
