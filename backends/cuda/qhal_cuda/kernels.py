@@ -1,4 +1,4 @@
-"""What follows a library's product: scales, bias and the one rounding, in one pass over its fp32 or int32 sums."""
+"""What follows a library's product: scales, bias and the one rounding, in one pass over its fp32 sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def finish_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside, across = row < m, column < n
     mask = inside[:, None] & across[None, :]
-    y = tl.load(sums + row[:, None] * sums_row + column[None, :], mask=mask, other=0).to(tl.float32)
+    y = tl.load(sums + row[:, None] * sums_row + column[None, :], mask=mask, other=0.0)
     if SCALED:
         y = y * widen(tl.load(a + row * A, mask=inside, other=0))[:, None]
         y = y * widen(tl.load(b + column * B, mask=across, other=0))[None, :]

@@ -173,18 +173,17 @@ def test_an_unknown_architecture_is_one_error() -> None:
         CudaOps("hopper", "meta")
 
 
-@pytest.mark.parametrize("sums", [torch.float32, torch.int32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("shape_a", "shape_b"), [((19, 1), (300, 1)), ((1, 1), (300, 1)), ((19, 1), (1, 1)), (None, None)]
 )
 def test_what_follows_a_product_rounds_once(
-    sums: torch.dtype, dtype: torch.dtype, shape_a: tuple[int, int] | None, shape_b: tuple[int, int] | None
+    dtype: torch.dtype, shape_a: tuple[int, int] | None, shape_b: tuple[int, int] | None
 ) -> None:
     chance = torch.Generator().manual_seed(0)
-    y = (torch.randn(19, 300, generator=chance) * 3e4).to(sums)
+    y = torch.randn(19, 300, generator=chance) * 3e4
     bias = torch.randn(300, generator=chance)
-    scales, expected = None, y.float()
+    scales, expected = None, y
     if shape_a is not None and shape_b is not None:
         scales = (torch.rand(shape_a, generator=chance).half(), torch.rand(shape_b, generator=chance).bfloat16())
         expected = expected * scales[0].float() * scales[1].float().T
