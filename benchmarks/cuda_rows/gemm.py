@@ -176,18 +176,19 @@ def _int_mm(x: Tensor, weights: list[QTensor], count: int) -> list[Call]:
 
 
 def _scaled(x: Tensor, weights: list[QTensor], count: int, *, scales: str) -> list[Call]:
-    m, k = x.shape
-    a, n = x.to(torch.float8_e4m3fn), weights[0].codes.shape[0]
-    one = {
-        "tensor": (torch.ones((), device=x.device), torch.ones((), device=x.device)),
-        "row": (torch.ones(m, 1, device=x.device), torch.ones(1, n, device=x.device)),
-        "block": (
-            torch.ones(k // 128, m, device=x.device).t(),
-            torch.ones(n // 128, k // 128, device=x.device).t(),
-        ),
-    }[scales]
-    how = {"scale_a": one[0], "scale_b": one[1], "out_dtype": torch.bfloat16, "use_fast_accum": False}
+    a, (of_x, of_w) = x.to(torch.float8_e4m3fn), _ones(x, weights[0], scales)
+    how = {"scale_a": of_x, "scale_b": of_w, "out_dtype": torch.bfloat16, "use_fast_accum": False}
     return [partial(torch._scaled_mm, a, w.codes.T, **how) for w in _many(weights, count)]
+
+
+def _ones(x: Tensor, w: QTensor, scales: str) -> tuple[Tensor, Tensor]:
+    """Scales of x and of a weight in the shapes and strides that `_scaled_mm` takes."""
+    (m, k), n, one = x.shape, w.codes.shape[0], partial(torch.ones, device=x.device)
+    if scales == "tensor":
+        return one(()), one(())
+    if scales == "row":
+        return one(m, 1), one(1, n)
+    return one(k // 128, m).t(), one(n // 128, k // 128).t()
 
 
 def _after(x: Tensor, weights: list[QTensor], count: int, *, mode: str, dtype: str, scales: str = "") -> list[Call]:
@@ -196,18 +197,16 @@ def _after(x: Tensor, weights: list[QTensor], count: int, *, mode: str, dtype: s
 
     if not scales and x.shape[0] <= 16:
         raise ValueError("torch._int_mm takes more than 16 rows")
-    n, device = weights[0].codes.shape[0], x.device
     how = {"quant_mode": mode, "quant_dtype": dtype} | ({"quant_group_size": 128} if scales == "block" else {})
-    one = torch.ones(1, n, device=device)
-    blocks = torch.ones(n // 128, x.shape[1] // 128, device=device).t()
+    of_w = _ones(x, weights[0], scales)[1]
 
     def call(w: QTensor) -> Tensor:
         a, s = ops.process_input(x, **how)[:2]  # type: ignore[arg-type]
         if not scales:
             return torch._int_mm(a, w.codes.T)
         given = s.reshape(-1, 1) if scales == "row" else s.t().contiguous().t()
-        b = one if scales == "row" else blocks
-        return torch._scaled_mm(a, w.codes.T, scale_a=given, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=False)
+        how_ = {"scale_a": given, "scale_b": of_w, "out_dtype": torch.bfloat16, "use_fast_accum": False}
+        return torch._scaled_mm(a, w.codes.T, **how_)
 
     return [partial(call, w) for w in _many(weights, count)]
 

@@ -168,6 +168,18 @@ def test_plain_inputs_are_counted_and_rounded_as_the_contract_says() -> None:
         ops.gemm(x, prepared, input=1)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 6])
+def test_rows_that_blocks_do_not_align_are_kept_and_none_is_added(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", blocks)
+    ops, x = Emulated("sm_90", "cpu"), Format.parse("e4m3fn.g128*fp32")
+    request = request_of("e4m3fn.128x128*fp32", str(x), n=256, k=512, out=torch.float32)
+    w = datasets.weight("rows", "w", request.w, 256, 512, "normal")  # type: ignore[arg-type]
+    given = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = ops.gemm(given, ops.prepare(w, request, inputs=[Operand(x)]))
+    expected = ops.quantize(given, x).dequantize().double() @ w.dequantize().double().T
+    assert y.shape == (rows, 256) and (y - expected).norm() <= 2.0**-20 * expected.norm()
+
+
 def test_an_unknown_architecture_is_one_error() -> None:
     with pytest.raises(qhal.UnsupportedError, match="no compute capability"):
         CudaOps("hopper", "meta")

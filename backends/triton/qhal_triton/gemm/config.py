@@ -35,12 +35,12 @@ def config(s: Spec, m: int, n: int, steps: int, target: Target, *, tiles: int | 
         bm >= 64 and target.from_memory
     )  # one program to a multiprocessor; scales that are staged too need some of it
     room = target.shared if alone and s.packed else target.shared * 3 // 4 if alone else target.shared >> 1
-    if s.type == "int8" and s.mode == "late" and -(-n // bn) * (tiles or -(-m // bm)) > PROCESSORS:
+    programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
+    if s.type == "int8" and s.mode == "late" and programs > PROCESSORS:
         room = target.shared >> 1  # while one of two programs applies its scales, the other multiplies
     stages = max([2, *(deep for deep in range(3, deep + 1) if memory(s, bm, bn, deep) <= room)])
     if s.w.kind == "table":  # what is looked up would be staged too, with four bytes for a code
         stages = 1
-    programs = -(-n // bn) * (tiles if tiles is not None else -(-m // bm))
     most = _programs(s, bm, target)
     parts = 1
     while 2 * programs * parts <= most and steps // (2 * parts) >= 4:
@@ -56,8 +56,8 @@ def _programs(s: Spec, bm: int, target: Target) -> int:
     """
     if bm <= 16 or target.kind != "cuda":
         return 6 * PROCESSORS - 1
-    long = s.type == "int8" or (s.x.kind == WIDE_KIND and s.chunk == 128)
-    return 2 * PROCESSORS if bm <= 32 or (bm <= 128 and s.w.bits > 4 and not long) else PROCESSORS
+    between = s.w.bits > 4 and s.type != "int8" and not s.long
+    return 2 * PROCESSORS if bm <= 32 or (bm <= 128 and between) else PROCESSORS
 
 
 def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
@@ -67,7 +67,7 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     are added. That just fits where weights are decoded into the registers of wgmma; not with zero points or scales of x
     besides, nor with the sums of four or more units of scales, which the compiler forms before it scales the first.
     """
-    stages = 3 if s.w.bits <= 4 or (s.x.kind == WIDE_KIND and (m > 16 or s.chunk == 128)) else 4
+    stages = 3 if s.w.bits <= 4 or (s.x.kind == WIDE_KIND and m > 16) or s.long else 4
     if target.kind == "hip" and target.warp == 32:  # 256 registers, and gfx11 holds every operand in them twice
         twice = target.arch.startswith("gfx11") and (s.mode == "step" or s.x.kind == "uint")
         return 16 if twice or (s.x.group and s.type in ("bf16", "fp16")) else 32, 64, 4, 2

@@ -22,7 +22,8 @@ MANY_FROM = (65, 33)
 """Rows from which rounded weights, summed by the matrix instruction alone, are faster than scaling the sums of groups
 (H200); the second number where a step has four or more groups."""
 SHORT_FROM = 129
-"""Rows from which steps of 64 columns are faster than those of 128: larger tiles need the memory (H200)."""
+"""Rows from which steps of 64 columns are faster than those of 128: larger tiles need the memory. The edge of a tile;
+measured at 64 and at 256 rows (H200, H100)."""
 _RUNS = (128, 64, 32, 16)
 
 
@@ -55,6 +56,11 @@ class Spec:
         if self.native or self.apart == 1:
             return self.chunk
         return gcd(self.span, 0 if self.indexed else self.w.group, self.x.group)
+
+    @property
+    def long(self) -> bool:
+        """Whether 16-bit x meets steps of 128 columns, which pay at few rows alone."""
+        return self.x.kind == WIDE_KIND and self.chunk == 128
 
     @property
     def native(self) -> bool:
@@ -143,8 +149,7 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
     least = MANY_FROM[laid[0].mode == "step" and laid[0].span // laid[0].unit >= 4]
     fits = rounding and target.from_memory and request.m[1] >= least  # elsewhere sums and both operands spill
     many = _packed(laid[0], multiplied) if fits else None
-    long = laid[0].chunk == 128 and laid[0].x.kind == WIDE_KIND and not request.batch_invariant
-    if many is None and long and request.m[1] >= SHORT_FROM:
+    if many is None and laid[0].long and not request.batch_invariant and request.m[1] >= SHORT_FROM:
         many, least = replace(laid[0], chunk=64), SHORT_FROM
     rounded = many is not None and many.packed
     whole = rounded or (laid[0].mode == "late" and laid[0].w.bits > 4)
