@@ -23,8 +23,10 @@ from qhal.requests import GemmRequest, GroupedRequest, HadamardRequest, Support,
 from qhal.rotations import Dense, Diagonal, Kronecker, Permutation, Rotation, kinds
 from qhal.specs import Operand
 from qhal.tensors import QTensor
-from qhal_portable.storage import NIBBLE, Stored, canonical, decode_into, expert, keep, planes
+from qhal_portable.storage import NIBBLE, SORTED, Stored, canonical, decode_into, expert, keep, order, planes
 
+ORDER = "order"
+"""Of `PreparedWeight.made`."""
 Run = Callable[["Tensor | QTensor", int, "Tensor | None"], Tensor]
 
 
@@ -34,7 +36,8 @@ class PreparedWeight(Prepared):
 
     stored      the canonical weight in the compact layout: what `restore` gives back
     multiplied  the value that products use: `stored`, or `stored` rounded to the operand's format
-    made        planes of `multiplied` that are quantized themselves, decoded to float32, by name ("scale", "offset")
+    made        planes of `multiplied` that are quantized themselves, decoded to float32, by name ("scale", "offset");
+                "order", int32 [K]: which column of x the next kept one meets, where `keep` moved them
     copy        `multiplied` decoded to the dtype of the activations; None where products are exact
     bias        float32 [N] or [E, N]
     bias_copy   the bias in the dtype of `copy`
@@ -145,6 +148,10 @@ def refit(
     device = into.device
     check(w, request, inputs, operand, bias, device)
     fresh = keep(w, device, into.layout)
+    if isinstance(fresh, QTensor) and isinstance(into.stored, QTensor) and fresh.layout != into.stored.layout:
+        raise FormatError(
+            f"into= keeps columns as {into.stored.layout}, these would be {fresh.layout}; prepare a new one"
+        )
     updates = _pairs(planes(into.stored), planes(fresh), "weight")
     multiplied = fresh
     if operand is not None:
@@ -168,9 +175,16 @@ def refit(
 
 
 def _decoded(w: Stored, names: Sequence[str]) -> dict[str, Tensor]:
-    found = {name: getattr(w, name) for name in names}
-    assert all(isinstance(plane, QTensor) for plane in found.values())
-    return {name: plane.dequantize() for name, plane in found.items()}
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name == ORDER:
+            columns = order(w) if isinstance(w, QTensor) and w.layout.endswith(SORTED) else None
+            found |= {} if columns is None else {ORDER: columns.to(torch.int32)}
+        else:
+            plane = getattr(w, name)
+            assert isinstance(plane, QTensor)
+            found[name] = plane.dequantize()
+    return found
 
 
 def _check_rounded(

@@ -4,8 +4,9 @@ Layout "nibble": byte j of a row holds the codes of columns 2j (low half) and 2j
 every run of 128 columns byte j holds those of columns j and j + 64. Layout "word32": in every run of 256 columns the
 four bytes of word j, the lowest first, hold those of columns j, j + 32, ... j + 224, so that a kernel reads runs of
 neighbours; any power of two may stand for 64 and 32. Signed codes keep four bits of their two's complement. Weights
-whose columns are no whole runs stay canonical. Decoding goes a few rows at a time, so that a large weight never exists
-twice in float32.
+whose columns are no whole runs stay canonical. "-sorted" behind any of these: columns whose groups an index names
+(act-order) stand by group, in their old order within one, where every group has its full number of columns; `order`
+says which column went where. Decoding goes a few rows at a time, so that a large weight never exists twice in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qhal.tensors import QTensor
 
 Stored = QTensor | CodebookTensor | Tensor
 NIBBLE = "nibble"
+SORTED = "-sorted"
 _WORD = "word"
 _PART = 1 << 20  # elements that are decoded at a time: 4 MB of float32, which stays in the cache
 
@@ -42,9 +44,25 @@ def keep(w: Stored, device: torch.device, layout: str = NIBBLE) -> Stored:
     own = _each(w, lambda t: _own(t, device))
     apart, size = packing(layout)
     narrow = w.layout == "canonical" and element(w.format.element).bits <= 4
+    columns = order(own) if layout.endswith(SORTED) else None
+    if columns is not None:
+        own = replace(own, codes=own.codes[..., columns], layout=own.layout + SORTED)
     if apart and narrow and w.codes.shape[-1] % (2 * size * apart) == 0:
-        return replace(own, codes=_pack(own.codes, apart, size), layout=layout)
+        kept = layout if columns is not None else layout.removesuffix(SORTED)
+        return replace(own, codes=_pack(own.codes, apart, size), layout=kept)
     return own
+
+
+def order(w: QTensor) -> Tensor | None:
+    """int64 [K]: the columns of an indexed weight by group, those of a group in their order.
+
+    None where a group has more or fewer columns than its block, or without an index. Waits for the device.
+    """
+    block, index = w.format.block, w.group_index
+    if index is None or block is None or block.kind != "group" or index.numel() % block.cols:
+        return None
+    counts = torch.bincount(index, minlength=index.numel() // block.cols)
+    return index.argsort(stable=True) if bool((counts == block.cols).all()) else None
 
 
 def packing(layout: str) -> tuple[int, int]:
@@ -52,16 +70,23 @@ def packing(layout: str) -> tuple[int, int]:
 
     (0, 1) where every code has a byte.
     """
+    layout = layout.removesuffix(SORTED)
     if layout.startswith(_WORD):
         return int(layout.removeprefix(_WORD)), 4
     return (int(layout.removeprefix(NIBBLE) or 1) if layout.startswith(NIBBLE) else 0), 1
 
 
 def canonical(w: Stored) -> Stored:
-    """The canonical form of what `keep` made; bits are those that went in. Nibbles are unpacked, the rest is shared."""
-    if isinstance(w, QTensor) and (laid := packing(w.layout))[0]:
-        return replace(w, codes=_unpack(w.codes, element(w.format.element), *laid), layout="canonical")
-    return w
+    """The canonical form of what `keep` made; bits are those that went in. Codes are put back, the rest is shared."""
+    if not isinstance(w, QTensor) or w.layout == "canonical":
+        return w
+    laid = packing(w.layout)
+    codes = _unpack(w.codes, element(w.format.element), *laid) if laid[0] else w.codes
+    if w.layout.endswith(SORTED):
+        columns = order(w)
+        assert columns is not None
+        codes = torch.empty_like(codes).index_copy_(-1, columns, codes)
+    return replace(w, codes=codes, layout="canonical")
 
 
 def copied(w: Stored) -> Stored:

@@ -15,11 +15,12 @@ from qhal.errors import FormatError
 from qhal.requests import GemmRequest, GroupedRequest
 from qhal.tensors import QTensor
 from qhal_portable.gemm import quantized, write
-from qhal_portable.prepared import PreparedWeight, Run
+from qhal_portable.prepared import ORDER, PreparedWeight, Run
 from qhal_triton.gemm.config import Config, candidates, config, problem
+from qhal_triton.gemm.gathering import gathering
 from qhal_triton.gemm.kernels.dense import dense
 from qhal_triton.gemm.kernels.product import product
-from qhal_triton.gemm.paths import Plan, Spec, plan
+from qhal_triton.gemm.paths import Plan, Spec, by_group, plan
 from qhal_triton.gemm.planes import activation, planes
 from qhal_triton.gemm.results import finished, given, place
 from qhal_triton.gemm.sides import WIDE_KIND
@@ -261,6 +262,14 @@ def bind(path: Path, ops: Any, p: PreparedWeight) -> Run:
     """The product of one weight with everything bound: the body of `gemm`."""
     request = p.request
     assert isinstance(request, GemmRequest)
+    if ORDER not in p.made:
+        return _bind(path, ops, p, request)
+    moved = by_group(request, ops._target)
+    assert moved is not None
+    return gathering(_bind(path, ops, p, moved), request, p)
+
+
+def _bind(path: Path, ops: Any, p: PreparedWeight, request: GemmRequest) -> Run:
     made = plan(request, ops._target)
     assert made is not None
     bound = Bound(p, request, made, ops._target, ops._table)

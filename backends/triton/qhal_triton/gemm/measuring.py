@@ -20,7 +20,7 @@ from qhal.specs import Operand
 from qhal_triton.gemm.compiling import Compiler, jobs
 from qhal_triton.gemm.config import Config, candidates, problem
 from qhal_triton.gemm.launch import Bound, spec_of
-from qhal_triton.gemm.paths import plan
+from qhal_triton.gemm.paths import by_group, plan
 from qhal_triton.gemm.results import finished
 from qhal_triton.gemm.weights import random_weight
 from qhal_triton.target import Target
@@ -44,6 +44,7 @@ def tune(
     Takes 256 MiB of memory, and seconds for each problem, or a minute where there is one core: every shape of tile is
     compiled, on a GPU by processes of their own.
     """
+    request = by_group(request, ops._target) or request
     made = plan(request, ops._target)
     if made is None or not isinstance(request.w, Format) or request.operand is not None or request.batch_invariant:
         reason = "nothing is chosen by measuring here: no shared kernel with a choice of tiles takes it"

@@ -10,7 +10,8 @@ from qhal.elements import element
 from qhal.flavours import FNUZ
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
-from qhal_portable.storage import packing
+from qhal_portable.prepared import ORDER
+from qhal_portable.storage import SORTED, packing
 from qhal_triton.gemm.sides import WIDE_KIND, Side, side
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
@@ -96,7 +97,36 @@ def choose(request: GemmRequest, target: Target) -> Path | None:
         return None
     if made.specs[0].w.kind == WIDE_KIND and target.kind == "cuda" and made.specs[0].type != "fp32":
         return None  # torch multiplies 16-bit floats there and leaves the sums in fp32; fp32 it may round to fewer bits
-    return path(request, made)
+    found, moved = path(request, made), by_group(request, target)
+    if moved is None:
+        return found
+    sorted_ = plan(moved, target)
+    assert sorted_ is not None
+    return _sorted(path(moved, sorted_), found)
+
+
+def by_group(request: GemmRequest, target: Target) -> GemmRequest | None:
+    """The product of an act-order weight whose columns are kept in the order of their groups, as `storage` sorts them:
+    one of a weight without an index. None: they stay where they are, and every one reads its scale by its index."""
+    w = request.w
+    moved = isinstance(w, Format) and w.block is not None and w.block.kind == "group" and request.operand is None
+    if not (request.group_index and moved and all(f.plain for f in request.x)):
+        return None
+    sorted_, indexed = plan(replace(request, group_index=False), target), plan(request, target)
+    fits = sorted_ is not None and indexed is not None and sorted_.layout == indexed.layout
+    return replace(request, group_index=False) if fits else None
+
+
+def _sorted(one: Path, indexed: Path) -> Path:
+    """The path of a weight that is sorted if its groups have equal sizes, which is known when it is prepared."""
+    words = f"columns by group, x gathered to them: {one.executes}; where groups have other sizes: {indexed.executes}"
+    return replace(
+        one,
+        executes=words,
+        numerics=max(one.numerics, indexed.numerics),
+        layouts=tuple(layout + SORTED for layout in one.layouts),
+        made=(*one.made, ORDER),
+    )
 
 
 def path(request: GemmRequest, made: Plan) -> Path:

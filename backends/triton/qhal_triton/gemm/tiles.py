@@ -14,6 +14,7 @@ from qhal.requests import GemmRequest
 from qhal_triton.gemm.config import Config, config
 from qhal_triton.gemm.kernels.dense import dense
 from qhal_triton.gemm.kernels.finish import finish
+from qhal_triton.gemm.kernels.gather import gather
 from qhal_triton.gemm.kernels.product import product
 from qhal_triton.gemm.launch import product_constants
 from qhal_triton.gemm.paths import Spec, choose, plan
@@ -80,6 +81,9 @@ def tiles(target: Target) -> Iterator[Tile]:
                     yield replace(product_tile(request, made.many, c, target, name), variant=m == 256)
             if made.dense:
                 yield _dense_tile(request, made.specs[0], target, f"gemm.dense[{w} as {x}{' indexed' * indexed}]")
+    given: dict[str, str | None] = {"x": "*bf16", "order": "*i32", "y": "*bf16"}
+    sizes = {"k": _K, "x_row": _K}
+    yield _tile("gemm.gather[bf16]", gather, given, {"BLOCK": 1024}, sizes, 4, 2, True, matrix=False)
     constants = {"PARTS": 4, "TOP": 1, "WEIGHTED": False, "NAME": "", "GATED": False, "LIMITED": False, "BLOCK": 256}
     yield finish_tile("gemm.finish[bf16]", constants)
 
