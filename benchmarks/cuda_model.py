@@ -1,14 +1,15 @@
 """Whole models: a random one of 7 billion parameters, or the demo's, in every weight format and every cache format.
 
-    python benchmarks/cuda_model.py [--rows PREFIX ...] [--seconds S] [--jobs N] [--out FILE] [--json] [--list]
+    python benchmarks/cuda_model.py [--rows PREFIX ...] [--seconds S] [--jobs N] [--gpus N] [--out FILE] [--json]
     python benchmarks/cuda_model.py --demo FOLDER --text FILE
 
 Prints, for every row, how long preparing took, what the weights take, decoded tokens per second with 1, 16 and 64
 sequences at 1024 tokens in a captured graph that is planned anew for every token, tokens per second of a prompt of
 2048, and how far the last hidden state is from its definition (relative RMS). Ratios are to torch's own bf16 products.
 Sizes may be changed; tokens per second of another model than the whole one are marked so. --jobs compiles the kernels
-of all rows in that many processes first. --demo measures perplexity and eager decoding in transformers instead.
-Without a device of the backend nothing is run.
+of all rows in that many processes first. --gpus shares the rows out to so many GPUs, each of which measures the
+baseline too. --demo measures perplexity and eager decoding in transformers instead. Without a device of the backend
+nothing is run.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from cuda_bars import facts
 from model_rows import demo
-from model_rows.measure import GIB, Measured, Runner
-from model_rows.rows import BASE, ROWS
+from model_rows.measure import GIB, Runner
+from model_rows.rows import BASE, ROWS, Row
 from model_rows.shape import Shape
 from rich.console import Console
 from rich.table import Table
 
 import qhal
-from qhal.errors import QhalError
+from qhal.errors import BackendError, QhalError
 
 SIZES = [f for f in fields(Shape) if f.type == "int"]
 
@@ -64,7 +65,12 @@ def main() -> int:
             out.write_text(json.dumps(report, indent=1) + "\n")
 
     try:
-        console.print(demo.run(arguments, console, keep) if arguments.demo else random_model(arguments, console, keep))
+        if arguments.demo is not None:
+            console.print(demo.run(arguments, console, keep))
+        else:
+            (shared if arguments.gpus > 1 else random_model)(arguments, console, keep)
+            if arguments.part is None:
+                console.print(_table(report["rows"], arguments))
     except QhalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -87,6 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where the JSON goes [$OUT/model.json if OUT is set]")
     parser.add_argument("--json", action="store_true", help="print the JSON; everything else goes to stderr")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first [0: none]")
+    parser.add_argument("--gpus", type=int, default=1, help="rows are shared out to so many [1]")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="every Nth row from the Ith, and no table")
     parser.add_argument("--demo", type=Path, metavar="FOLDER", help="a bf16 checkpoint, for transformers")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text for its perplexity")
     parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens of it")
@@ -96,6 +104,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.demo is not None and arguments.text is None:
         parser.error("--demo needs --text")
+    if arguments.gpus > 1 and (arguments.demo is not None or arguments.part is not None):
+        parser.error("--gpus shares out the rows of the random model, so it goes with neither --demo nor --part")
     known = demo.NAMES if arguments.demo is not None else [row.name for row in ROWS]
     nothing = [p for p in arguments.rows if not any(name.startswith(p) for name in known)]
     if nothing:
@@ -111,38 +121,95 @@ def _facts(backend: str) -> dict[str, Any]:
     return facts() if backend.startswith("cuda") else {"gpu": None, "backend": backend, "torch": torch.__version__}
 
 
-def random_model(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> Table:
-    """Every row measured and shown as it comes; the table of all."""
-    shape = _shape(arguments)
-    named = [row for prefix in arguments.rows for row in ROWS if row.name.startswith(prefix)]
-    wanted = list(dict.fromkeys([BASE, *named]))
+def random_model(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every row measured and shown as it comes."""
+    shape, wanted = _shape(arguments), _wanted(arguments)
     if arguments.jobs:
         warm([row.name for row in wanted], arguments.jobs, console)
     runner = Runner(qhal.select(arguments.backend), shape)
-    table = Table("row", "bits", "prepare s", "weights GiB", "peak GiB", *(f"decode b{b}" for b in shape.batches),
-                  "prefill", "error %", "executes", title=_title(shape, runner.ops.name))  # fmt: skip
-    for column in table.columns[1:-1]:
-        column.justify = "right"
-    base, start = Measured(""), time.monotonic()
+    base: dict[str, Any] | None = None
+    start = time.monotonic()
     for i, row in enumerate(wanted):
         began = time.monotonic()
         if arguments.seconds and began - start > arguments.seconds:
             console.print(f"not run, {arguments.seconds} s are over: {' '.join(r.name for r in wanted[i:])}")
             break
-        found = runner.run(row)
+        found = asdict(runner.run(row))
         base = found if row is BASE else base
-        keep(asdict(found))
-        speeds = [_ratio(found.decode.get(b), base.decode.get(b)) for b in shape.batches]
-        speeds.append(_ratio(found.prefill, base.prefill))
-        error = "-" if found.error is None else " ".join(f"{100 * e:.2f}" for e in found.error)
-        words = found.note or (found.executes if row.kv == "bf16" else found.attention)[:60]
-        sizes = (f"{found.weights / GIB:.2f}", f"{found.peak / GIB:.2f}")
-        table.add_row(
-            row.name, f"{found.bits:.2f}", f"{found.seconds.get('prepare', 0):.1f}", *sizes, *speeds, error, words
-        )
+        keep(found)
         took = f"{time.monotonic() - began:5.1f} s"
-        console.print(f"{row.name:24} {took}  {'  '.join(speeds)}  error {error}  {found.note}", soft_wrap=True)
+        speeds = "  ".join(_speeds(found, base, shape.batches))
+        console.print(f"{row.name:24} {took}  {speeds}  error {_error(found)}  {found['note']}", soft_wrap=True)
+
+
+def shared(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> None:
+    """The rows of `arguments.gpus` processes, a GPU each; the baseline is kept once."""
+    count = arguments.gpus
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else []
+    devices = visible or [str(i) for i in range(torch.cuda.device_count())]
+    if arguments.backend == "cuda" and len(devices) < count:
+        raise BackendError(f"--gpus {count}: {len(devices)} are visible here; ask for fewer")
+    asked = [a for a in sys.argv[1:] if a != "--json"]
+
+    def one(i: int) -> dict[str, Any]:
+        command = [sys.executable, __file__, *asked, "--gpus", "1", "--part", f"{i + 1}/{count}", "--json"]
+        command += ["--jobs", str(-(-arguments.jobs // count)), "--out", os.devnull]
+        environment = os.environ | {"OUT": ""} | ({"CUDA_VISIBLE_DEVICES": devices[i]} if devices else {})
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if not done.stdout:
+            raise BackendError(f"the rows of part {i + 1}/{count} ended with code {done.returncode}; it says why above")
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    with ThreadPoolExecutor(count) as pool:
+        rows = [row for found in pool.map(one, range(count)) for row in found["rows"]]
+    for wanted in _wanted(arguments):
+        for row in [row for row in rows if row["row"] == wanted.name][:1]:
+            keep(row)
+
+
+def _wanted(arguments: argparse.Namespace) -> list[Row]:
+    """The baseline, then the rows of this part."""
+    named = [row for prefix in arguments.rows for row in ROWS if row.name.startswith(prefix) and row is not BASE]
+    first, step = arguments.part or (1, 1)
+    return [BASE, *list(dict.fromkeys(named))[first - 1 :: step]]
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is no part; 2/4 is the second of four")
+    return int(first), int(count)
+
+
+def _table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> Table:
+    shape = _shape(arguments)
+    table = Table("row", "bits", "prepare s", "weights GiB", "peak GiB", *(f"decode b{b}" for b in shape.batches),
+                  "prefill", "error %", "executes", title=_title(shape, arguments.backend))  # fmt: skip
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    base = next((row for row in rows if row["row"] == BASE.name), None)
+    for row in rows:
+        words = row["note"] or (row["executes"] if row["row"].startswith("w/") else row["attention"])[:60]
+        sizes = (f"{row['weights'] / GIB:.2f}", f"{row['peak'] / GIB:.2f}")
+        prepared = f"{row['seconds'].get('prepare', 0):.1f}"
+        speeds = _speeds(row, base, shape.batches)
+        table.add_row(row["row"], f"{row['bits']:.2f}", prepared, *sizes, *speeds, _error(row), words)
     return table
+
+
+def _speeds(row: dict[str, Any], base: dict[str, Any] | None, batches: tuple[int, ...]) -> list[str]:
+    """Tokens per second, and how many times as many as the baseline's. Keys of a row that was JSON are text."""
+
+    def of(one: dict[str, Any] | None, batch: int) -> float | None:
+        return None if one is None else one["decode"].get(batch, one["decode"].get(str(batch)))
+
+    found = [_ratio(of(row, b), of(base, b)) for b in batches]
+    return [*found, _ratio(row["prefill"], None if base is None else base["prefill"])]
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "-" if row["error"] is None else " ".join(f"{100 * e:.2f}" for e in row["error"])
 
 
 def _title(shape: Shape, backend: str) -> str:
@@ -158,7 +225,7 @@ def warm(names: list[str], jobs: int, console: Console) -> None:
     """Every row with one layer, in so many processes: Triton keeps what it compiles on disk."""
     began = time.monotonic()
     asked = [a for a in sys.argv[1:] if a != "--json"]
-    script = [sys.executable, __file__, *asked, *["--jobs", "0", "--seconds", "0", "--layers", "1"]]
+    script = [sys.executable, __file__, *asked, "--jobs", "0", "--seconds", "0", "--layers", "1", "--part", "1/1"]
 
     def one(some: list[str]) -> None:
         command = [*script, "--out", os.devnull, "--rows", *some]

@@ -86,6 +86,11 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path) -> None:
     assert [row["row"] for row in report["rows"]] == ["w/bf16-torch", "w/mxfp4", "w/int8-row"]
     assert report == json.loads(out.read_text()) and report["shape"]["layers"] == 2
     assert "NOT the model of 7 billion parameters" in done.stderr
+    several = subprocess.run([*command, "--json", "--gpus", "2"], capture_output=True, text=True)
+    assert several.returncode == 0, several.stderr
+    assert [row["row"] for row in json.loads(several.stdout)["rows"]] == ["w/bf16-torch", "w/mxfp4", "w/int8-row"]
+    wrong = subprocess.run([*command, "--part", "3/2"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "3/2 is no part" in wrong.stderr
     wrong = subprocess.run([sys.executable, script, "--rows", "w/int5"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--rows w/int5: no row begins so" in wrong.stderr
 
