@@ -101,7 +101,7 @@ def memory(s: Spec, bm: int, bn: int, stages: int) -> int:
     """Fast memory of a tile. A weight that is decoded in registers waits one stage less; fp8 and int8 codes do not."""
     size = {"fp32": 4, "bf16": 2, "fp16": 2}.get(s.type, 1)
     x, w = s.span * bm * size, s.span * bn // (2 if s.parts > 1 else 1)
-    return stages * x + (stages if s.native else stages - 1) * w
+    return stages * x + (stages if s.native and not s.expanded else stages - 1) * w
 
 
 def problem(r: GemmRequest, x: Format, m: int) -> str:

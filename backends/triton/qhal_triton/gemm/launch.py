@@ -19,6 +19,7 @@ from qhal_portable.prepared import ORDER, PreparedWeight, Run
 from qhal_triton.gemm.config import Config, candidates, config, problem
 from qhal_triton.gemm.gathering import gathering
 from qhal_triton.gemm.kernels.dense import dense
+from qhal_triton.gemm.kernels.eights import POWERS
 from qhal_triton.gemm.kernels.product import product
 from qhal_triton.gemm.paths import Plan, Spec, by_group, plan
 from qhal_triton.gemm.planes import activation, planes
@@ -225,6 +226,7 @@ def product_constants(
         "TYPE": _TYPES["bf16" if s.native else s.type],
         "NATIVE": s.native,
         "FOREIGN": s.foreign,
+        "POWER": POWERS[s.w.kind] if s.expanded else 1.0,
         "PTX": target.kind == "cuda" and "e4m3fn" in target.fp8,
         "PACKED": s.packed,
         "XKIND": "" if s.x.kind == WIDE_KIND else s.x.kind,

@@ -12,6 +12,7 @@ from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass, minimum_class
 from qhal_portable.prepared import ORDER
 from qhal_portable.storage import SORTED, packing
+from qhal_triton.gemm.kernels.eights import POWERS
 from qhal_triton.gemm.sides import WIDE_KIND, Side, side
 from qhal_triton.paths import Path
 from qhal_triton.target import Target
@@ -25,6 +26,8 @@ MANY_FROM = (65, 33)
 SHORT_FROM = 129
 """Rows from which steps of 64 columns are faster than those of 128: larger tiles need the memory. The edge of a tile;
 measured at 64 and at 256 rows (H200, H100)."""
+_PROMOTED = 128
+"""Columns whose fp8 products the matrix instruction may sum by itself."""
 _RUNS = (128, 64, 32, 16)
 
 
@@ -53,10 +56,11 @@ class Spec:
 
     @property
     def unit(self) -> int:
-        """Neighbouring columns of a step that have the same scales; fp8 sums are added in fp32 after every run."""
-        if self.native or self.apart == 1:
+        """Neighbouring columns of a step that have the same scales; fp8 sums are added in fp32 after every unit."""
+        if self.apart == 1:
             return self.chunk
-        return gcd(self.span, 0 if self.indexed else self.w.group, self.x.group)
+        same = gcd(self.span, 0 if self.indexed else self.w.group, self.x.group)
+        return min(same, _PROMOTED) if self.native else same
 
     @property
     def long(self) -> bool:
@@ -65,8 +69,13 @@ class Spec:
 
     @property
     def native(self) -> bool:
-        """Whether fp8 codes are multiplied as they are."""
+        """Whether fp8 codes are multiplied, of x as they are."""
         return self.type == "fp8"
+
+    @property
+    def expanded(self) -> bool:
+        """Whether the weight's codes of four bits become such in registers."""
+        return self.native and self.w.bits <= 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +166,10 @@ def plan(request: GemmRequest, target: Target) -> Plan | None:
         return None
     indexed = request.group_index and request.operand is None
     allowed = minimum_class(request)
+    # bytes are what makes fp8 of nibbles, and words what makes 16 bits: a weight that meets both is kept in words
+    expand = target.kind == "cuda" and all(x.kind == "e4m3fn" for x in known)
     found = [
-        _spec(w, x, (multiplied.element, f.element), request.k, indexed, allowed, target)
+        _spec(w, x, (multiplied.element, f.element), request.k, indexed, allowed, target, expand)
         for x, f in zip(known, request.x, strict=True)
     ]
     specs = [s for s in found if s is not None]
@@ -202,9 +213,19 @@ def _packed(s: Spec, w: Format) -> Spec | None:
 
 
 def _spec(
-    w: Side, x: Side, names: tuple[str, str], k: int, indexed: bool, allowed: NumericsClass, target: Target
+    w: Side,
+    x: Side,
+    names: tuple[str, str],
+    k: int,
+    indexed: bool,
+    allowed: NumericsClass,
+    target: Target,
+    expand: bool,
 ) -> Spec | None:
-    """Type and mode for one format of x, of the best class and the fastest within what is allowed."""
+    """Type and mode for one format of x, of the best class and the fastest within what is allowed.
+
+    expand: codes of four bits may become fp8 ones
+    """
     early = (indexed or not w.exact) and w.kind != WIDE_KIND
     kind = "" if x.kind != WIDE_KIND else names[1]
     numerics = NumericsClass.FP32_ACC
@@ -224,7 +245,7 @@ def _spec(
         kind = "int8"
     elif x.shifted:
         return None
-    elif not early and _eight(w, x, foreign) <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
+    elif not early and _eight(w, x, foreign, expand) <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
         kind, numerics = "fp8", NumericsClass.REDUCED_ACC
     else:
         kind = "bf16"
@@ -246,8 +267,14 @@ def _spec(
     )
 
 
-def _eight(w: Side, x: Side, foreign: bool) -> set[str]:
-    """The elements as an instruction would read them; foreign: OCP's 8-bit floats as fnuz of the same bytes."""
+def _eight(w: Side, x: Side, foreign: bool, expand: bool) -> set[str]:
+    """The elements as an instruction would read them.
+
+    foreign  OCP's 8-bit floats as fnuz of the same bytes
+    expand   codes of four bits as e4m3fn, which holds them
+    """
+    if expand and w.bits <= 4 and w.kind in POWERS and not w.zero:
+        return {"e4m3fn", x.kind}
     return {FNUZ.get(kind, kind) if foreign else kind for kind in (w.kind, x.kind)}
 
 
@@ -264,7 +291,7 @@ def _layout(specs: list[Spec], k: int, target: Target) -> str:
     """How `prepare` keeps the codes: eight in a word or two in a byte, as far apart as scales let them be."""
     if specs[0].w.bits > 4:
         return "canonical"
-    for layout in ("word32", "word16", "nibble64", "nibble32", "nibble16", "nibble"):
+    for layout in ("word32", "word16", "nibble128", "nibble64", "nibble32", "nibble16", "nibble"):
         apart, size = packing(layout)
         if k % (2 * size * apart) == 0 and all(_laid(s, layout, target).chunk for s in specs):
             return layout
@@ -274,6 +301,8 @@ def _layout(specs: list[Spec], k: int, target: Target) -> str:
 def _laid(s: Spec, layout: str, target: Target) -> Spec:
     """The Spec with the columns of a step: the longest run without a change of scale; 0 if there is none."""
     apart, size = packing(layout)
+    if s.expanded and size > 1:
+        return s
     groups = [g for g in (0 if s.indexed else s.w.group, s.x.group) if g]
     shortest = 32 if s.type in ("int8", "fp8") else 16
     rows = s.w.bits > 4 and s.mode == "late" and s.x.kind == WIDE_KIND and s.type != "fp32"
@@ -300,11 +329,12 @@ def _word(s: Spec) -> str:
     sums = {"int8": "exact int32 sums", "fp8": "fp8 matrix instructions promoted every 128 columns"}
     where = {
         "early": f"weights decoded in fp32 and rounded to {s.type}",
-        "step": "scales times the exact sums of a group",
+        "step": f"scales times the {'' if s.native else 'exact '}sums of a group",
         "late": "scales times the sums of a row",
     }
     read = ", bytes read as fnuz" * s.foreign
-    product = sums.get(s.type, f"exact products of {s.type}")
+    product = "4-bit codes as e4m3, exact, in registers, " * s.expanded
+    product += sums.get(s.type, f"exact products of {s.type}")
     made = f", {' and '.join(f'{name}s' for name in s.w.made)} decoded to fp32 when prepared" if s.w.made else ""
     made += ", scales of x decoded to fp32" * bool(s.x.made)
     return f"W{s.w.bits}A{s.x.bits}: Triton, {product}{read}, {where[s.mode]}, fp32{made}"

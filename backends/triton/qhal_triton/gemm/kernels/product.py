@@ -11,10 +11,11 @@ share words, APART columns from each other; no two columns of UNIT neighbours ha
 
 Numerics. Products of codes, less their zero points, with a 16-bit x or with each other are exact (int8, bf16, fp16) and
 summed in fp32 by the matrix instruction, in int32 for int8: class fp32-acc; fp8 instructions sum with fewer bits within
-a step, fp32 between steps: reduced-acc; "early" rounds the weight to 16 bits: dequant-16 (to fp32: fp32-acc).
+128 columns, fp32 between these: reduced-acc; "early" rounds the weight to 16 bits: dequant-16 (to fp32: fp32-acc).
 Zero points of x that are no whole numbers take part as the nearest one, and with what that lacks in fp32.
 Scales multiply sums: a sum of codes times x that leaves fp32 before its scale is Inf, and one that leaves it before
-what divides the scales. Parts of K are added in order.
+what divides the scales. Parts of K are added in order. Sums of 4-bit codes as fp8 stay a power of two too small until
+all are added: none is Inf before its scale, and those that their scales bring below 2^-117 lose bits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 
 from qhal_triton.bits import INTERPRETED, dot, narrow, times
+from qhal_triton.gemm.kernels.eights import eights
 from qhal_triton.gemm.kernels.values import (
     code_of,
     decoded,
@@ -43,7 +45,8 @@ def product(
     x_row, sx_row, sx_col, zx_row, zx_col, ox_row,
     w_row, sw_row, sw_col, zw_row, zw_col, fw_row, fw_col, ow_row,
     w_exp, sw_exp, zw_exp, fw_exp, ow_exp, b_exp, y_row, y_part,
-    TYPE: tl.constexpr, NATIVE: tl.constexpr, FOREIGN: tl.constexpr, PTX: tl.constexpr, PACKED: tl.constexpr,
+    TYPE: tl.constexpr, NATIVE: tl.constexpr, FOREIGN: tl.constexpr, POWER: tl.constexpr,
+    PTX: tl.constexpr, PACKED: tl.constexpr,
     XKIND: tl.constexpr, WKIND: tl.constexpr, MODE: tl.constexpr,
     SX: tl.constexpr, OX: tl.constexpr, OVERX: tl.constexpr, ZX: tl.constexpr, GX: tl.constexpr,
     SW: tl.constexpr, OW: tl.constexpr, OVERW: tl.constexpr, ZW: tl.constexpr, FW: tl.constexpr,
@@ -56,8 +59,9 @@ def product(
     """One tile of the result, or of the sum over the steps of one part.
 
     TYPE       what is multiplied: bf16, fp16, fp32, or int8 (int32 sums)
-    NATIVE     fp8 codes are, as they are stored; every step's sum is added in fp32, which its instructions do not do
+    NATIVE     fp8 codes are, as they are stored; every unit's sum is added in fp32, which its instructions do not do
     FOREIGN    they are of OCP's flavour, and the instruction reads the one where they are half as large
+    POWER      not 1: w's codes of four bits become such, this many times too small
     PTX        NVIDIA's instructions may be written out
     PACKED     of MODE "early": scales are of TYPE, so 16-bit instructions round as fp32 would
     SX OX ZX   kind of x's scales, of their outer scale (OVERX: it divides them), of its zero points; GX columns share
@@ -192,7 +196,9 @@ def product(
                 else:
                     xv = number(xt, XKIND) - z_x[None, :]
                     xv = narrow(tl.where(valid[:, None], xv, 0.0), TYPE)
-                if NATIVE:
+                if NATIVE and POWER != 1.0:
+                    wv = fp8(eights(word, WKIND, part_of, PTX), "e4m3fn", False)
+                elif NATIVE:
                     wv = fp8(word, WKIND, FOREIGN)
                 elif PACKED and PTX and not INTERPRETED:
                     wv = exact(word, WKIND, TYPE, part_of, PARTS, table, z, ZW, PTX)
@@ -224,6 +230,8 @@ def product(
                     scaled = scaled * s_x[None, :]
                 total += scaled
     result = total.to(tl.float32)
+    if POWER != 1.0:
+        result = result * POWER
     if ZX == "wide" and not FRESH:
         result -= lost.to(tl.float32)[:, None] * rest[None, :]
     if MODE == "step" and OVERW:  # one number for a row: its sum is divided, and no step has a division
