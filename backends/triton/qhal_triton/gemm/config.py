@@ -84,11 +84,14 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     if many and m > 32 and not shared:
         return 64, 32, 4, stages
     if target.shared < 128 << 10:
-        return 32 if "offset" in s.w.made else 64, 64, 4, stages  # two fp32 planes for every unit
+        # two fp32 planes for every unit; bytes of weights beside the scales of both
+        return 32 if "offset" in s.w.made or (s.expanded and s.x.group) else 64, 64, 4, stages
     rows = 64 if many or s.x.group or s.x.zero or s.x.kind == "uint" or (step and not shared) else 128
     if step and s.w.bits > 4 and not s.native and m <= 16 and shared:
         return rows, 128, 4, 3  # decoding takes longer than reading: more features share what is read of x
-    if step and s.native and s.x.group and target.arch.startswith("sm_90") and m > 32:
+    if s.expanded and s.x.group and s.unit < 128:
+        rows = 32
+    if step and s.native and not s.expanded and s.x.group and target.arch.startswith("sm_90") and m > 32:
         return rows, 128, 4, 3
     if s.mode == "late" and s.x.kind == WIDE_KIND and s.w.bits > 4 and shared and m > 128:
         rows = 256
