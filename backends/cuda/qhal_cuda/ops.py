@@ -162,4 +162,4 @@ class CudaOps(GpuOps):
         if path.kernel not in products.FEW:
             return path
         words = f"{own.executes}; from {products.FEW[path.kernel]} rows: {path.executes}"
-        return replace(path, executes=words, numerics=max(path.numerics, own.numerics))
+        return replace(path, executes=words, numerics=max(path.numerics, own.numerics), layouts=own.layouts)

@@ -6,6 +6,8 @@
               reduced-acc: sums of 128 products inside the instruction keep 14 bits, then float32.
     block     e4m3fn in blocks of 128 x 128 and activations in groups of 128, sm_90: `_scaled_mm`, which scales the sum
               of 128 products in float32. Class reduced-acc.
+    codes     int4 in groups of 128 and e4m3fn activations, sm_90: a kernel writes the codes as e4m3fn, which holds
+              them, in every call, and `_scaled_mm` scales the sums of 128 as above. Class reduced-acc.
 
 A product ends in float32, and one more kernel applies scales and bias in float32 and rounds once; or, without bias,
 torch's own kernel applies the scales and rounds once to bf16. None of torch's global switches (TF32, sums in 16 bits,
@@ -35,6 +37,7 @@ from qhal_portable import storage
 from qhal_portable.gemm import quantized, write
 from qhal_portable.prepared import PreparedWeight, Run
 from qhal_portable.support import layout
+from qhal_triton.gemm.codes import writer
 from qhal_triton.launching import Launcher
 from qhal_triton.paths import Path
 from qhal_triton.wide import float_product
@@ -47,9 +50,9 @@ _ALIGNED = 16
 _BLOCK_ARCH, _BLOCK = (9, 0), 128
 _SCALES = 4
 """Rows of scales that `_scaled_mm` wants aligned: of x in blocks of 128 columns, and of the weight's along K."""
-FEW = {"fp8": 17, "block": 33}
+FEW = {"fp8": 17, "block": 33, "codes": 65}
 """Rows below which a shared kernel, where one takes the product, is faster than torch's (H200). Of blocks it is the
-edge of a tile, measured at 16 and at 64 rows."""
+edge of a tile, measured at 16 and at 64 rows; of codes it is the edge of a tile, not measured yet."""
 _WHOLE = 192
 """Rows from which `_scaled_mm` with scales per row is faster than with one scale and a kernel for the rest (H200)."""
 
@@ -84,6 +87,10 @@ def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
     if names == {"e4m3fn"} and capability == _BLOCK_ARCH and _blocks(r):
         words = "W8A8: torch._scaled_mm over blocks of 128, no fast accumulation, bias in fp32, one rounding"
         return Path(kernel="block", executes=words, numerics=NumericsClass.REDUCED_ACC)
+    if capability == _BLOCK_ARCH and _codes_fit(r):
+        words = "W4A8: codes written as e4m3fn in every call, exact, torch._scaled_mm over groups of 128, no fast "
+        words += "accumulation, bias in fp32, one rounding"
+        return Path(kernel="codes", executes=words, numerics=NumericsClass.REDUCED_ACC, layouts=(layout(r),))
     if not all(_one_scale(f) for f in (*r.x, r.w)):
         return None
     if names == {"e4m3fn"} and capability >= _FP8:
@@ -107,6 +114,23 @@ def _blocks(r: GemmRequest) -> bool:
     bare = all(f.op == "*" and f.zero is None and f.offset is None and f.sparsity is None for f in (r.w, *r.x))
     scales = all(f.scale is not None and f.scale.plain and f.scale.element == "fp32" for f in (r.w, *r.x))
     return bare and scales and r.n % _BLOCK == 0 and r.k % (_BLOCK * _SCALES) == 0
+
+
+def _codes_fit(r: GemmRequest) -> bool:
+    """Whether w is int4 with a float scale for every 128 columns, and x e4m3fn with a float32 one for those or all."""
+    assert isinstance(r.w, Format)
+    if (r.w.element, str(r.w.block)) != ("int4", "g128") or any(f.element != "e4m3fn" for f in r.x):
+        return False
+    bare = all(f.op == "*" and f.zero is None and f.offset is None and f.sparsity is None for f in (r.w, *r.x))
+    scale = r.w.scale is not None and r.w.scale.plain and r.w.scale.element in WIDE
+    given = all(
+        (_one_scale(f) or str(f.block) == "g128")
+        and f.scale is not None
+        and f.scale.plain
+        and f.scale.element == "fp32"
+        for f in r.x
+    )
+    return bare and scale and given and r.k % (_BLOCK * _SCALES) == 0
 
 
 def bind(p: PreparedWeight, path: Path, by: Quantize) -> Run:
@@ -236,8 +260,31 @@ def _block(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
     return product
 
 
+def _codes(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
+    stored, groups = p.stored, request.k // _BLOCK
+    assert isinstance(stored, QTensor) and isinstance(stored.scale, Tensor)
+    written, scale = writer(stored), stored.scale
+
+    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
+        q, dtype = quantized(x, request, p, index, by=by)
+        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
+        rows, a = q.codes.shape[0], q.codes
+        if not rows:
+            return torch.zeros(0, request.n, device=p.device), None, dtype
+        given = q.scale.expand(rows, groups)
+        if rows % _SCALES:
+            more = (0, 0, 0, -rows % _SCALES)
+            a, given = pad(a.view(torch.uint8), more).view(a.dtype), pad(given, more)
+        direct = p.bias is None and dtype == torch.bfloat16
+        kept = scale.T.float().contiguous()  # in every call: a refit writes into `scale`
+        y = _multiply(a, written(), given.T.contiguous().T, kept, dtype if direct else torch.float32)
+        return y[:rows], None, dtype
+
+    return product
+
+
 def _multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch._scaled_mm(a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=False)
 
 
-_PRODUCTS = {"16 bits": _plain, "fp8": _fp8, "block": _block}
+_PRODUCTS = {"16 bits": _plain, "fp8": _fp8, "block": _block, "codes": _codes}

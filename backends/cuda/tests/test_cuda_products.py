@@ -13,6 +13,7 @@ import qhal
 from qhal.formats import Format
 from qhal.requests import GemmRequest, NumericsClass
 from qhal.specs import Operand
+from qhal.tensors import QTensor
 from qhal_conformance import datasets
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
@@ -62,7 +63,7 @@ def test_every_path_is_asked() -> None:
 
 @pytest.mark.parametrize(("kind", "case"), CASES, ids=[case.id for _, case in CASES])
 def test_the_arithmetic_of_a_path_is_in_its_class(kind: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == "block":
+    if kind in ("block", "codes"):
         monkeypatch.setattr(torch, "_scaled_mm", blocks)
     record = run_case(case, Emulated("sm_90", "cpu"))
     assert record.outcome.status is Status.PASS, record.outcome.reason
@@ -77,12 +78,22 @@ def blocks(
     out_dtype: torch.dtype,
     use_fast_accum: bool,
 ) -> torch.Tensor:
-    """What a GPU's `_scaled_mm` makes of blocks, in the strides that it asks for."""
-    assert scale_a.stride(0) == 1 and scale_a.stride(1) % 4 == 0 and scale_b.stride(0) == 1 and not use_fast_accum
+    """What a GPU's `_scaled_mm` makes of blocks, or of groups of both operands, in the strides that it asks for."""
+    assert scale_a.stride(0) == 1 and scale_a.stride(1) % 4 == 0 and not use_fast_accum
+    groups, n = scale_b.shape
+    assert scale_a.shape == (a.shape[0], groups) and groups == a.shape[1] // 128
+    assert {t.dtype for t in (a, b)} == {torch.float8_e4m3fn} and {t.dtype for t in (scale_a, scale_b)} == {
+        torch.float32
+    }
+    if n == b.shape[1]:
+        assert scale_b.T.stride() == (1, n) and n % 4 == 0  # its test of 1 x 128, of b.T and scale_b.T
+    else:
+        assert scale_b.stride(0) == 1 and n == b.shape[1] // 128
+        scale_b = scale_b.repeat_interleave(128, 1)
     y = torch.zeros(a.shape[0], b.shape[1])
     for g in range(a.shape[1] // 128):
         at = slice(128 * g, 128 * g + 128)
-        y += a[:, at].float() @ b[at].float() * scale_a[:, g : g + 1] * scale_b[g].repeat_interleave(128)
+        y += a[:, at].float() @ b[at].float() * scale_a[:, g : g + 1] * scale_b[g]
     return y.to(out_dtype)
 
 
@@ -101,6 +112,17 @@ def request_of(w: str, x: str, **more: object) -> GemmRequest:
         (request_of("e4m3fn.128x128*fp32", "e4m3fn.g128*fp32", n=256, k=512), (8, 9), None),
         (request_of("e4m3fn.128x128*fp32", "e4m3fn.g128*fp32", n=256, k=640), (9, 0), None),
         (request_of("e4m3fn.128x128*bf16", "e4m3fn.g128*fp32", n=256, k=512), (9, 0), None),
+        (request_of("int4.g128*bf16", "e4m3fn.row*fp32", k=512), (9, 0), "codes"),
+        (request_of("int4.g128*fp32", "e4m3fn.tensor*fp32", k=512), (9, 0), "codes"),
+        (request_of("int4.g128*fp16", "e4m3fn.g128*fp32", k=512), (9, 0), "codes"),
+        (request_of("int4.g128*bf16", "e4m3fn.row*fp32", k=512), (8, 9), None),
+        (request_of("int4.g128*bf16", "e4m3fn.row*fp32", k=384), (9, 0), None),
+        (request_of("int4.g128*bf16", "e4m3fn.row*fp32", k=512, n=72), (9, 0), None),
+        (request_of("int4.g128*bf16", "e4m3fn.row*fp32", k=512, group_index=True), (9, 0), None),
+        (request_of("int4.g128*bf16", "e4m3fn.row*bf16", k=512), (9, 0), None),
+        (request_of("int4.g64*bf16", "e4m3fn.row*fp32", k=512), (9, 0), None),
+        (request_of("uint4-uint4.g128*bf16", "e4m3fn.row*fp32", k=512), (9, 0), None),
+        (request_of("int4.g128*bf16", "e4m3fn.row*fp32", k=512, numerics=NumericsClass.FP32_ACC), (9, 0), None),
         (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32"), (8, 6), None),
         (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32"), (8, 9), "fp8"),
         (request_of("e4m3fn.row*fp32", "e4m3fn.row*fp32", numerics=NumericsClass.EXACT), (9, 0), None),
@@ -178,6 +200,70 @@ def test_rows_that_blocks_do_not_align_are_kept_and_none_is_added(rows: int, mon
     y = ops.gemm(given, ops.prepare(w, request, inputs=[Operand(x)]))
     expected = ops.quantize(given, x).dequantize().double() @ w.dequantize().double().T
     assert y.shape == (rows, 256) and (y - expected).norm() <= 2.0**-20 * expected.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("w", "x", "rows"),
+    [
+        ("int4.g128*bf16", "e4m3fn.row*fp32", 1),
+        ("int4.g128*fp16", "e4m3fn.row*fp32", 6),
+        ("int4.g128*fp32", "e4m3fn.tensor*fp32", 5),
+        ("int4.g128*bf16", "e4m3fn.g128*fp32", 8),
+    ],
+)
+def test_codes_as_fp8_with_scales_of_groups(
+    w: str, x: str, rows: int, out: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", blocks)
+    ops, f = Emulated("sm_90", "cpu"), Format.parse(x)
+    request = request_of(w, x, n=48, k=1024, out=out, bias=bias)
+    old, new = (datasets.weight("codes", name, request.w, 48, 1024, "normal") for name in ("old", "new"))  # type: ignore[arg-type]
+    shift = torch.randn(48, generator=torch.Generator().manual_seed(1)) if bias else None
+    prepared = ops.prepare(old, request, inputs=[Operand(f)], bias=shift)
+    assert isinstance(prepared, PreparedWeight) and prepared.run is not None
+    held = prepared.run
+    given = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    value = ops.quantize(given, f).dequantize().double()
+    for weight in (old, new):  # the second by a refit: what a graph holds reads it
+        ops.prepare(weight, request, inputs=[Operand(f)], bias=shift, into=prepared)
+        back = ops.restore(prepared)
+        assert isinstance(back, QTensor) and back.equal(weight)  # type: ignore[arg-type]
+        y = held(given, 0, None)
+        expected = value @ weight.dequantize().double().T + (0.0 if shift is None else shift)  # type: ignore[union-attr]
+        near = 2.0**-20 if out == torch.float32 else 2.0**-7
+        assert y.dtype == out and y.shape == (rows, 48) and (y - expected).norm() <= near * expected.norm()
+    assert held(given[:0], 0, None).shape == (0, 48)
+
+
+def test_few_rows_are_the_shared_kernels_and_many_are_written_as_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Both(CudaOps):
+        interface: ClassVar[tuple[int, int]] = (1, 0)
+
+        def synchronize(self) -> None:
+            """Nothing runs beside."""
+
+    calls: list[int] = []
+
+    def counted(a: torch.Tensor, b: torch.Tensor, **more: Any) -> torch.Tensor:
+        calls.append(a.shape[0])
+        return blocks(a, b, **more)
+
+    monkeypatch.setattr(torch, "_scaled_mm", counted)
+    ops, x = Both("sm_90", "cpu"), Format.parse("e4m3fn.row*fp32")
+    request = request_of("int4.g128*bf16", str(x), n=16, k=512, m=(1, 128), out=torch.float32)
+    answer, least = ops.supports(request), products.FEW["codes"]
+    assert f"; from {least} rows: W4A8: codes written as e4m3fn" in answer.executes
+    assert answer.layouts == ("nibble128",) and answer.numerics == NumericsClass.REDUCED_ACC
+    w = datasets.weight("rows", "w", request.w, 16, 512, "normal")  # type: ignore[arg-type]
+    prepared = ops.prepare(w, request, inputs=[Operand(x)])
+    assert isinstance(prepared, PreparedWeight) and prepared.stored.layout == "nibble128"  # type: ignore[union-attr]
+    given = torch.randn(least, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = ops.quantize(given, x).dequantize().double() @ w.dequantize().double().T  # type: ignore[union-attr]
+    for rows, met in ((least - 1, []), (least, [-(-least // 4) * 4])):
+        y = ops.gemm(given[:rows], prepared)
+        assert calls == met and (y - expected[:rows]).norm() <= 2.0**-20 * expected[:rows].norm()
 
 
 def test_an_unknown_architecture_is_one_error() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from qhal.elements import values
 from qhal_triton import bits
-from qhal_triton.gemm.kernels import pairs
+from qhal_triton.gemm.kernels import eights, pairs
 from qhal_triton.kv.kernels import packed
 
 MASK = 0xFFFFFFFF
@@ -55,6 +57,10 @@ def execute(text: str, operands: dict[str, Any]) -> dict[str, Any]:
             held[to] = given[0] << given[1] & MASK
         elif name == "and.b32":
             held[to] = given[0] & given[1]
+        elif name == "mul.lo.u32":
+            held[to] = given[0] * given[1] & MASK
+        elif name == "mad.lo.u32":
+            held[to] = given[0] * given[1] + given[2] & MASK
         elif name == "or.b32":
             held[to] = given[0] | given[1]
         elif name == "lop3.b32":
@@ -131,6 +137,40 @@ def test_nibbles_of_four_bytes(name: str, odd: int) -> None:
         codes = [b >> 4 if odd else b & 15 for b in four]
         wanted = [float(table[c]) if table is not None else c if name == "uint4" else (c ^ 8) - 8 for c in codes]
         assert lanes(held["$0"], False).tolist() + lanes(held["$1"], False).tolist() == wanted
+
+
+def e4m3_of(name: str, nibble: int) -> int:
+    """The byte of a code's number, less the power of two that `POWERS` names."""
+    table = values(name)
+    number = float((nibble ^ 8) - 8 if table is None else table[nibble])
+    power = eights.POWERS["int" if table is None else name]
+    made = torch.tensor([number / power]).to(torch.float8_e4m3fn)
+    assert float(made.float() * power) == number
+    return int(made.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["int4", "e2m1"])
+@pytest.mark.parametrize("high", [False, True])
+def test_nibbles_as_bytes_of_e4m3(name: str, high: bool) -> None:
+    """Every byte in every place of a register, by the instructions and by the arithmetic that stands for them."""
+    kind = "int" if name == "int4" else name
+    text = getattr(eights, f"_{kind.upper()}_{'HIGH' if high else 'LOW'}").value
+    wanted = [e4m3_of(name, byte >> 4 if high else byte & 15) for byte in range(256)]
+    for byte in range(256):
+        four = [byte, 255 - byte, byte ^ 0x5A, (byte * 7) & 0xFF]
+        held = execute(text, {"$1": int.from_bytes(bytes(four), "little")})
+        assert list(held["$0"].to_bytes(4, "little")) == [wanted[b] for b in four]
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    made = torch.zeros_like(every)
+    every_byte[(1,)](every, made, KIND=kind, PART=int(high), PTX=device != "cpu")
+    assert made.tolist() == wanted
+
+
+@triton.jit
+def every_byte(source, made, KIND: tl.constexpr, PART: tl.constexpr, PTX: tl.constexpr):
+    at = tl.arange(0, 256)
+    tl.store(made + at, eights.eights(tl.load(source + at), KIND, PART, PTX))
 
 
 @pytest.mark.parametrize("odd", [0, 1])

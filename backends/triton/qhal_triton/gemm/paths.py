@@ -245,7 +245,12 @@ def _spec(
         kind = "int8"
     elif x.shifted:
         return None
-    elif not early and _eight(w, x, foreign, expand) <= target.fp8 and allowed >= NumericsClass.REDUCED_ACC and _wide(w, x):
+    elif (
+        not early
+        and _eight(w, x, foreign, expand) <= target.fp8
+        and allowed >= NumericsClass.REDUCED_ACC
+        and _wide(w, x)
+    ):
         kind, numerics = "fp8", NumericsClass.REDUCED_ACC
     else:
         kind = "bf16"

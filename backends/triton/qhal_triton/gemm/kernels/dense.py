@@ -1,4 +1,4 @@
-"""Device code that writes a weight out in 16 bits, each number decoded in fp32 and rounded once."""
+"""Device code that writes a weight out in 16 bits, or its codes in fp8: decoded in fp32 and rounded once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes of four bits to bytes of e4m3, which hold them exactly, four in a register; `values.fp8` makes operands of these.
+"""Codes of four bits to bytes of e4m3, which hold them, four in a register; `values.fp8` makes operands of these.
 
 Byte m of 0 to 15 of e4m3 is m * 2^-9: subnormal numbers, and the first binade after them has the same step. So an
 integer's sign and magnitude are its number times 2^-9, -8 too. A code of e2m1, its sign moved to the top and the rest
@@ -27,9 +27,7 @@ def _integers(high: bool) -> tl.constexpr:
 
 def _floats(high: bool) -> tl.constexpr:
     moved = "mov.b32 s, $1; shr.u32 t, $1, 2;" if high else "shl.b32 s, $1, 4; shl.b32 t, $1, 2;"
-    return tl.constexpr(
-        f"{{ .reg .b32 s, t; {moved} and.b32 t, t, 0x1c1c1c1c; lop3.b32 $0, s, 0x80808080, t, 0xea; }}"
-    )
+    return tl.constexpr(f"{{ .reg .b32 s, t; {moved} and.b32 t, t, 0x1c1c1c1c; lop3.b32 $0, s, 0x80808080, t, 0xea; }}")
 
 
 _INT_LOW, _INT_HIGH = _integers(False), _integers(True)
