@@ -50,9 +50,9 @@ _ALIGNED = 16
 _BLOCK_ARCH, _BLOCK = (9, 0), 128
 _SCALES = 4
 """Rows of scales that `_scaled_mm` wants aligned: of x in blocks of 128 columns, and of the weight's along K."""
-FEW = {"fp8": 17, "block": 33, "codes": 65}
+FEW = {"fp8": 17, "block": 33, "codes": 512, "codes by group": 129}
 """Rows below which a shared kernel, where one takes the product, is faster than torch's (H200). Of blocks it is the
-edge of a tile, measured at 16 and at 64 rows; of codes it is the edge of a tile, not measured yet."""
+edge of a tile, measured at 16 and at 64 rows; of codes by group too, at 128 and at 192."""
 _WHOLE = 192
 """Rows from which `_scaled_mm` with scales per row is faster than with one scale and a kernel for the rest (H200)."""
 
@@ -90,7 +90,8 @@ def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
     if capability == _BLOCK_ARCH and _codes_fit(r):
         words = "W4A8: codes written as e4m3fn in every call, exact, torch._scaled_mm over groups of 128, no fast "
         words += "accumulation, bias in fp32, one rounding"
-        return Path(kernel="codes", executes=words, numerics=NumericsClass.REDUCED_ACC, layouts=(layout(r),))
+        kernel = "codes" if all(_one_scale(f) for f in r.x) else "codes by group"
+        return Path(kernel=kernel, executes=words, numerics=NumericsClass.REDUCED_ACC, layouts=(layout(r),))
     if not all(_one_scale(f) for f in (*r.x, r.w)):
         return None
     if names == {"e4m3fn"} and capability >= _FP8:
@@ -287,4 +288,4 @@ def _multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: tor
     return torch._scaled_mm(a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=False)
 
 
-_PRODUCTS = {"16 bits": _plain, "fp8": _fp8, "block": _block, "codes": _codes}
+_PRODUCTS = {"16 bits": _plain, "fp8": _fp8, "block": _block, "codes": _codes, "codes by group": _codes}
