@@ -89,7 +89,8 @@ def _fitting(s: Spec, m: int, target: Target) -> tuple[int, int, int, int]:
     rows = 64 if many or s.x.group or s.x.zero or s.x.kind == "uint" or (step and not shared) else 128
     if step and s.w.bits > 4 and not s.native and m <= 16 and shared:
         return rows, 128, 4, 3  # decoding takes longer than reading: more features share what is read of x
-    if s.expanded and s.x.group and s.unit < 128:
+    both = step and not shared and s.x.group and s.type == "bf16" and s.w.bits <= 4  # decoded in registers, both
+    if both or (s.expanded and s.x.group and s.unit < 128):
         rows = 32
     if step and s.native and not s.expanded and s.x.group and target.arch.startswith("sm_90") and m > 32:
         return rows, 128, 4, 3
