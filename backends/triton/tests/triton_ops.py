@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qhal.requests import Request
+from qhal.requests import GemmRequest, Request
+from qhal.specs import Operand
 from qhal.tensors import QTensor
+from qhal_conformance import datasets
 from qhal_conformance.cases import Case
 from qhal_conformance.operations import OPERATIONS, catalogue
 from qhal_triton.ops import TritonOps
@@ -34,6 +36,28 @@ class Emulated(TritonOps):
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def product_and_reference(ops: Emulated, request: GemmRequest, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's result and that of the decoded operands, both in float64."""
+    weight = datasets.weight("t", "w", request.w, request.n, request.k, "normal", group_index=request.group_index)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    bias = torch.randn(request.n, generator=g) if request.bias else None
+    f = request.x[0]
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(f.element, torch.bfloat16)
+    rows = torch.randn(m, request.k, generator=g).to(dtype)
+    operand = None if request.operand is None else Operand(request.operand)
+    prepared = ops.prepare(
+        weight.to(ops.device), request, bias=bias, inputs=() if f.plain else (Operand(f),), operand=operand
+    )
+    back = ops.restore(prepared)
+    assert isinstance(back, QTensor) and back.equal(weight.to(ops.device))
+    q = rows if f.plain else ops.quantize(rows.to(DEVICE), f).to("cpu").dequantize()
+    value = (
+        weight.dequantize() if operand is None else ops.quantize(weight.dequantize().to(DEVICE), operand).dequantize()
+    )
+    expected = q.double() @ value.to("cpu").double().T + (0.0 if bias is None else bias.double())
+    return ops.gemm(rows.to(DEVICE), prepared).double().cpu(), expected
 
 
 def cases(operation: str, ops: TritonOps, each: int) -> list[Case]:
