@@ -201,10 +201,10 @@ def _after(x: Tensor, weights: list[QTensor], count: int, *, mode: str, dtype: s
     of_w = _ones(x, weights[0], scales)[1]
 
     def call(w: QTensor) -> Tensor:
-        a, s = ops.process_input(x, **how)[:2]  # type: ignore[arg-type]
+        a, of_groups, of_rows = ops.process_input(x, **how)  # type: ignore[arg-type]
         if not scales:
             return torch._int_mm(a, w.codes.T)
-        given = s.reshape(-1, 1) if scales == "row" else s.t().contiguous().t()
+        given = of_rows.reshape(-1, 1) if scales == "row" else of_groups.t().contiguous().t()
         how_ = {"scale_a": given, "scale_b": of_w, "out_dtype": torch.bfloat16, "use_fast_accum": False}
         return torch._scaled_mm(a, w.codes.T, **how_)
 
