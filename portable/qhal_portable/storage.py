@@ -78,11 +78,13 @@ def packing(layout: str) -> tuple[int, int]:
 
 def canonical(w: Stored) -> Stored:
     """The canonical form of what `keep` made; bits are those that went in. Codes are put back, the rest is shared."""
-    if not isinstance(w, QTensor) or w.layout == "canonical":
+    if not isinstance(w, QTensor):
         return w
-    laid = packing(w.layout)
+    laid, moved = packing(w.layout), w.layout.endswith(SORTED)
+    if not (laid[0] or moved):  # as it was, or in a layout of a backend's own
+        return w
     codes = _unpack(w.codes, element(w.format.element), *laid) if laid[0] else w.codes
-    if w.layout.endswith(SORTED):
+    if moved:
         columns = order(w)
         assert columns is not None
         codes = torch.empty_like(codes).index_copy_(-1, columns, codes)

@@ -14,6 +14,7 @@ from qhal.requests import GemmRequest
 from qhal.tensors import QTensor
 from qhal_conformance import datasets
 from qhal_portable.prepared import PreparedWeight
+from qhal_portable.storage import canonical
 
 OPS = Emulated()
 
@@ -80,3 +81,8 @@ def test_another_order_is_written_into_a_sorted_weight_and_uneven_groups_are_ref
     indexed = OPS.prepare(uneven.to(DEVICE), request)
     with pytest.raises(FormatError, match="would be word32-sorted; prepare a new one"):
         OPS.prepare(second.to(DEVICE), request, into=indexed)
+
+
+def test_a_layout_of_a_backend_s_own_is_left_alone() -> None:
+    w = replace(weight_of("own", request_of("int4.g32*bf16", 64, 4, 1)), layout="scales")
+    assert canonical(w) is w
