@@ -93,12 +93,13 @@ FORMATS = [
     ("uint4-uint4.g64*fp16", "bf16"),
     (ROW, ROW),
     ("e4m3fn.128x128*fp32", "e4m3fn.g128*fp32"),
+    ("int4.g128*bf16", "e4m3fn.row*fp32"),
     ("e2m1.g16*(e4m3fn.tensor*fp32)", "e2m1.g16*(e4m3fn.tensor*fp32)"),
     ("bf16", "bf16"),
 ]
 
 
-@pytest.mark.parametrize(("w", "x"), FORMATS, ids=[w for w, _ in FORMATS])
+@pytest.mark.parametrize(("w", "x"), FORMATS, ids=[f"{w}~{x}" for w, x in FORMATS])
 def test_rows_sorted_by_expert(w: str, x: str) -> None:
     inputs = () if x == "bf16" else (Operand(Format.parse(x)),)
     offsets = Offsets(torch.tensor([0, 3, 3, 21, 22, 22], dtype=torch.int32))
