@@ -145,8 +145,8 @@ def random_model(arguments: argparse.Namespace, console: Console, keep: Callable
 def shared(arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None]) -> None:
     """The rows of `arguments.gpus` processes, a GPU each; the baseline is kept once."""
     count = arguments.gpus
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else []
-    devices = visible or [str(i) for i in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if arguments.backend == "cuda" and len(devices) < count:
         raise BackendError(f"--gpus {count}: {len(devices)} are visible here; ask for fewer")
     asked = [a for a in sys.argv[1:] if a != "--json"]
@@ -162,10 +162,10 @@ def shared(arguments: argparse.Namespace, console: Console, keep: Callable[[dict
         return found
 
     with ThreadPoolExecutor(count) as pool:
-        rows = [row for found in pool.map(one, range(count)) for row in found["rows"]]
+        rows = {row["row"]: row for found in pool.map(one, range(count)) for row in found["rows"]}
     for wanted in _wanted(arguments):
-        for row in [row for row in rows if row["row"] == wanted.name][:1]:
-            keep(row)
+        if wanted.name in rows:
+            keep(rows[wanted.name])
 
 
 def _wanted(arguments: argparse.Namespace) -> list[Row]:

@@ -102,9 +102,17 @@ def _eight(r: GemmRequest, capability: tuple[int, int]) -> Path | None:
 
 def _one_scale(f: Format) -> bool:
     """Whether a factor per row, or of the whole tensor, is all that stands beside the codes."""
-    if f.scale is None or not f.scale.plain or f.scale.element not in WIDE or f.op != "*" or f.block is None:
-        return False
-    return f.block.kind in ("row", "tensor") and f.zero is None and f.offset is None and f.sparsity is None
+    return _bare(f) and f.block is not None and f.block.kind in ("row", "tensor")
+
+
+def _bare(f: Format) -> bool:
+    """Whether codes times a plane of plain floats are all there is."""
+    scaled = f.op == "*" and f.scale is not None and f.scale.plain and f.scale.element in WIDE
+    return scaled and f.zero is None and f.offset is None and f.sparsity is None
+
+
+def _fp32(f: Format) -> bool:
+    return f.scale is not None and f.scale.element == "fp32"
 
 
 def _blocks(r: GemmRequest) -> bool:
@@ -112,9 +120,7 @@ def _blocks(r: GemmRequest) -> bool:
     assert isinstance(r.w, Format)
     if str(r.w.block) != "128x128" or any(str(f.block) != "g128" for f in r.x):
         return False
-    bare = all(f.op == "*" and f.zero is None and f.offset is None and f.sparsity is None for f in (r.w, *r.x))
-    scales = all(f.scale is not None and f.scale.plain and f.scale.element == "fp32" for f in (r.w, *r.x))
-    return bare and scales and r.n % _BLOCK == 0 and r.k % (_BLOCK * _SCALES) == 0
+    return all(_bare(f) and _fp32(f) for f in (r.w, *r.x)) and r.n % _BLOCK == 0 and r.k % (_BLOCK * _SCALES) == 0
 
 
 def _codes_fit(r: GemmRequest) -> bool:
@@ -122,16 +128,8 @@ def _codes_fit(r: GemmRequest) -> bool:
     assert isinstance(r.w, Format)
     if (r.w.element, str(r.w.block)) != ("int4", "g128") or any(f.element != "e4m3fn" for f in r.x):
         return False
-    bare = all(f.op == "*" and f.zero is None and f.offset is None and f.sparsity is None for f in (r.w, *r.x))
-    scale = r.w.scale is not None and r.w.scale.plain and r.w.scale.element in WIDE
-    given = all(
-        (_one_scale(f) or str(f.block) == "g128")
-        and f.scale is not None
-        and f.scale.plain
-        and f.scale.element == "fp32"
-        for f in r.x
-    )
-    return bare and scale and given and r.k % (_BLOCK * _SCALES) == 0
+    given = all(_bare(f) and _fp32(f) and (_one_scale(f) or str(f.block) == "g128") for f in r.x)
+    return given and _bare(r.w) and r.k % (_BLOCK * _SCALES) == 0
 
 
 def bind(p: PreparedWeight, path: Path, by: Quantize) -> Run:
@@ -244,27 +242,24 @@ def _fp8(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
 def _block(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
     codes, scale = _planes(p)
     kept = scale.T
-
-    def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
-        q, dtype = quantized(x, request, p, index, by=by)
-        assert isinstance(q, QTensor) and isinstance(q.scale, Tensor)
-        rows, a, given = q.codes.shape[0], q.codes, q.scale
-        if not rows:
-            return torch.zeros(0, request.n, device=p.device), None, dtype
-        if rows % _SCALES:
-            more = (0, 0, 0, -rows % _SCALES)
-            a, given = pad(a.view(torch.uint8), more).view(a.dtype), pad(given, more)
-        direct = p.bias is None and dtype == torch.bfloat16
-        y = _multiply(a, codes, given.T.contiguous().T, kept, dtype if direct else torch.float32)
-        return y[:rows], None, dtype
-
-    return product
+    return _by_runs(p, request, by, lambda: (codes, kept))
 
 
 def _codes(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
-    stored, groups = p.stored, request.k // _BLOCK
+    stored = p.stored
     assert isinstance(stored, QTensor) and isinstance(stored.scale, Tensor)
     written, scale = writer(stored), stored.scale
+    return _by_runs(p, request, by, lambda: (written(), scale.T.float().contiguous()))
+
+
+def _by_runs(
+    p: PreparedWeight, request: GemmRequest, by: Quantize, weight: Callable[[], tuple[Tensor, Tensor]]
+) -> _Product:
+    """Sums of 128 columns, each scaled. A scale of x for a row, or for all, stands for each of its runs.
+
+    weight  codes [N, K] and float32 scales as `_scaled_mm` takes them; asked in every call: a refit writes new ones
+    """
+    runs = request.k // _BLOCK
 
     def product(x: Tensor | QTensor, index: int) -> tuple[Tensor, None, torch.dtype]:
         q, dtype = quantized(x, request, p, index, by=by)
@@ -272,13 +267,13 @@ def _codes(p: PreparedWeight, request: GemmRequest, by: Quantize) -> _Product:
         rows, a = q.codes.shape[0], q.codes
         if not rows:
             return torch.zeros(0, request.n, device=p.device), None, dtype
-        given = q.scale.expand(rows, groups)
+        given = q.scale.expand(rows, runs)
         if rows % _SCALES:
             more = (0, 0, 0, -rows % _SCALES)
             a, given = pad(a.view(torch.uint8), more).view(a.dtype), pad(given, more)
         direct = p.bias is None and dtype == torch.bfloat16
-        kept = scale.T.float().contiguous()  # in every call: a refit writes into `scale`
-        y = _multiply(a, written(), given.T.contiguous().T, kept, dtype if direct else torch.float32)
+        codes, scale = weight()
+        y = _multiply(a, codes, given.T.contiguous().T, scale, dtype if direct else torch.float32)
         return y[:rows], None, dtype
 
     return product

@@ -30,6 +30,7 @@ def weight_of(name: str, r: GemmRequest) -> QTensor:
 
 SORTED = [
     ("int4.g32*bf16", 256, "word32-sorted"),
+    ("int4.g128*bf16", 1280, "word32-sorted"),  # more columns than a program gathers, and no whole number of programs
     ("uint4-uint4.g32*fp16", 256, "word32-sorted"),
     ("int8.g32*bf16", 160, "canonical-sorted"),
     ("int3.g32*bf16", 96, "nibble16-sorted"),
